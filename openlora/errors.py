@@ -163,8 +163,6 @@ _BY_CODE: dict[str, type[OpenLoRAError]] = {
 }
 
 
-def error_from_code(
-    code: str, message: str, *, retry_after_ms: int | None = None
-) -> OpenLoRAError:
+def error_from_code(code: str, message: str, *, retry_after_ms: int | None = None) -> OpenLoRAError:
     """The error object for a ``code`` read from the wire; an unknown code becomes InternalError."""
     return _BY_CODE.get(code, InternalError)(message, retry_after_ms=retry_after_ms)

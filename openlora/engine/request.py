@@ -1,0 +1,69 @@
+"""What goes into the engine and what comes out: frozen, stdlib only."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+from openlora.errors import OpenLoRAError
+from openlora.sampling_params import SamplingParams
+
+Priority = Literal["interactive", "batch"]
+FinishReason = Literal["stop", "length", "cancelled"]
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One generation.
+
+    Attributes:
+        prompt_token_ids: the tokenised prompt, at least one token.
+        adapters: engine adapter name → weight; empty is the base model. Several are a weighted
+            ensemble, exactly Σ weight·ΔW (PEFT's ``combination_type="cat"``).
+        params: how to sample.
+        output_token_ids: tokens of this generation made earlier, elsewhere. They are prefilled
+            behind the prompt, count towards ``max_tokens`` and penalties, and the next token gets
+            index ``len(output_token_ids)`` with the noise of that index: a resumed generation
+            continues its own stream.
+        priority: interactive requests are scheduled before batch ones.
+    """
+
+    prompt_token_ids: Sequence[int]
+    adapters: Mapping[str, float] = field(default_factory=dict)
+    params: SamplingParams = field(default_factory=SamplingParams)
+    output_token_ids: Sequence[int] = ()
+    priority: Priority = "interactive"
+
+
+@dataclass(frozen=True, slots=True)
+class TokenOutput:
+    """One new token of one request, or its end without one.
+
+    Attributes:
+        request_id: as ``Engine.add`` returned it.
+        index: position in the output, from 0.
+        token_id: None only where the request ended without a further token (``error`` is set).
+        logprob: log-probability under the unfiltered distribution; None unless asked for.
+        top_logprobs: (token ID, logprob) of the most likely tokens, most likely first.
+        finish_reason: set on the last token: "stop" (EOS or stop string) or "length".
+        error: why the request failed; it has then left the engine.
+    """
+
+    request_id: int
+    index: int
+    token_id: int | None
+    logprob: float | None = None
+    top_logprobs: tuple[tuple[int, float], ...] = ()
+    finish_reason: FinishReason | None = None
+    error: OpenLoRAError | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """A finished request of ``Engine.generate``, in the order of the requests given."""
+
+    token_ids: tuple[int, ...]
+    finish_reason: FinishReason
+    text: str | None = None
+    logprobs: tuple[float, ...] = ()

@@ -1,0 +1,1 @@
+"""What travels between the processes: jobs, events, and the names of topics, keys and channels."""

@@ -1,0 +1,41 @@
+"""Bytes ↔ messages, with errors that say what was wrong. JSON: kcat and redis-cli show it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TypeVar
+
+import msgspec
+
+from openlora.errors import InvalidRequest
+from openlora.protocol.events import Chunk
+from openlora.protocol.jobs import Job
+from openlora.protocol.status import AdapterRecord, Heartbeat
+
+T = TypeVar("T")
+
+_encoder = msgspec.json.Encoder()
+
+
+def encode(message: object) -> bytes:
+    """Any message of this package as compact JSON."""
+    return _encoder.encode(message)
+
+
+def _decoder(kind: type[T], name: str) -> Callable[[bytes | str], T]:
+    decode = msgspec.json.Decoder(kind).decode
+
+    def decode_checked(data: bytes | str) -> T:
+        try:
+            return decode(data)
+        except (msgspec.DecodeError, UnicodeDecodeError) as error:
+            raise InvalidRequest(f"not a valid {name}: {error}") from error
+
+    return decode_checked
+
+
+decode_job = _decoder(Job, "job")
+decode_chunk = _decoder(Chunk, "chunk")
+decode_chunks = _decoder(tuple[Chunk, ...], "array of chunks")
+decode_heartbeat = _decoder(Heartbeat, "heartbeat")
+decode_adapter_record = _decoder(AdapterRecord, "adapter record")

@@ -1,0 +1,77 @@
+"""Names of topics, Redis keys and channels, and the shape of a job ID. Pure.
+
+A job ID starts with its delivery shard (two hex digits), so any process finds a job's keys and
+channel from the ID alone. The shard is the Redis Cluster hash tag: one job lives in one slot.
+"""
+
+from __future__ import annotations
+
+import secrets
+
+JOBS_TOPIC = "openlora.jobs"
+BATCH_TOPIC = "openlora.batch"
+DEAD_TOPIC = "openlora.dead"
+JOB_TOPICS = (JOBS_TOPIC, BATCH_TOPIC)
+WORKER_GROUP = "openlora.workers"
+
+SHARD_COUNT = 256
+_SHARD_DIGITS = 2
+_RANDOM_BYTES = 12
+JOB_ID_LENGTH = _SHARD_DIGITS + 2 * _RANDOM_BYTES
+
+WORKERS_KEY = "openlora:workers"
+"""Set of worker IDs that have a heartbeat (or had one a moment ago)."""
+ADAPTERS_KEY = "openlora:adapters"
+"""Hash: adapter ID → the newest AdapterRecord as JSON."""
+ADAPTERS_CHANNEL = "openlora:adapters:changed"
+"""Pub/sub: the ID of an adapter that was added, replaced or removed."""
+
+
+def new_job_id(shard: int) -> str:
+    """A fresh job ID on delivery shard ``shard`` (0..255): 2 + 24 lower-case hex digits."""
+    return f"{shard:02x}{secrets.token_hex(_RANDOM_BYTES)}"
+
+
+def is_job_id(text: str) -> bool:
+    """Whether ``text`` has the shape of a job ID; checked before it becomes part of a key."""
+    return len(text) == JOB_ID_LENGTH and all(c in "0123456789abcdef" for c in text)
+
+
+def shard_of(job_id: str) -> int:
+    """The delivery shard of a job ID."""
+    return int(job_id[:_SHARD_DIGITS], 16)
+
+
+def job_key(job_id: str) -> str:
+    """Hash: the job's record (job JSON, epoch, length, state, cancel mark, lease, end)."""
+    return f"openlora:{{{job_id[:2]}}}:job:{job_id}"
+
+
+def log_key(job_id: str) -> str:
+    """List: the job's chunks, oldest first, each one ``Chunk`` as JSON."""
+    return f"openlora:{{{job_id[:2]}}}:log:{job_id}"
+
+
+def open_jobs_key(shard: int) -> str:
+    """Sorted set: jobs of the shard that have not ended, by time stored (ms)."""
+    return f"openlora:{{{shard:02x}}}:open"
+
+
+def events_channel(shard: int) -> str:
+    """Pub/sub channel of the shard: each message is a JSON array of ``Chunk``."""
+    return f"openlora:{{{shard:02x}}}:events"
+
+
+def control_channel(shard: int) -> str:
+    """Pub/sub channel of the shard towards workers: job IDs that were cancelled."""
+    return f"openlora:{{{shard:02x}}}:control"
+
+
+def worker_key(worker_id: str) -> str:
+    """String with a time to live: the worker's newest heartbeat as JSON."""
+    return f"openlora:worker:{worker_id}"
+
+
+def idempotency_key(tenant: str, key: str) -> str:
+    """String, 24 h: the job that first used this idempotency key, and its request's digest."""
+    return f"openlora:idempotency:{tenant}:{key}"

@@ -1,0 +1,59 @@
+"""What workers tell about themselves (heartbeats) and what is known of an adapter."""
+
+from __future__ import annotations
+
+import msgspec
+
+
+class PartitionStatus(msgspec.Struct, frozen=True):
+    """One partition as its owner sees it; offsets as Kafka counts them.
+
+    ``committed``: next offset to read after a restart. ``position``: next to fetch now.
+    ``high_water``: end of the partition at the last fetch; lag is ``high_water - committed``.
+    """
+
+    topic: str
+    partition: int
+    committed: int
+    position: int
+    high_water: int
+    paused: bool = False
+
+
+class Heartbeat(msgspec.Struct, frozen=True):
+    """A worker's state, written every second with a time to live of five."""
+
+    id: str
+    pid: int
+    engine_pid: int
+    host: str
+    device: str
+    dtype: str
+    model: str
+    model_id: str
+    max_model_len: int
+    ready: bool
+    started_ms: int
+    written_ms: int
+    partitions: tuple[PartitionStatus, ...] = ()
+    running: int = 0
+    waiting: int = 0
+    resident_adapters: tuple[str, ...] = ()
+    tokens_per_s: float = 0.0
+    max_lora_rank: int = 0
+    hidden_size: int = 0
+    attention_backend: str = ""
+
+
+class AdapterRecord(msgspec.Struct, frozen=True):
+    """One adapter version in the registry. ``hash`` names its files in the store."""
+
+    id: str
+    version: int
+    hash: str
+    rank: int
+    targets: tuple[str, ...]
+    base_model: str
+    size_bytes: int
+    source: str
+    created_ms: int
