@@ -1,0 +1,55 @@
+"""Benchmarks of this machine.
+
+  decode     time per decode step of the engine alone, with and without adapters
+  pipeline   the whole path with a scripted engine: tokens/s, added latency, CPU shares
+
+examples:
+  openlora bench decode --device cpu --model demo
+  openlora bench decode --shape 8b --batch 64,256 --distinct 0,1,64 --out rows.jsonl
+  openlora bench pipeline --streams 200
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+
+# One module each, so that `decode` needs only the engine's packages.
+BENCHMARKS = {
+    "decode": ("openlora.bench.decode", "time per decode step of the engine alone"),
+    "pipeline": ("openlora.bench.pipeline", "the whole path with a scripted engine"),
+}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Take everything behind the benchmark's name as it is: its own parser reads it."""
+    parser.add_argument("benchmark", choices=tuple(BENCHMARKS))
+    parser.add_argument("arguments", nargs=argparse.REMAINDER, help="see `… BENCHMARK --help`")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the benchmark named; returns its exit status."""
+    module = importlib.import_module(BENCHMARKS[args.benchmark][0])
+    parser = argparse.ArgumentParser(
+        prog=f"openlora bench {args.benchmark}",
+        description=module.__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    module.add_arguments(parser)
+    return int(module.run(parser.parse_args(args.arguments)))
+
+
+def main() -> int:
+    """``python -m openlora.bench``."""
+    parser = argparse.ArgumentParser(
+        prog="python -m openlora.bench",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add_arguments(parser)
+    return run(parser.parse_args())
+
+
+if __name__ == "__main__":
+    sys.exit(main())
