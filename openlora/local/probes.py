@@ -22,7 +22,7 @@ def kafka_answers(host: str, port: int) -> bool:
             size, correlation_id, brokers = struct.unpack(">iii", _receive(connection, 12))
     except OSError:
         return False
-    return size >= 8 and correlation_id == _CORRELATION_ID and brokers > 0
+    return bool(size >= 8 and correlation_id == _CORRELATION_ID and brokers > 0)
 
 
 def redis_answers(host: str, port: int, password: str) -> bool:

@@ -156,7 +156,7 @@ class ServerProcess:
                     stderr=subprocess.STDOUT,
                     env={**os.environ, **self.spec.env},
                     start_new_session=True,
-                    preexec_fn=_die_with_parent(),
+                    preexec_fn=die_with_parent(),
                 )
         except OSError as error:
             raise SetupError(
@@ -178,7 +178,7 @@ class ServerProcess:
         return text or f"it printed nothing ({self.log_path})"
 
 
-def _die_with_parent() -> Callable[[], None] | None:
+def die_with_parent() -> Callable[[], None] | None:
     """What the child runs between fork and exec, so that it is killed when our thread ends."""
     if sys.platform != "linux":
         return None

@@ -21,6 +21,8 @@ JOB_ID_LENGTH = _SHARD_DIGITS + 2 * _RANDOM_BYTES
 
 WORKERS_KEY = "openlora:workers"
 """Set of worker IDs that have a heartbeat (or had one a moment ago)."""
+SWEEPER_KEY = "openlora:sweeper"
+"""String with a time to live: the gateway that sweeps now."""
 ADAPTERS_KEY = "openlora:adapters"
 """Hash: adapter ID → the newest AdapterRecord as JSON."""
 ADAPTERS_CHANNEL = "openlora:adapters:changed"
@@ -73,5 +75,8 @@ def worker_key(worker_id: str) -> str:
 
 
 def idempotency_key(tenant: str, key: str) -> str:
-    """String, 24 h: the job that first used this idempotency key, and its request's digest."""
-    return f"openlora:idempotency:{tenant}:{key}"
+    """String, 24 h: the job that first used this idempotency key, and its request's digest.
+
+    The tenant's length keeps ("a", "b:c") and ("a:b", "c") apart.
+    """
+    return f"openlora:idempotency:{len(tenant)}:{tenant}:{key}"

@@ -1,0 +1,24 @@
+"""The job log in Redis: store, claim, append, read, cancel. All Lua of the product is here.
+
+``core`` builds commands and decodes replies without I/O; ``JobLog`` (worker threads) and
+``AsyncJobLog`` (gateway) send them.
+"""
+
+from openlora.joblog.clients import async_redis_client, redis_client
+from openlora.joblog.core import AppendResult, Claim, JobView, OpenJob
+from openlora.joblog.events import EventStream
+from openlora.joblog.log import ControlListener, JobLog
+from openlora.joblog.log_async import AsyncJobLog
+
+__all__ = [
+    "AppendResult",
+    "AsyncJobLog",
+    "Claim",
+    "ControlListener",
+    "EventStream",
+    "JobLog",
+    "JobView",
+    "OpenJob",
+    "async_redis_client",
+    "redis_client",
+]

@@ -1,0 +1,91 @@
+"""Redis connections as the job log wants them: bytes replies, short time-outs, a few retries."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import redis
+import redis.asyncio
+from redis.asyncio.retry import Retry as AsyncRetry
+from redis.backoff import ExponentialWithJitterBackoff
+from redis.retry import Retry
+
+from openlora.errors import Overloaded, SetupError
+
+_ASYNC_CONNECTIONS = 32
+_RETRY_AFTER_MS = 1000
+
+# RESP2: nothing here needs more, and Redis 5 speaks it. Retries cover a restart's first moments;
+# they are safe because every script may be sent again.
+_OPTIONS: dict[str, Any] = {
+    "protocol": 2,
+    "socket_timeout": 5,
+    "socket_connect_timeout": 2,
+    "socket_keepalive": True,
+    "health_check_interval": 15,
+}
+_RETRIES = 3
+
+
+def redis_client(url: str) -> redis.Redis:
+    """A client for ``JobLog``; connects at its first command.
+
+    Raises:
+        SetupError: ``url`` is no Redis URL.
+    """
+    try:
+        return redis.Redis.from_url(url, retry=Retry(_backoff(), _RETRIES), **_OPTIONS)
+    except ValueError as error:
+        raise _bad_url(error) from error
+
+
+def async_redis_client(url: str) -> redis.asyncio.Redis:
+    """A client for ``AsyncJobLog``. Commands beyond 32 at once wait for a connection.
+
+    Raises:
+        SetupError: ``url`` is no Redis URL.
+    """
+    try:
+        pool = redis.asyncio.BlockingConnectionPool.from_url(
+            url,
+            max_connections=_ASYNC_CONNECTIONS,
+            timeout=5,
+            retry=AsyncRetry(_backoff(), _RETRIES),
+            **_OPTIONS,
+        )
+    except ValueError as error:
+        raise _bad_url(error) from error
+    return redis.asyncio.Redis.from_pool(pool)
+
+
+@contextmanager
+def redis_errors(client: redis.Redis | redis.asyncio.Redis) -> Iterator[None]:
+    """Turns "Redis cannot do this now" into Overloaded; a wrong command stays redis's own error."""
+    try:
+        yield
+    except (redis.ConnectionError, redis.TimeoutError, OSError) as error:
+        raise Overloaded(
+            f"Redis at {_address(client)} does not answer ({error}); try again",
+            retry_after_ms=_RETRY_AFTER_MS,
+        ) from error
+    except (redis.exceptions.OutOfMemoryError, redis.ReadOnlyError) as error:
+        raise Overloaded(
+            f"Redis at {_address(client)} takes no writes ({error}); try again",
+            retry_after_ms=_RETRY_AFTER_MS,
+        ) from error
+
+
+def _address(client: redis.Redis | redis.asyncio.Redis) -> str:
+    options = client.connection_pool.connection_kwargs
+    return str(options.get("path") or f"{options.get('host')}:{options.get('port')}")
+
+
+def _backoff() -> ExponentialWithJitterBackoff:
+    return ExponentialWithJitterBackoff(cap=0.5, base=0.05)
+
+
+def _bad_url(error: ValueError) -> SetupError:
+    # The URL itself may hold a password, so it is not repeated.
+    return SetupError(f"the Redis URL is not valid: {error}; write redis://[:password@]host:port/0")

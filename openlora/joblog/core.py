@@ -1,0 +1,248 @@
+"""What to send to Redis and what its replies mean, without I/O: both shells are thin over this."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from typing import Any, Literal
+
+import msgspec
+from redis.exceptions import NoScriptError
+
+from openlora.errors import InvalidRequest
+from openlora.joblog import scripts
+from openlora.joblog.scripts import Script
+from openlora.protocol import codec, names
+from openlora.protocol.events import Chunk, End
+from openlora.protocol.jobs import Job
+
+ENDED_TTL_S = 24 * 3600
+"""How long the log of an ended job stays while its offset is not committed."""
+RETIRED_TTL_S = 3600
+"""How long it stays from then on: ends outlive the committed offset by this."""
+IDEMPOTENCY_TTL_S = 24 * 3600
+HEARTBEAT_TTL_S = 5
+RECREATED_LEASE_MS = 30_000
+"""Lease of a log that was lost and opened anew: time for the job's gateway to renew it."""
+
+_STATUS: tuple[Literal["taken", "fenced", "gone", "gap"], ...] = ("taken", "fenced", "gone", "gap")
+_KIND_TOKENS, _KIND_END, _KIND_RESTARTED = 0, 1, 2
+
+
+class AppendResult(msgspec.Struct, frozen=True, gc=False):
+    """What became of one chunk.
+
+    taken: logged, or logged before (a repeat). fenced: another worker claimed the job. gone: there
+    is no such job. gap: it does not follow the log; send what comes from index ``length`` on.
+    ``length`` is the number of tokens in the log now. ``cancelled``: the job should stop.
+    """
+
+    status: Literal["taken", "fenced", "gone", "gap"]
+    length: int
+    cancelled: bool
+
+
+class Claim(msgspec.Struct, frozen=True):
+    """Answer to a worker that takes a job: go on after ``chunks`` at ``epoch``, or leave it."""
+
+    status: Literal["claimed", "ended", "missing"]
+    epoch: int = 0
+    chunks: tuple[Chunk, ...] = ()
+    cancelled: bool = False
+
+
+class JobView(msgspec.Struct, frozen=True):
+    """A job and its log as they are now; ``end`` is set once it ended."""
+
+    job: Job
+    epoch: int
+    chunks: tuple[Chunk, ...]
+    end: End | None
+    cancelled: bool
+
+
+class OpenJob(msgspec.Struct, frozen=True):
+    """An open job as the sweeper looks at it. ``age_ms`` counts from when it was stored."""
+
+    job_id: str
+    age_ms: int
+    epoch: int
+    cancelled: bool
+    published: tuple[str, int, int] | None
+    claimed_by: str | None
+
+
+class Call(msgspec.Struct, frozen=True):
+    """One script with its keys and arguments."""
+
+    script: Script
+    keys: list[str]
+    args: list[bytes | str | int]
+
+    @property
+    def evalsha(self) -> list[bytes | str | int]:
+        """Arguments of EVALSHA."""
+        return [self.script.sha, len(self.keys), *self.keys, *self.args]
+
+
+def knows_command(info: Sequence[Any]) -> bool:
+    """Whether the server has the command that COMMAND INFO was asked about."""
+    return bool(info) and info[0] is not None
+
+
+def without_script(replies: Sequence[Any]) -> list[int]:
+    """Positions of the calls whose script the server does not have (yet, or any more)."""
+    return [i for i, reply in enumerate(replies) if isinstance(reply, NoScriptError)]
+
+
+def store_call(job: Job, lease_ms: int) -> Call:
+    """``lease_ms`` counts only for a job that is leased."""
+    lease = lease_ms if job.leased else 0
+    keys = [names.job_key(job.job_id), names.open_jobs_key(names.shard_of(job.job_id))]
+    return Call(scripts.STORE, keys, [job.job_id, codec.encode(job), lease])
+
+
+def published_call(job_id: str, topic: str, partition: int, offset: int) -> Call:
+    return Call(scripts.PUBLISHED, [names.job_key(job_id)], [f"{topic}:{partition}:{offset}"])
+
+
+def discard_call(job_id: str) -> Call:
+    keys = [*_job_keys(job_id), names.open_jobs_key(names.shard_of(job_id))]
+    return Call(scripts.DISCARD, keys, [job_id, RETIRED_TTL_S])
+
+
+def claim_call(job_id: str, worker_id: str) -> Call:
+    return Call(scripts.CLAIM, _job_keys(job_id), [worker_id])
+
+
+def recreate_call(job: Job, above_epoch: int, worker_id: str) -> Call:
+    keys = [*_job_keys(job.job_id), names.open_jobs_key(names.shard_of(job.job_id))]
+    lease = RECREATED_LEASE_MS if job.leased else 0
+    return Call(
+        scripts.RECREATE, keys, [worker_id, job.job_id, codec.encode(job), above_epoch, lease]
+    )
+
+
+def decode_claim(reply: Sequence[Any]) -> Claim:
+    status = reply[0]
+    if status == b"missing":
+        return Claim("missing")
+    if status == b"ended":
+        return Claim("ended", reply[1])
+    return Claim("claimed", reply[1], tuple(map(codec.decode_chunk, reply[3:])), bool(reply[2]))
+
+
+def append_calls(chunks: Sequence[Chunk]) -> list[tuple[list[int], Call]]:
+    """One call per delivery shard, each with the positions of its chunks in ``chunks``."""
+    positions: defaultdict[str, list[int]] = defaultdict(list)
+    for position, chunk in enumerate(chunks):
+        positions[chunk.job_id[:2]].append(position)
+    return [(where, _append_call([chunks[i] for i in where])) for where in positions.values()]
+
+
+def _append_call(chunks: Sequence[Chunk]) -> Call:
+    keys: list[str] = []
+    facts = []
+    values: list[bytes | str | int] = [ENDED_TTL_S, b""]
+    encode = codec.encode
+    for chunk in chunks:
+        keys += _job_keys(chunk.job_id)
+        if chunk.end is not None:
+            kind = _KIND_END
+        else:
+            kind = _KIND_RESTARTED if chunk.restarted else _KIND_TOKENS
+        facts.append((chunk.epoch, chunk.first_index, len(chunk.tokens), kind))
+        values.append(encode(chunk))
+    values[1] = encode(facts)
+    shard = names.shard_of(chunks[0].job_id)
+    keys += (names.events_channel(shard), names.open_jobs_key(shard))
+    return Call(scripts.APPEND, keys, values)
+
+
+def decode_append(reply: Sequence[int]) -> list[AppendResult]:
+    return [
+        AppendResult(_STATUS[status], length, cancelled == 1)
+        for status, length, cancelled in zip(reply[::3], reply[1::3], reply[2::3], strict=True)
+    ]
+
+
+def retire_call(job_id: str) -> Call:
+    return Call(scripts.RETIRE, _job_keys(job_id), [RETIRED_TTL_S])
+
+
+def cancel_call(job_id: str) -> Call:
+    channel = names.control_channel(names.shard_of(job_id))
+    return Call(scripts.CANCEL, [names.job_key(job_id), channel], [job_id])
+
+
+def renew_calls(job_ids: Iterable[str], lease_ms: int) -> list[Call]:
+    """One call per delivery shard."""
+    by_shard: defaultdict[str, list[str]] = defaultdict(list)
+    for job_id in job_ids:
+        by_shard[job_id[:2]].append(names.job_key(job_id))
+    return [Call(scripts.RENEW, keys, [lease_ms]) for keys in by_shard.values()]
+
+
+def read_call(job_id: str) -> Call:
+    return Call(scripts.READ, _job_keys(job_id), [])
+
+
+def decode_view(reply: Sequence[Any], after: int) -> JobView | None:
+    """Chunks that hold an index above ``after``, and the end, from READ's reply."""
+    if not reply:
+        return None
+    chunks = tuple(map(codec.decode_chunk, reply[3:]))
+    end = chunks[-1].end if chunks else None
+    newer = (c for c in chunks if c.first_index + len(c.tokens) > after + 1 or c.end is not None)
+    return JobView(codec.decode_job(reply[0]), reply[1], tuple(newer), end, bool(reply[2]))
+
+
+def once_call(tenant: str, key: str, digest: str, job_id: str) -> Call:
+    name = names.idempotency_key(tenant, key)
+    return Call(scripts.ONCE, [name], [f"{job_id} {digest}", IDEMPOTENCY_TTL_S])
+
+
+def decode_once(reply: bytes, key: str, digest: str, job_id: str) -> tuple[str, bool]:
+    """Raises InvalidRequest where the key was first used with another request."""
+    first_job_id, _, first_digest = reply.decode().partition(" ")
+    if first_digest != digest:
+        raise InvalidRequest(
+            f"idempotency_key {key!r} was used with another request; send a new key"
+        )
+    return first_job_id, first_job_id == job_id
+
+
+def release_call(tenant: str, key: str, job_id: str) -> Call:
+    return Call(scripts.RELEASE, [names.idempotency_key(tenant, key)], [f"{job_id} "])
+
+
+def lead_call(owner: str, ttl_ms: int) -> Call:
+    return Call(scripts.LEAD, [names.SWEEPER_KEY], [owner, ttl_ms])
+
+
+OPEN_JOB_FIELDS = ("epoch", "cancel", "lease_until", "published", "claimed_by", "state")
+
+
+def decode_open_job(
+    job_id: bytes, stored_ms: float, fields: Sequence[bytes | None], now_ms: int
+) -> OpenJob | None:
+    """From ``OPEN_JOB_FIELDS`` of the job's hash; None where it ended meanwhile or is lost."""
+    epoch, cancel, lease_until, published, claimed_by, state = fields
+    if state != b"open" or epoch is None:
+        return None
+    where = None
+    if published is not None:
+        topic, partition, offset = published.decode().rsplit(":", 2)
+        where = (topic, int(partition), int(offset))
+    return OpenJob(
+        job_id=job_id.decode(),
+        age_ms=now_ms - int(stored_ms),
+        epoch=int(epoch),
+        cancelled=cancel is not None or (lease_until is not None and now_ms > int(lease_until)),
+        published=where,
+        claimed_by=None if claimed_by is None else claimed_by.decode(),
+    )
+
+
+def _job_keys(job_id: str) -> list[str]:
+    return [names.job_key(job_id), names.log_key(job_id)]

@@ -1,0 +1,136 @@
+"""``JobLog``: the worker's side of the job log, blocking; safe for use by several threads."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, cast
+
+import redis
+
+from openlora.joblog import core
+from openlora.joblog.clients import redis_errors
+from openlora.joblog.core import AppendResult, Call, Claim
+from openlora.protocol import codec, names
+from openlora.protocol.events import Chunk
+from openlora.protocol.jobs import Job
+from openlora.protocol.status import Heartbeat
+
+
+class JobLog:
+    """Claims, appends and heartbeats over one Redis client (``redis_client(url)``).
+
+    Every method may raise ``Overloaded`` when Redis does not answer; calling it again is safe.
+    """
+
+    def __init__(self, client: redis.Redis) -> None:
+        self._redis: Any = client  # redis-py's annotations leave replies open
+
+    def claim(self, job_ids: Sequence[str], worker_id: str) -> list[Claim]:
+        """Take jobs, in one round trip: each at an epoch that fences whoever had it before."""
+        replies = self._run([core.claim_call(job_id, worker_id) for job_id in job_ids])
+        return [core.decode_claim(reply) for reply in replies]
+
+    def recreate(self, job: Job, above_epoch: int, worker_id: str) -> Claim:
+        """Open the log of a job that Redis lost, at an epoch above ``above_epoch``.
+
+        Only the present owner of the job's partition may do this. The first chunk it appends
+        carries ``restarted``. If the log is there after all, this is a claim at an epoch above
+        both. Lost cancel marks stay lost; a leased job gets 30 s for its gateway to renew.
+        """
+        return core.decode_claim(self._run([core.recreate_call(job, above_epoch, worker_id)])[0])
+
+    def append(self, chunks: Sequence[Chunk]) -> list[AppendResult]:
+        """Log and publish, one atomic call per delivery shard, all sent together.
+
+        Answers in the order of ``chunks``; each stands for itself. A chunk without tokens, end and
+        ``restarted`` is a probe: it is checked and answered, and nothing is written.
+        """
+        calls = core.append_calls(chunks)
+        results: list[AppendResult | None] = [None] * len(chunks)
+        replies = self._run([call for _, call in calls])
+        for (positions, _), reply in zip(calls, replies, strict=True):
+            for position, result in zip(positions, core.decode_append(reply), strict=True):
+                results[position] = result
+        return cast("list[AppendResult]", results)
+
+    def retire(self, job_ids: Sequence[str]) -> None:
+        """The offsets of these jobs are committed: keep their ends for an hour only."""
+        self._run([core.retire_call(job_id) for job_id in job_ids])
+
+    def write_heartbeat(self, heartbeat: Heartbeat) -> None:
+        """Show this worker to all for the next 5 s."""
+        with redis_errors(self._redis), self._redis.pipeline(transaction=False) as pipeline:
+            pipeline.sadd(names.WORKERS_KEY, heartbeat.id)
+            key = names.worker_key(heartbeat.id)
+            pipeline.set(key, codec.encode(heartbeat), ex=core.HEARTBEAT_TTL_S)
+            pipeline.execute()
+
+    def remove_heartbeat(self, worker_id: str) -> None:
+        """The worker leaves on purpose."""
+        with redis_errors(self._redis), self._redis.pipeline(transaction=False) as pipeline:
+            pipeline.srem(names.WORKERS_KEY, worker_id)
+            pipeline.delete(names.worker_key(worker_id))
+            pipeline.execute()
+
+    def control(self) -> ControlListener:
+        """A listener for cancels, on a connection of its own."""
+        return ControlListener(self._redis)
+
+    def _run(self, calls: Sequence[Call]) -> list[Any]:
+        with redis_errors(self._redis):
+            replies = self._send(calls)
+            lost = core.without_script(replies)
+            if lost:  # Redis is new or was restarted
+                for script in {calls[i].script for i in lost}:
+                    self._redis.script_load(script.source)
+                for i, reply in zip(lost, self._send([calls[i] for i in lost]), strict=True):
+                    replies[i] = reply
+            for reply in replies:
+                if isinstance(reply, Exception):
+                    raise reply
+        return replies
+
+    def _send(self, calls: Sequence[Call]) -> list[Any]:
+        if not calls:
+            return []
+        with self._redis.pipeline(transaction=False) as pipeline:
+            for call in calls:
+                pipeline.execute_command("EVALSHA", *call.evalsha)
+            return pipeline.execute(raise_on_error=False)
+
+
+class ControlListener:
+    """Cancels of all shards, for one thread. What is said while Redis is away is missed: the marks
+    themselves are durable and come with every claim's and append's answer."""
+
+    def __init__(self, client: redis.Redis) -> None:
+        self._redis: Any = client
+        self._pubsub = self._redis.pubsub()
+        self._is_subscribed = False
+
+    def poll(self, timeout_s: float) -> list[str]:
+        """IDs of jobs that were cancelled; waits for the first one at most ``timeout_s``.
+
+        Raises:
+            Overloaded: Redis does not answer; polling again connects again.
+        """
+        with redis_errors(self._redis):
+            if not self._is_subscribed:
+                channels = [names.control_channel(shard) for shard in range(names.SHARD_COUNT)]
+                info = self._redis.execute_command("COMMAND INFO", "spublish")
+                subscribe = (
+                    self._pubsub.ssubscribe if core.knows_command(info) else self._pubsub.subscribe
+                )
+                subscribe(*channels)
+                self._is_subscribed = True
+            job_ids = []
+            message = self._pubsub.get_message(timeout=timeout_s)
+            while message is not None:
+                if message["type"] in ("message", "smessage"):
+                    job_ids.append(message["data"].decode())
+                message = self._pubsub.get_message(timeout=0)
+            return job_ids
+
+    def close(self) -> None:
+        """Give the connection back."""
+        self._pubsub.close()
