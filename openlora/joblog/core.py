@@ -188,13 +188,17 @@ def read_call(job_id: str) -> Call:
 
 
 def decode_view(reply: Sequence[Any], after: int) -> JobView | None:
-    """Chunks that hold an index above ``after``, and the end, from READ's reply."""
+    """READ's reply as ``AsyncJobLog.read`` gives it."""
     if not reply:
         return None
     chunks = tuple(map(codec.decode_chunk, reply[3:]))
     end = chunks[-1].end if chunks else None
-    newer = (c for c in chunks if c.first_index + len(c.tokens) > after + 1 or c.end is not None)
-    return JobView(codec.decode_job(reply[0]), reply[1], tuple(newer), end, bool(reply[2]))
+    is_restarted = bool(chunks) and chunks[0].restarted
+    if after >= 0 and not is_restarted:
+        chunks = tuple(
+            c for c in chunks if c.first_index + len(c.tokens) > after + 1 or c.end is not None
+        )
+    return JobView(codec.decode_job(reply[0]), reply[1], chunks, end, bool(reply[2]))
 
 
 def once_call(tenant: str, key: str, digest: str, job_id: str) -> Call:

@@ -96,7 +96,8 @@ class JobLog:
         with self._redis.pipeline(transaction=False) as pipeline:
             for call in calls:
                 pipeline.execute_command("EVALSHA", *call.evalsha)
-            return pipeline.execute(raise_on_error=False)
+            replies: list[Any] = pipeline.execute(raise_on_error=False)
+            return replies
 
 
 class ControlListener:

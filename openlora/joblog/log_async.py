@@ -53,7 +53,9 @@ class AsyncJobLog:
     async def read(self, job_id: str, after: int = -1) -> JobView | None:
         """The job with the chunks that hold an index above ``after``; None if it is not known.
 
-        The first chunk may begin at or before ``after``: it is given whole.
+        The first chunk may begin at or before ``after``: it is given whole. So is a log that was
+        restarted, whose first chunk says so: the reader's ``after`` may be of the run that was
+        lost, which the chunk's epoch tells.
         """
         return core.decode_view((await self._run([core.read_call(job_id)]))[0], after)
 
@@ -153,4 +155,5 @@ class AsyncJobLog:
         async with self._redis.pipeline(transaction=False) as pipeline:
             for call in calls:
                 pipeline.execute_command("EVALSHA", *call.evalsha)
-            return await pipeline.execute(raise_on_error=False)
+            replies: list[Any] = await pipeline.execute(raise_on_error=False)
+            return replies
