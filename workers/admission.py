@@ -1,0 +1,175 @@
+"""Hop 4, first half: messages of Kafka become runs of the engine, or end here."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from openlora.adapters.store import AdapterStore
+
+from openlora.errors import (
+    AdapterFailed,
+    DeadlineExceeded,
+    InvalidRequest,
+    OpenLoRAError,
+    PromptTooLong,
+)
+from openlora.joblog import Claim, JobLog
+from openlora.protocol.codec import decode_job
+from openlora.protocol.jobs import Job
+from workers.consumer import Fetched
+from workers.dead_letters import DeadLetters
+from workers.engine_client import EngineClient
+from workers.messages import ModelFacts, Start
+from workers.run import Run, failure_of, now_ms
+from workers.token_sink import TokenSink, lost_log_epoch
+from workers.tokenizer import PromptTokenizer
+
+MERGE_METHOD = "cat"
+
+logger = logging.getLogger("workers.admission")
+
+
+@dataclass(frozen=True, slots=True)
+class Admission:
+    """Everything it takes to turn a message into a run. Used by the loop's thread alone.
+
+    Attributes:
+        end_position: (position, job ID or None): the message needs nothing more from us.
+        next_ticket: a number never used before.
+    """
+
+    worker_id: str
+    job_log: JobLog
+    sink: TokenSink
+    engine: EngineClient
+    facts: ModelFacts
+    tokenizer: PromptTokenizer
+    adapters: AdapterStore
+    dead_letters: DeadLetters
+    end_position: Callable[[Fetched, str | None], None]
+    next_ticket: Callable[[], int]
+
+    def admit(self, batch: Sequence[Fetched], running: dict[str, Run]) -> list[Run]:
+        """New runs, in the engine already or with their ``end`` set and not logged yet.
+
+        ``running``: job ID → run; a message of a job that runs here only adds its position.
+        """
+        fresh: dict[str, tuple[Job, Fetched]] = {}
+        duplicates: list[tuple[str, Fetched]] = []
+        for fetched in batch:
+            try:
+                job = decode_job(fetched.value)
+            except InvalidRequest as error:
+                self.dead_letters.write(fetched, error.code, error.message)
+                continue
+            run = running.get(job.job_id)
+            if run is not None:
+                run.positions.append(fetched.position)
+            elif job.job_id in fresh:
+                duplicates.append((job.job_id, fetched))
+            else:
+                fresh[job.job_id] = (job, fetched)
+        runs = self._claim(fresh)
+        by_job = {run.job.job_id: run for run in runs}
+        for job_id, fetched in duplicates:
+            if job_id in by_job:
+                by_job[job_id].positions.append(fetched.position)
+            else:
+                self.end_position(fetched, None)
+        return runs
+
+    def _claim(self, fresh: dict[str, tuple[Job, Fetched]]) -> list[Run]:
+        if not fresh:
+            return []
+        job_ids = list(fresh)
+        claims = self.sink.patiently(lambda: self.job_log.claim(job_ids, self.worker_id))
+        runs = []
+        for (job, fetched), claim in zip(fresh.values(), claims, strict=True):
+            restarted = claim.status == "missing"
+            if restarted:
+                logger.warning("event=log_missing job=%s next=recreate", job.job_id)
+                claim = self._recreate(job)
+                restarted = not claim.chunks
+            if claim.status != "claimed":
+                self.end_position(fetched, job.job_id)
+                continue
+            runs.append(self._begin(job, fetched, claim, restarted))
+        return runs
+
+    def _recreate(self, job: Job) -> Claim:
+        above = lost_log_epoch()
+        return self.sink.patiently(lambda: self.job_log.recreate(job, above, self.worker_id))
+
+    def _begin(self, job: Job, fetched: Fetched, claim: Claim, restarted: bool) -> Run:
+        run = Run(
+            job,
+            self.next_ticket(),
+            claim.epoch,
+            fetched.position,
+            self.tokenizer.backend,
+            self.facts.eos_token_ids,
+        )
+        run.restarted = restarted
+        reason = run.resume(claim.chunks)
+        try:
+            prompt_token_ids = self._prompt(job)
+            run.prompt_tokens = len(prompt_token_ids)
+            if reason is not None:
+                run.finish(reason)
+            elif claim.cancelled:
+                run.finish("cancelled")
+            else:
+                self._start(run, prompt_token_ids, fetched)
+        except OpenLoRAError as error:
+            run.fail(failure_of(error))
+        return run
+
+    def _prompt(self, job: Job) -> list[int]:
+        token_ids = self.tokenizer.encode(job)
+        limit = self.facts.max_model_len
+        if len(token_ids) >= limit:
+            raise PromptTooLong(
+                f"the prompt has {len(token_ids)} tokens and the model's context holds {limit}; "
+                "shorten it"
+            )
+        return token_ids
+
+    def _start(self, run: Run, prompt_token_ids: list[int], fetched: Fetched) -> None:
+        job = run.job
+        if job.deadline_ms is not None and now_ms() >= job.deadline_ms:
+            raise DeadlineExceeded("the deadline passed before the job could start")
+        if job.merge.method != MERGE_METHOD:
+            error = InvalidRequest(
+                f"merge.method is {job.merge.method!r}; this worker knows only {MERGE_METHOD!r}"
+            )
+            self.dead_letters.write(fetched, error.code, error.message, job.job_id)
+            raise error
+        for adapter in job.adapters:
+            path = self.adapters.path(adapter.hash)
+            if not path.is_dir():
+                raise AdapterFailed(
+                    f"the files of adapter {adapter.id!r} version {adapter.version} are not in "
+                    f"this worker's store ({path}); add it again"
+                )
+            self.engine.register(adapter.hash, str(path))
+        self.engine.start(
+            Start(
+                ticket=run.ticket,
+                prompt_token_ids=tuple(prompt_token_ids),
+                params=job.params,
+                adapters=_weights(job),
+                output_token_ids=tuple(token.token_id for token in run.tokens),
+                priority=job.priority,
+            )
+        )
+        run.started()
+
+
+def _weights(job: Job) -> tuple[tuple[str, float], ...]:
+    """(content hash, weight); two adapters of equal content are one with the sum of weights."""
+    weights: dict[str, float] = {}
+    for adapter in job.adapters:
+        weights[adapter.hash] = weights.get(adapter.hash, 0.0) + adapter.weight
+    return tuple(weights.items())

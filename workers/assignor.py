@@ -1,0 +1,117 @@
+"""Which worker owns which partitions: cooperative, sticky, the same number of both job topics.
+
+Partition p of every job topic goes to the same member, because the key of both is the adapter:
+an adapter is then hot on one worker only. kafka-python's own cooperative-sticky assignor places
+partitions one by one and would part them; everything but the placement is taken from it (KIP-429:
+members keep what they own, a partition that moves is first given up, then assigned in a second
+round).
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from kafka.coordinator.assignors.cooperative_sticky import CooperativeStickyAssignor
+from kafka.protocol.consumer.metadata import ConsumerProtocolAssignment
+
+from workers.offsets import Partition
+
+
+def place(
+    numbers: Iterable[int], members: Iterable[str], owners: Mapping[int, str]
+) -> dict[int, str]:
+    """Give each partition number to one member: as even as can be, with the fewest moves.
+
+    Args:
+        numbers: the partition numbers to place.
+        members: who takes part, at least one.
+        owners: number → the member that owns it now; others count as free.
+
+    Every member gets ⌊n/m⌋ or ⌈n/m⌉ numbers; those who own more than that keep their lowest.
+    """
+    everyone = sorted(set(members))
+    wanted = sorted(set(numbers))
+    held: dict[str, list[int]] = {member: [] for member in everyone}
+    free = []
+    for number in wanted:
+        owner = owners.get(number)
+        if owner in held:
+            held[owner].append(number)
+        else:
+            free.append(number)
+    low, extra = divmod(len(wanted), len(everyone))
+    by_size = sorted(everyone, key=lambda member: (-len(held[member]), member))
+    quota = {member: low + (rank < extra) for rank, member in enumerate(by_size)}
+    for member, own in held.items():
+        free += own[quota[member] :]
+        del own[quota[member] :]
+    free.sort(reverse=True)
+    for member in by_size:
+        while len(held[member]) < quota[member]:
+            held[member].append(free.pop())
+    return {number: member for member, own in held.items() for number in own}
+
+
+def one_round(
+    ideal: Mapping[int, str], partitions: Iterable[Partition], owned: Mapping[Partition, str]
+) -> dict[str, list[Partition]]:
+    """The partitions each member gets in this round: those that are free or its own already.
+
+    One that must move is left out, so that its owner gives it up and rejoins; the round after
+    that finds it free.
+    """
+    given: dict[str, list[Partition]] = defaultdict(list)
+    for partition in partitions:
+        member = ideal[partition[1]]
+        if owned.get(partition, member) == member:
+            given[member].append(partition)
+    return given
+
+
+class SamePartitionsAssignor(CooperativeStickyAssignor):  # type: ignore[misc]
+    """Cooperative-sticky, with partition p of all job topics on the same member."""
+
+    name = "openlora-same-partitions"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.member_assignment = None
+
+    def forget(self) -> None:
+        """Membership was lost: what we owned is no longer ours to announce."""
+        self.member_assignment = None
+
+    def assign(self, cluster: Any, members: list[Any]) -> dict[str, Any]:
+        """The leader's part: member ID → what it gets in this round."""
+        member_ids = sorted(member.member_id for member in members)
+        owned: dict[Partition, str] = {}
+        topics: set[str] = set()
+        for member in sorted(members, key=lambda member: str(member.member_id)):
+            parsed = self.parse_member_metadata(member.metadata)
+            topics.update(parsed.subscription)
+            for partition in parsed.partitions:
+                # Two members can only name the same partition if one has lost its membership
+                # without knowing; the claims' epochs keep even that harmless.
+                owned.setdefault((partition.topic, partition.partition), member.member_id)
+        partitions = sorted(
+            (topic, number)
+            for topic in topics
+            for number in cluster.partitions_for_topic(topic) or ()
+        )
+        present = set(partitions)
+        owned = {partition: member for partition, member in owned.items() if partition in present}
+        # By the first topic in name order where it has an owner, so that both follow one.
+        number_owners = {
+            number: member for (_, number), member in sorted(owned.items(), reverse=True)
+        }
+        ideal = place((number for _, number in partitions), member_ids, number_owners)
+        given = one_round(ideal, partitions, owned)
+        return {member_id: self._assignment(given.get(member_id, [])) for member_id in member_ids}
+
+    def _assignment(self, partitions: list[Partition]) -> Any:
+        by_topic: dict[str, list[int]] = defaultdict(list)
+        for topic, number in partitions:
+            by_topic[topic].append(number)
+        return ConsumerProtocolAssignment(self.version, sorted(by_topic.items()), b"")

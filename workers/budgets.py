@@ -1,0 +1,34 @@
+"""How many jobs a worker holds at once, and which topics pause. Pure."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from openlora.protocol.names import BATCH_TOPIC, JOBS_TOPIC
+
+
+@dataclass(frozen=True, slots=True)
+class Budgets:
+    """Most jobs held at once, those waiting in the engine included.
+
+    Batch jobs have their own, smaller share, and none while interactive jobs alone have used up
+    half of theirs: batch pauses first, so it never takes the room of somebody who watches.
+    """
+
+    interactive: int
+    batch: int
+
+    def paused_topics(self, interactive: int, batch: int) -> frozenset[str]:
+        """The topics to fetch nothing from, given the jobs held of each kind."""
+        paused = set()
+        if interactive >= self.interactive:
+            paused.add(JOBS_TOPIC)
+        if batch >= self.batch or 2 * interactive >= self.interactive:
+            paused.add(BATCH_TOPIC)
+        return frozenset(paused)
+
+    def room(self, interactive: int, batch: int) -> int:
+        """Messages the next fetch may bring; at least 1, as a paused topic brings none."""
+        paused = self.paused_topics(interactive, batch)
+        left = {JOBS_TOPIC: self.interactive - interactive, BATCH_TOPIC: self.batch - batch}
+        return max(1, min((left[topic] for topic in left.keys() - paused), default=1))

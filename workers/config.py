@@ -1,0 +1,148 @@
+"""A worker's settings: flags first, then environment. The only place that reads either."""
+
+from __future__ import annotations
+
+import argparse
+import secrets
+import socket
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from openlora.errors import SetupError
+
+ENVIRONMENT: dict[str, str] = {
+    "OPENLORA_MODEL": "model: a directory with config, weights and tokenizer, or a hub ID",
+    "OPENLORA_KAFKA": "Kafka bootstrap servers, host:port[,host:port…]",
+    "OPENLORA_REDIS": "Redis URL, redis://[:password@]host:port/0",
+    "OPENLORA_STORE": "root of the content-addressed adapter store",
+    "OPENLORA_DEVICE": "auto, cpu or cuda",
+    "OPENLORA_DTYPE": "auto, float32, bfloat16 or float16",
+    "OPENLORA_DRAIN_TIMEOUT_S": "seconds that running jobs get to end when the worker stops",
+    "OPENLORA_LOG_LEVEL": "debug, info, warning or error",
+}
+
+DEVICES = ("auto", "cpu", "cuda")
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+LOG_LEVELS = ("debug", "info", "warning", "error")
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerConfig:
+    """Everything a worker process needs to know.
+
+    Attributes:
+        model: directory or hub ID of the model; its tokenizer is there too.
+        store: root of the content-addressed adapter store, shared with the gateway.
+        engine: "model", or "scripted:RATE" / "clock:RATE" (steps per second) for benchmarks.
+        worker_id: names this worker in claims and heartbeats.
+        interactive_budget, batch_budget: jobs of each kind held at once, waiting ones included.
+        drain_timeout_s: what running jobs get to end when the worker stops; then they are left
+            to the next worker, which continues them with the next token.
+    """
+
+    model: str
+    kafka: str
+    redis: str
+    store: Path
+    device: str = "auto"
+    dtype: str = "auto"
+    engine: str = "model"
+    worker_id: str = ""
+    interactive_budget: int = 512
+    batch_budget: int = 256
+    drain_timeout_s: float = 30.0
+    log_level: str = "warning"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The worker's flags. Defaults come from the environment, in ``config_from``."""
+    parser.add_argument("--model", metavar="M", help=ENVIRONMENT["OPENLORA_MODEL"])
+    parser.add_argument("--kafka", metavar="SERVERS", help=ENVIRONMENT["OPENLORA_KAFKA"])
+    parser.add_argument("--redis", metavar="URL", help=ENVIRONMENT["OPENLORA_REDIS"])
+    parser.add_argument("--store", metavar="DIR", help=ENVIRONMENT["OPENLORA_STORE"])
+    parser.add_argument("--device", help=ENVIRONMENT["OPENLORA_DEVICE"])
+    parser.add_argument("--dtype", help=ENVIRONMENT["OPENLORA_DTYPE"])
+    parser.add_argument(
+        "--engine",
+        default="model",
+        help="model (default), or scripted:RATE / clock:RATE, an engine that computes nothing",
+    )
+    parser.add_argument(
+        "--worker-id", default="", help="name in heartbeats (default: host + random)"
+    )
+    parser.add_argument("--interactive-budget", type=int, default=512, help="jobs held at once")
+    parser.add_argument("--batch-budget", type=int, default=256, help="batch jobs held at once")
+    parser.add_argument(
+        "--drain-timeout-s", metavar="S", help=ENVIRONMENT["OPENLORA_DRAIN_TIMEOUT_S"]
+    )
+    parser.add_argument("--log-level", metavar="L", help=ENVIRONMENT["OPENLORA_LOG_LEVEL"])
+
+
+def config_from(args: argparse.Namespace, environ: Mapping[str, str]) -> WorkerConfig:
+    """The settings of ``args``, then ``environ``. Raises SetupError naming a bad value."""
+    model = args.model or environ.get("OPENLORA_MODEL")
+    engine = _checked_engine(args.engine)
+    if not model:
+        raise SetupError("no model given; set --model or OPENLORA_MODEL")
+    return WorkerConfig(
+        model=model,
+        kafka=args.kafka or environ.get("OPENLORA_KAFKA") or "127.0.0.1:9092",
+        redis=args.redis or environ.get("OPENLORA_REDIS") or "redis://127.0.0.1:6379/0",
+        store=_store(args.store or environ.get("OPENLORA_STORE"), environ),
+        device=_one_of("device", args.device or environ.get("OPENLORA_DEVICE"), DEVICES),
+        dtype=_one_of("dtype", args.dtype or environ.get("OPENLORA_DTYPE"), DTYPES),
+        engine=engine,
+        worker_id=args.worker_id or f"{socket.gethostname()}-{secrets.token_hex(4)}",
+        interactive_budget=_at_least_one("interactive-budget", args.interactive_budget),
+        batch_budget=_at_least_one("batch-budget", args.batch_budget),
+        drain_timeout_s=_seconds(
+            "drain-timeout-s", args.drain_timeout_s or environ.get("OPENLORA_DRAIN_TIMEOUT_S")
+        ),
+        log_level=_one_of(
+            "log-level",
+            args.log_level or environ.get("OPENLORA_LOG_LEVEL") or "warning",
+            LOG_LEVELS,
+        ),
+    )
+
+
+def _store(value: str | None, environ: Mapping[str, str]) -> Path:
+    if value:
+        return Path(value).expanduser()
+    cache = environ.get("XDG_CACHE_HOME")
+    return (Path(cache) if cache else Path.home() / ".cache") / "openlora" / "adapters"
+
+
+def _one_of(name: str, value: str | None, allowed: tuple[str, ...]) -> str:
+    chosen = value or allowed[0]
+    if chosen not in allowed:
+        raise SetupError(f"{name} is {chosen!r}; it must be one of {', '.join(allowed)}")
+    return chosen
+
+
+def _at_least_one(name: str, value: int) -> int:
+    if value < 1:
+        raise SetupError(f"{name} is {value}; it must be at least 1")
+    return value
+
+
+def _seconds(name: str, value: str | None) -> float:
+    try:
+        seconds = float(value) if value is not None else 30.0
+    except ValueError:
+        seconds = -1.0
+    if not 0 <= seconds < float("inf"):
+        raise SetupError(f"{name} is {value!r}; it must be a number of seconds, 0 or more")
+    return seconds
+
+
+def _checked_engine(value: str) -> str:
+    kind, _, rate = value.partition(":")
+    try:
+        rate_ok = float(rate or 0) >= 0
+    except ValueError:
+        rate_ok = False
+    if kind not in ("model", "scripted", "clock") or not rate_ok or (kind == "model" and rate):
+        raise SetupError(f"engine is {value!r}; it must be model, scripted[:RATE] or clock[:RATE]")
+    return value

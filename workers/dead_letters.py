@@ -1,0 +1,106 @@
+"""Messages that cannot be run go to ``openlora.dead``, whole and with the reason."""
+
+from __future__ import annotations
+
+import base64
+import logging
+import queue
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+import msgspec
+from kafka import KafkaProducer
+from kafka.errors import KafkaError
+
+from openlora.protocol.codec import encode
+from openlora.protocol.names import DEAD_TOPIC
+from workers.consumer import Fetched
+
+RETRY_S = 1.0
+SEND_TIMEOUT_S = 10.0
+
+logger = logging.getLogger("workers.dead_letters")
+
+
+class DeadLetter(msgspec.Struct, frozen=True):
+    """One entry of ``openlora.dead``. ``value``: the message's bytes in base64, as they were."""
+
+    topic: str
+    partition: int
+    offset: int
+    code: str
+    reason: str
+    value: str
+    worker_id: str
+    written_ms: int
+    job_id: str | None = None
+
+
+class DeadLetters:
+    """Writes dead letters in a thread of its own, started with the first one.
+
+    A letter is held until the broker has it; only then ``on_written`` runs (in that thread), so
+    the message's offset is not committed before its letter is safe.
+    """
+
+    def __init__(
+        self, bootstrap_servers: str, worker_id: str, on_written: Callable[[Fetched], None]
+    ) -> None:
+        self._servers = bootstrap_servers
+        self._worker_id = worker_id
+        self._on_written = on_written
+        self._queue: queue.Queue[tuple[Fetched, bytes] | None] = queue.Queue()
+        self._thread = threading.Thread(target=self._run, name="dead-letters", daemon=True)
+        self._stopping = threading.Event()
+
+    def write(self, fetched: Fetched, code: str, reason: str, job_id: str | None = None) -> None:
+        """Queue one letter."""
+        topic, partition = fetched.position.partition
+        logger.warning(
+            "event=dead_letter topic=%s partition=%d offset=%d code=%s reason=%r next=skip",
+            *(topic, partition, fetched.position.offset, code, reason),
+        )
+        letter = DeadLetter(
+            topic=topic,
+            partition=partition,
+            offset=fetched.position.offset,
+            code=code,
+            reason=reason,
+            value=base64.b64encode(fetched.value).decode(),
+            worker_id=self._worker_id,
+            written_ms=time.time_ns() // 1_000_000,
+            job_id=job_id,
+        )
+        self._queue.put((fetched, encode(letter)))
+        if self._thread.ident is None:
+            self._thread.start()
+
+    def close(self, timeout_s: float) -> None:
+        """Write what is queued, for ``timeout_s`` at most; the rest comes again from Kafka."""
+        self._queue.put(None)
+        if self._thread.ident is not None:
+            self._thread.join(timeout_s)
+            self._stopping.set()
+            self._thread.join(RETRY_S)
+
+    def _run(self) -> None:
+        producer: Any = None
+        while (entry := self._queue.get()) is not None:
+            fetched, value = entry
+            while not self._stopping.is_set():
+                try:
+                    if producer is None:
+                        producer = KafkaProducer(
+                            bootstrap_servers=self._servers.split(","), acks="all"
+                        )
+                    producer.send(DEAD_TOPIC, value, key=fetched.key).get(SEND_TIMEOUT_S)
+                except KafkaError as error:
+                    logger.warning("event=dead_letter_failed error=%r next=retry", error)
+                    self._stopping.wait(RETRY_S)
+                else:
+                    self._on_written(fetched)
+                    break
+        if producer is not None:
+            producer.close(timeout=1)

@@ -1,0 +1,134 @@
+"""The I/O process's side of the engine process: starts it, commands it, reads its steps."""
+
+from __future__ import annotations
+
+import socket
+import subprocess
+import sys
+
+import msgspec
+
+from openlora.errors import SetupError
+from workers.framing import RECEIVE_BYTES, FrameSender, FrameSplitter, receive_frame
+from workers.messages import (
+    Commands,
+    EngineSetup,
+    ModelFacts,
+    SetupFailed,
+    Start,
+    StepOutputs,
+)
+
+SOCKET_BUFFER_BYTES = 1 << 17
+"""About 20 steps of 200 tokens: what the engine may run ahead before it waits for the I/O."""
+STOP_TIMEOUT_S = 5.0
+
+
+class EngineGone(Exception):
+    """The engine process has ended; ``status`` is its exit status, negative for a signal."""
+
+    def __init__(self, status: int | None) -> None:
+        super().__init__(f"the engine process ended with status {status}")
+        self.status = status
+
+
+class EngineClient:
+    """One engine process. Used by one thread at a time."""
+
+    def __init__(self, setup: EngineSetup) -> None:
+        self._setup = setup
+        self._splitter = FrameSplitter()
+        self._decode = msgspec.msgpack.Decoder(StepOutputs).decode
+        self._known_adapters: set[str] = set()
+        self._register: list[tuple[str, str]] = []
+        self._start: list[Start] = []
+        self._abort: list[int] = []
+        ours, theirs = socket.socketpair()
+        with theirs:
+            theirs.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SOCKET_BUFFER_BYTES)
+            self.sock = ours
+            # A session of its own: Ctrl-C is for this process, which drains the engine.
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "workers.engine_process", str(theirs.fileno())],
+                pass_fds=(theirs.fileno(),),
+                start_new_session=True,
+                stdin=subprocess.DEVNULL,
+            )
+        self._sender = FrameSender(ours)
+
+    @property
+    def pid(self) -> int:
+        """Process ID of the engine."""
+        return self._process.pid
+
+    def wait_ready(self) -> ModelFacts:
+        """Block until the model is loaded. Raises SetupError when it cannot be."""
+        self._sender.send(self._setup)
+        bodies = receive_frame(self.sock, self._splitter)
+        if not bodies:
+            status = self._process.wait()
+            raise SetupError(
+                f"the engine process ended with status {status} while loading "
+                f"{self._setup.model}; its lines above say why"
+            )
+        answer = msgspec.msgpack.decode(bodies[0], type=ModelFacts | SetupFailed)
+        if isinstance(answer, SetupFailed):
+            raise SetupError(answer.message)
+        self.sock.setblocking(False)
+        return answer
+
+    def register(self, name: str, path: str) -> None:
+        """Make an adapter known under ``name`` before a start that uses it."""
+        if name not in self._known_adapters:
+            self._known_adapters.add(name)
+            self._register.append((name, path))
+
+    def start(self, start: Start) -> None:
+        """Begin a run; goes out with the next ``flush``."""
+        self._start.append(start)
+
+    def abort(self, ticket: int) -> None:
+        """End a run; outputs already on their way still arrive."""
+        self._abort.append(ticket)
+
+    def flush(self) -> None:
+        """Send all commands gathered since the last call as one frame. Raises EngineGone."""
+        try:
+            if self._register or self._start or self._abort:
+                commands = Commands(tuple(self._register), tuple(self._start), tuple(self._abort))
+                self._register, self._start, self._abort = [], [], []
+                self._sender.send(commands)
+            else:
+                self._sender.flush()
+        except OSError as error:
+            raise EngineGone(self._process.wait()) from error
+
+    @property
+    def wants_write(self) -> bool:
+        """Whether commands wait for room in the socket."""
+        return self._sender.pending_bytes > 0
+
+    def receive(self) -> list[StepOutputs]:
+        """All steps that have arrived. Raises EngineGone when the process has ended."""
+        try:
+            data = self.sock.recv(RECEIVE_BYTES)
+        except BlockingIOError:
+            return []
+        except ConnectionResetError:
+            data = b""
+        if not data:
+            raise EngineGone(self._process.wait())
+        return [self._decode(body) for body in self._splitter.feed(data)]
+
+    def stop(self) -> None:
+        """End the process: it leaves when its socket closes, or is killed after a while."""
+        self.sock.close()
+        try:
+            self._process.wait(STOP_TIMEOUT_S)
+        except subprocess.TimeoutExpired:
+            self.kill()
+
+    def kill(self) -> None:
+        """End the process at once."""
+        self._process.kill()
+        self._process.wait()

@@ -1,0 +1,222 @@
+"""The engine process: reads commands, steps the engine, sends the tokens of each step.
+
+    python -m workers.engine_process FD
+
+FD is its end of a socket pair, inherited from the I/O process. It is a process of its own so that
+the model and the I/O never wait for the same interpreter lock, and a session of its own so that
+Ctrl-C reaches the I/O process alone, which drains it. It ends when the I/O process is gone.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import select
+import socket
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Protocol, cast
+
+import msgspec
+
+from openlora.engine.request import Priority, Request, TokenOutput
+from openlora.errors import OpenLoRAError
+from workers.framing import RECEIVE_BYTES, FrameSplitter, pack_frame, receive_frame
+from workers.messages import (
+    Commands,
+    EngineSetup,
+    Fault,
+    Load,
+    ModelFacts,
+    Output,
+    SetupFailed,
+    Start,
+    StepOutputs,
+)
+from workers.scripted_engine import ScriptedEngine
+
+if TYPE_CHECKING:
+    from openlora.engine import Engine
+
+LOAD_INTERVAL_S = 0.5
+STALLED_WAIT_MS = 1
+"""Pause between steps that said nothing while every request waits (for an adapter to load)."""
+
+logger = logging.getLogger("workers.engine")
+
+
+class Stats(Protocol):
+    """The part of the engine's statistics that a heartbeat carries."""
+
+    running: int
+    waiting: int
+    resident_adapters: Sequence[str]
+
+
+def build_engine(setup: EngineSetup) -> Engine | ScriptedEngine:
+    """The engine named by ``setup.kind``. Raises OpenLoRAError when it cannot start."""
+    kind, _, rate = setup.kind.partition(":")
+    if kind in ("scripted", "clock"):
+        return ScriptedEngine(float(rate or 0), clock_tokens=kind == "clock")
+    from openlora.engine import Engine, EngineConfig
+
+    return Engine(EngineConfig(model=setup.model, device=setup.device, dtype=setup.dtype))
+
+
+class EngineServer:
+    """Commands in, step outputs out, for one engine. One thread; owns the ticket numbers."""
+
+    def __init__(self, engine: Engine | ScriptedEngine, sock: socket.socket) -> None:
+        self._engine = engine
+        self._sock = sock
+        self._splitter = FrameSplitter()
+        self._decode = msgspec.msgpack.Decoder(Commands).decode
+        self._poll = select.poll()
+        self._poll.register(sock, select.POLLIN)
+        self._ticket_of: dict[int, int] = {}
+        self._id_of: dict[int, int] = {}
+        self._failed: list[Output] = []
+        self._load_due = 0.0
+        self._last_load: Load | None = None
+
+    def serve(self) -> None:
+        """Run until the I/O process closes its end."""
+        stalled = False
+        while True:
+            busy = self._engine.has_work() or bool(self._failed)
+            if not busy:
+                self._send((), force_load=True)
+            wait_ms = (STALLED_WAIT_MS if stalled else 0) if busy else None
+            if self._poll.poll(wait_ms):
+                data = self._sock.recv(RECEIVE_BYTES)
+                if not data:
+                    return
+                for body in self._splitter.feed(data):
+                    self._apply(self._decode(body))
+            outputs = self._take_failed()
+            if self._engine.has_work():
+                outputs += [self._output(token) for token in self._engine.step()]
+            stalled = not outputs
+            self._send(tuple(outputs), force_load=False)
+
+    def _apply(self, commands: Commands) -> None:
+        for name, path in commands.register:
+            self._engine.register_adapter(name, path)
+        for start in commands.start:
+            self._start(start)
+        for ticket in commands.abort:
+            request_id = self._id_of.pop(ticket, None)
+            if request_id is not None:
+                del self._ticket_of[request_id]
+                self._engine.abort(request_id)
+
+    def _start(self, start: Start) -> None:
+        request = Request(
+            prompt_token_ids=start.prompt_token_ids,
+            adapters=dict(start.adapters),
+            params=start.params,
+            output_token_ids=start.output_token_ids,
+            priority=cast(Priority, start.priority),
+        )
+        try:
+            request_id = self._engine.add(request)
+        except OpenLoRAError as error:
+            fault = Fault(error.code, error.message)
+            self._failed.append(Output(start.ticket, 0, None, fault=fault))
+            return
+        self._ticket_of[request_id] = start.ticket
+        self._id_of[start.ticket] = request_id
+
+    def _take_failed(self) -> list[Output]:
+        failed, self._failed = self._failed, []
+        return failed
+
+    def _output(self, token: TokenOutput) -> Output:
+        ticket = self._ticket_of[token.request_id]
+        error = token.error
+        if token.finish_reason is not None or error is not None:
+            del self._ticket_of[token.request_id]
+            del self._id_of[ticket]
+        return Output(
+            ticket,
+            token.index,
+            token.token_id,
+            token.finish_reason,
+            token.logprob,
+            token.top_logprobs,
+            None if error is None else Fault(error.code, error.message),
+        )
+
+    def _send(self, outputs: tuple[Output, ...], *, force_load: bool) -> None:
+        """Blocks while the I/O process does not read: that is the engine's backpressure."""
+        load = None
+        now = time.monotonic()
+        if force_load or now >= self._load_due:
+            stats = cast(Stats, self._engine.stats())
+            load = Load(stats.running, stats.waiting, tuple(stats.resident_adapters))
+            self._load_due = now + LOAD_INTERVAL_S
+            if force_load and load == self._last_load:
+                load = None
+            else:
+                self._last_load = load
+        if outputs or load is not None:
+            self._sock.sendall(pack_frame(StepOutputs(outputs, load)))
+
+
+def _facts(engine: Engine | ScriptedEngine) -> ModelFacts:
+    info = engine.model_info
+    return ModelFacts(
+        pid=os.getpid(),
+        device=str(info.device),
+        dtype=str(info.dtype).removeprefix("torch."),
+        max_model_len=info.max_model_len,
+        vocab_size=info.vocab_size,
+        eos_token_ids=tuple(info.eos_token_ids),
+        hidden_size=info.hidden_size,
+        max_lora_rank=getattr(info, "max_lora_rank", 0),
+        attention_backend=info.attention_backend,
+    )
+
+
+def _end_with_parent(sock: socket.socket) -> None:
+    """End this process as soon as the other end closes, also in the middle of a load or step."""
+    hang_up = select.poll()
+    hang_up.register(sock, select.POLLRDHUP)
+    hang_up.poll()
+    os._exit(0)
+
+
+def main() -> int:
+    """Serve on the inherited socket; the exit status."""
+    sock = socket.socket(fileno=int(sys.argv[1]))
+    splitter = FrameSplitter()
+    bodies = receive_frame(sock, splitter)
+    if not bodies:
+        return 0
+    setup = msgspec.msgpack.decode(bodies[0], type=EngineSetup)
+    logging.basicConfig(
+        level=setup.log_level,
+        format="%(asctime)s %(levelname)s %(name)s %(message)s",
+        stream=sys.stderr,
+    )
+    threading.Thread(target=_end_with_parent, args=(sock,), daemon=True).start()
+    try:
+        engine = build_engine(setup)
+    except OpenLoRAError as error:
+        sock.sendall(pack_frame(SetupFailed(error.message)))
+        return 1
+    sock.sendall(pack_frame(_facts(engine)))
+    try:
+        EngineServer(engine, sock).serve()
+    except (BrokenPipeError, ConnectionResetError):
+        logger.info("I/O process gone; ending")
+    except Exception:
+        logger.exception("engine step failed; this process ends and its jobs move to other workers")
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,262 @@
+"""How a worker starts and stops, in this order and for these reasons.
+
+Start
+    1. engine process    first, because loading the model takes longest
+    2. Redis, Kafka      reached meanwhile; if one is not there, that is said within seconds
+    3. tokenizer         loaded meanwhile
+    4. engine ready      waited for before the group is joined: nobody gives us partitions that we
+                         could not serve
+    5. group             joined; jobs come in; the first heartbeat that owns partitions is "ready"
+
+Drain (SIGTERM or SIGINT)
+    1. group             left first, with what has ended committed: others take over our
+                         partitions, and the jobs waiting there, at once
+    2. inbox             dropped; these jobs were not claimed, their next owner takes them
+    3. runs              go on to their end. One that another worker claims meanwhile is fenced
+                         and dropped here: its stream stalls by one prefill. Ends that can no
+                         longer be committed are harmless: the next claim says "ended"
+    4. engine process    stopped when nothing runs or the drain timeout is over; runs that are
+                         left are continued elsewhere from their log
+    5. heartbeat         removed last: until then this worker is seen to drain
+
+A second signal skips to 4 at once. If the engine process dies, the group is left at once, so that
+the jobs move without waiting for the session timeout, and the exit status is 1: whether to start
+again is for the supervisor. If Kafka's thread fails, the runs are drained and the status is 1.
+"""
+
+from __future__ import annotations
+
+import logging
+import signal
+import threading
+import time
+from collections.abc import Callable
+from types import FrameType
+
+import redis
+from openlora.adapters.store import AdapterStore
+
+from openlora.errors import Overloaded, SetupError
+from openlora.joblog import JobLog, redis_client
+from workers.admission import Admission
+from workers.budgets import Budgets
+from workers.config import WorkerConfig
+from workers.consumer import JobConsumer
+from workers.dead_letters import DeadLetters
+from workers.engine_client import EngineClient, EngineGone
+from workers.heartbeat import HEARTBEAT_INTERVAL_S, HeartbeatWriter
+from workers.loop import WorkerLoop
+from workers.messages import EngineSetup
+from workers.run import Run
+from workers.token_sink import Stopped, TokenSink
+from workers.tokenizer import PromptTokenizer
+
+CONNECT_TIMEOUT_S = 10.0
+CONNECT_RETRY_S = 0.25
+LEAVE_TIMEOUT_S = 8.0
+DEAD_LETTERS_TIMEOUT_S = 2.0
+
+logger = logging.getLogger("workers.lifecycle")
+
+
+class Worker:
+    """One worker, from start to exit status. ``run`` belongs to the main thread."""
+
+    def __init__(self, config: WorkerConfig) -> None:
+        self._config = config
+        self._draining = threading.Event()
+        self._stop_now = threading.Event()
+        self._failure: str | None = None
+        self._started = False
+        self._wake: Callable[[], None] = lambda: None
+
+    def run(self) -> int:
+        """Work until a signal; the exit status. Raises SetupError when it cannot start."""
+        config = self._config
+        signal.signal(signal.SIGTERM, self._on_signal)
+        signal.signal(signal.SIGINT, self._on_signal)
+        logger.info("event=start worker=%s model=%s next=engine", config.worker_id, config.model)
+        engine = EngineClient(
+            EngineSetup(
+                kind=config.engine,
+                model=config.model,
+                device=config.device,
+                dtype=config.dtype,
+                log_level=config.log_level.upper(),
+            )
+        )
+        try:
+            return self._run_with(engine)
+        except Stopped:
+            logger.warning("event=stopped_at_once next=other_workers_continue")
+            return 1
+        finally:
+            engine.stop() if not self._stop_now.is_set() else engine.kill()
+            logger.info("event=engine_stopped")
+
+    def _run_with(self, engine: EngineClient) -> int:
+        config = self._config
+        client = redis_client(config.redis)
+        reach_redis(client, CONNECT_TIMEOUT_S)
+        logger.info("event=redis_reached next=kafka")
+        job_log = JobLog(client)
+        # The consumer and the loop refer to each other; the loop needs the engine's socket only.
+        loop: WorkerLoop
+        consumer = JobConsumer(
+            config.kafka,
+            config.worker_id,
+            Budgets(config.interactive_budget, config.batch_budget),
+            deliver=lambda batch: loop.deliver(batch),
+            retire=lambda job_ids: loop.retire(job_ids),
+            on_failure=self._on_consumer_failure,
+        )
+        sink = TokenSink(
+            job_log, config.worker_id, self._stop_now, lambda run: _owns(consumer, run)
+        )
+        loop = WorkerLoop(engine, sink, consumer, job_log.retire)
+        consumer.connect(int(CONNECT_TIMEOUT_S * 1000))
+        logger.info("event=kafka_reached next=tokenizer")
+        tokenizer = PromptTokenizer(config.model)
+        logger.info("event=tokenizer_loaded next=wait_for_engine")
+        facts = engine.wait_ready()
+        logger.info("event=engine_ready pid=%d device=%s next=join_group", facts.pid, facts.device)
+        dead_letters = DeadLetters(
+            config.kafka,
+            config.worker_id,
+            lambda fetched: consumer.end(fetched.position, None),
+        )
+        loop.set_admission(
+            Admission(
+                worker_id=config.worker_id,
+                job_log=job_log,
+                sink=sink,
+                engine=engine,
+                facts=facts,
+                tokenizer=tokenizer,
+                adapters=AdapterStore(config.store),
+                dead_letters=dead_letters,
+                end_position=lambda fetched, job_id: consumer.end(fetched.position, job_id),
+                next_ticket=loop.next_ticket,
+            )
+        )
+        self._wake = loop.wake
+        self._started = True
+        consumer.start()
+        heartbeat = _Heartbeats(HeartbeatWriter(config, facts), job_log, loop, sink, consumer)
+        try:
+            self._work(loop, heartbeat)
+            self._drain(loop, consumer, heartbeat)
+        except EngineGone as error:
+            logger.error("event=engine_died status=%s next=leave_group_and_exit", error.status)
+            self._failure = str(error)
+        finally:
+            consumer.begin_leave()
+            left = consumer.wait_left(0 if self._stop_now.is_set() else LEAVE_TIMEOUT_S)
+            logger.info("event=group_left clean=%s next=remove_heartbeat", left)
+            dead_letters.close(0 if self._stop_now.is_set() else DEAD_LETTERS_TIMEOUT_S)
+            heartbeat.remove()
+            client.close()
+        return 1 if self._failure else 0
+
+    def _work(self, loop: WorkerLoop, heartbeat: _Heartbeats) -> None:
+        while not self._draining.is_set():
+            heartbeat.write_if_due(ready=True)
+            loop.turn(HEARTBEAT_INTERVAL_S)
+
+    def _drain(self, loop: WorkerLoop, consumer: JobConsumer, heartbeat: _Heartbeats) -> None:
+        consumer.begin_leave()
+        loop.drop_inbox()
+        deadline = time.monotonic() + self._config.drain_timeout_s
+        logger.info(
+            "event=drain runs=%d timeout_s=%s next=finish_runs",
+            *(loop.open_runs, self._config.drain_timeout_s),
+        )
+        while loop.open_runs and time.monotonic() < deadline and not self._stop_now.is_set():
+            heartbeat.write_if_due(ready=False)
+            loop.turn(min(HEARTBEAT_INTERVAL_S, max(0.0, deadline - time.monotonic())))
+            loop.drop_inbox()
+        if loop.open_runs:
+            logger.warning(
+                "event=drain_ended runs_left=%d next=other_workers_continue", loop.open_runs
+            )
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        """First: drain. Second, or before the start is through: stop at once."""
+        if self._draining.is_set() or not self._started:
+            self._stop_now.set()
+        self._draining.set()
+        self._wake()
+        if not self._started:
+            raise Stopped
+
+    def _on_consumer_failure(self, reason: str) -> None:
+        self._failure = reason
+        logger.error("event=consumer_failed reason=%r next=drain_and_exit", reason)
+        self._draining.set()
+        self._wake()
+
+
+class _Heartbeats:
+    """Writes the heartbeat when it is due; Redis being away only leaves it out."""
+
+    def __init__(
+        self,
+        writer: HeartbeatWriter,
+        job_log: JobLog,
+        loop: WorkerLoop,
+        sink: TokenSink,
+        consumer: JobConsumer,
+    ) -> None:
+        self._writer = writer
+        self._job_log = job_log
+        self._loop = loop
+        self._sink = sink
+        self._consumer = consumer
+        self._due = 0.0
+
+    def write_if_due(self, *, ready: bool) -> None:
+        """Once a second; ready is said only while partitions are owned."""
+        now = time.monotonic()
+        if now < self._due:
+            return
+        self._due = now + HEARTBEAT_INTERVAL_S
+        partitions = self._consumer.status
+        heartbeat = self._writer.build(
+            partitions,
+            self._loop.load,
+            self._sink.tokens_logged,
+            ready=ready and bool(partitions),
+        )
+        try:
+            self._job_log.write_heartbeat(heartbeat)
+        except Overloaded as error:
+            logger.info("event=heartbeat_missed error=%r next=in_a_second", error.message)
+
+    def remove(self) -> None:
+        """This worker leaves on purpose."""
+        try:
+            self._job_log.remove_heartbeat(self._writer.config.worker_id)
+        except Overloaded as error:
+            logger.info("event=heartbeat_left error=%r next=expires", error.message)
+
+
+def reach_redis(client: redis.Redis, timeout_s: float) -> None:
+    """Ping until Redis answers. Raises SetupError after ``timeout_s`` or when it refuses us."""
+    deadline = time.monotonic() + timeout_s
+    while True:
+        try:
+            client.ping()
+        except redis.AuthenticationError as error:
+            raise SetupError(f"Redis refuses the password: {error}; check --redis") from error
+        except (redis.ConnectionError, redis.TimeoutError) as error:
+            if time.monotonic() > deadline:
+                raise SetupError(
+                    f"Redis does not answer ({error}); start it or set --redis / OPENLORA_REDIS"
+                ) from error
+            time.sleep(CONNECT_RETRY_S)
+        else:
+            return
+
+
+def _owns(consumer: JobConsumer, run: Run) -> bool:
+    return any(consumer.owns(position) for position in run.positions)

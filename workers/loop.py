@@ -1,0 +1,213 @@
+"""Hop 4: admit → step → emit. One thread owns every run; nothing else touches their state.
+
+Each turn reads what the engine said, logs it with one call, then admits a few messages. Tokens go
+first, and few messages are admitted at a time, so that a burst of new jobs does not stall those
+that stream.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import os
+import selectors
+import time
+from collections import deque
+from collections.abc import Callable, Iterable
+from heapq import heappop, heappush
+
+from openlora.errors import DeadlineExceeded, error_from_code
+from workers.admission import Admission
+from workers.consumer import Fetched, JobConsumer
+from workers.engine_client import EngineClient
+from workers.messages import Load, StepOutputs
+from workers.run import Run, failure_of, now_ms
+from workers.token_sink import TokenSink, Verdict
+
+ADMIT_AT_ONCE = 16
+PROBE_INTERVAL_S = 0.5
+"""A run that has nothing to say asks its log this often whether it was cancelled, lost its lease
+or moved. Asking covers all three, and what happened while Redis was away; the control channel
+would tell of cancels alone."""
+
+logger = logging.getLogger("workers.loop")
+
+
+class WorkerLoop:
+    """The runs of this worker. ``deliver`` and ``retire`` may be called from any thread."""
+
+    def __init__(
+        self,
+        engine: EngineClient,
+        sink: TokenSink,
+        consumer: JobConsumer,
+        retire: Callable[[list[str]], None],
+    ) -> None:
+        self.load = Load(0, 0, ())
+        self._engine = engine
+        self._sink = sink
+        self._consumer = consumer
+        self._retire_jobs = retire
+        self._admission: Admission | None = None
+        self._runs: dict[int, Run] = {}
+        self._by_job: dict[str, Run] = {}
+        self._deadlines: list[tuple[int, int]] = []
+        self._inbox: deque[Fetched] = deque()
+        self._retired: deque[list[str]] = deque()
+        self._tickets = itertools.count()
+        self._probe_due = 0.0
+        self._wake_read, self._wake_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        self._selector = selectors.DefaultSelector()
+        self._selector.register(engine.sock, selectors.EVENT_READ)
+        self._selector.register(self._wake_read, selectors.EVENT_READ)
+        self._watches_write = False
+
+    def set_admission(self, admission: Admission) -> None:
+        """How messages become runs; once, before the first turn."""
+        self._admission = admission
+
+    def next_ticket(self) -> int:
+        """A number no run has had."""
+        return next(self._tickets)
+
+    @property
+    def open_runs(self) -> int:
+        """Runs that have not ended."""
+        return len(self._runs)
+
+    def deliver(self, batch: Iterable[Fetched]) -> None:
+        """Messages to admit. Thread-safe."""
+        self._inbox.extend(batch)
+        self.wake()
+
+    def retire(self, job_ids: list[str]) -> None:
+        """Jobs whose offsets are committed. Thread-safe."""
+        self._retired.append(job_ids)
+
+    def wake(self) -> None:
+        """End the current wait for events. Thread-safe."""
+        try:
+            os.write(self._wake_write, b"\0")
+        except BlockingIOError:
+            return  # a wake-up is waiting already
+
+    def drop_inbox(self) -> None:
+        """Leave messages that were not admitted yet to the next owner: their offsets stay open."""
+        self._inbox.clear()
+
+    def turn(self, timeout_s: float) -> None:
+        """Wait for events for ``timeout_s`` at most, then handle all of them once.
+
+        Raises:
+            EngineGone: the engine process has ended.
+            Stopped: the worker must stop now and Redis does not answer.
+        """
+        self._wait(0.0 if self._inbox else min(timeout_s, self._until_deadline()))
+        steps = self._engine.receive()
+        if steps:
+            self._emit(steps)
+        if self._inbox:
+            self._admit()
+        self._end_overdue()
+        if time.monotonic() >= self._probe_due:
+            self._probe()
+        while self._retired:
+            job_ids = self._retired.popleft()
+            self._sink.patiently(lambda job_ids=job_ids: self._retire_jobs(job_ids))  # type: ignore[misc]
+        self._engine.flush()
+
+    def _until_deadline(self) -> float:
+        """Seconds until the next deadline or probe, whichever comes first."""
+        if not self._deadlines:
+            return PROBE_INTERVAL_S
+        return min(PROBE_INTERVAL_S, max(0.0, (self._deadlines[0][0] - now_ms()) / 1e3))
+
+    def _wait(self, timeout_s: float) -> None:
+        wants_write = self._engine.wants_write
+        if wants_write != self._watches_write:
+            self._watches_write = wants_write
+            events = selectors.EVENT_READ | (selectors.EVENT_WRITE if wants_write else 0)
+            self._selector.modify(self._engine.sock, events)
+        for key, _ in self._selector.select(timeout_s):
+            if key.fd == self._wake_read:
+                os.read(self._wake_read, 4096)
+
+    def _emit(self, steps: Iterable[StepOutputs]) -> None:
+        touched: dict[int, Run] = {}
+        runs = self._runs
+        for step in steps:
+            if step.load is not None:
+                self.load = step.load
+            for output in step.outputs:
+                run = runs.get(output.ticket)
+                if run is None or run.end is not None:
+                    continue  # ended here while the engine's token was on its way
+                touched[output.ticket] = run
+                if output.fault is not None:
+                    run.in_engine = False
+                    run.fail(failure_of(error_from_code(output.fault.code, output.fault.message)))
+                    continue
+                reason = run.take(output)
+                run.in_engine = output.finish_reason is None
+                if reason is not None or output.finish_reason is not None:
+                    run.finish(reason or output.finish_reason)  # type: ignore[arg-type]
+        if touched:
+            self._append(list(touched.values()))
+
+    def _append(self, runs: list[Run]) -> None:
+        """Log what the runs have to say and do what the answers ask for."""
+        while runs:
+            verdicts = self._sink.append(runs)
+            runs = []
+            for run, verdict in verdicts:
+                if verdict is Verdict.CANCEL:
+                    run.finish("cancelled")
+                    runs.append(run)
+                elif verdict is not Verdict.GOES_ON:
+                    self._forget(run, ended=verdict is Verdict.ENDED)
+
+    def _forget(self, run: Run, *, ended: bool) -> None:
+        if run.in_engine:
+            self._engine.abort(run.ticket)
+        self._runs.pop(run.ticket, None)
+        self._by_job.pop(run.job.job_id, None)
+        for position in run.positions:
+            self._consumer.end(position, run.job.job_id if ended else None)
+
+    def _admit(self) -> None:
+        assert self._admission is not None
+        batch = [self._inbox.popleft() for _ in range(min(ADMIT_AT_ONCE, len(self._inbox)))]
+        ended = []
+        for run in self._admission.admit(batch, self._by_job):
+            self._runs[run.ticket] = run
+            self._by_job[run.job.job_id] = run
+            if run.end is not None:
+                ended.append(run)
+            elif run.job.deadline_ms is not None:
+                heappush(self._deadlines, (run.job.deadline_ms, run.ticket))
+        if ended:
+            self._append(ended)
+
+    def _end_overdue(self) -> None:
+        now = now_ms()
+        overdue = []
+        while self._deadlines and self._deadlines[0][0] <= now:
+            run = self._runs.get(heappop(self._deadlines)[1])
+            if run is not None:  # else it ended in time
+                run.fail(failure_of(DeadlineExceeded("the deadline passed while the job ran")))
+                overdue.append(run)
+        if overdue:
+            self._append(overdue)
+
+    def _probe(self) -> None:
+        now = time.monotonic()
+        self._probe_due = now + PROBE_INTERVAL_S
+        silent = [run for run in self._runs.values() if now - run.last_heard >= PROBE_INTERVAL_S]
+        if silent:
+            self._append(silent)
+
+    def close(self) -> None:
+        """Free what the loop itself holds."""
+        self._selector.close()
+        os.close(self._wake_read)
+        os.close(self._wake_write)

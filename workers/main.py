@@ -1,0 +1,36 @@
+"""Entry of a worker process."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+
+from openlora.errors import SetupError
+from workers.config import WorkerConfig, add_arguments, config_from
+
+
+def run(config: WorkerConfig) -> int:
+    """Work until SIGTERM or SIGINT; the exit status. Raises SetupError when it cannot start."""
+    from workers.lifecycle import Worker
+
+    logging.basicConfig(
+        level=config.log_level.upper(),
+        format="%(asctime)s %(levelname)s %(name)s %(message)s",
+        stream=sys.stderr,
+    )
+    # kafka-python warns of every reconnect; what matters of it is said by workers.consumer.
+    logging.getLogger("kafka").setLevel(max(logging.ERROR, logging.getLogger().level))
+    return Worker(config).run()
+
+
+def main() -> int:
+    """``python -m workers``."""
+    parser = argparse.ArgumentParser(prog="python -m workers", description=__doc__)
+    add_arguments(parser)
+    try:
+        return run(config_from(parser.parse_args(), os.environ))
+    except SetupError as error:
+        print(f"error: {error.message}", file=sys.stderr)
+        return 1

@@ -1,0 +1,98 @@
+"""What the I/O process and the engine process say to each other: frozen, arrays on the wire.
+
+One frame carries everything there is to say at that moment: all commands that have gathered, or
+all tokens of an engine step. A ``ticket`` is the I/O process's number for one run of one job; it
+is never used twice, so a late token of an aborted run cannot be taken for another's.
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+from openlora.sampling_params import SamplingParams
+
+
+class EngineSetup(msgspec.Struct, frozen=True, array_like=True):
+    """The first frame to the engine process. ``kind``: "model", "scripted:RATE", "clock:RATE"."""
+
+    kind: str
+    model: str
+    device: str
+    dtype: str
+    log_level: str
+
+
+class ModelFacts(msgspec.Struct, frozen=True, array_like=True, tag="facts"):
+    """The first frame back: the model is loaded and steps can run."""
+
+    pid: int
+    device: str
+    dtype: str
+    max_model_len: int
+    vocab_size: int
+    eos_token_ids: tuple[int, ...]
+    hidden_size: int
+    max_lora_rank: int
+    attention_backend: str
+
+
+class SetupFailed(msgspec.Struct, frozen=True, array_like=True, tag="failed"):
+    """The first frame back where the engine cannot start; ``message`` is for the operator."""
+
+    message: str
+
+
+class Start(msgspec.Struct, frozen=True, array_like=True):
+    """Run one job. ``adapters`` are (content hash, weight); the hashes were registered before."""
+
+    ticket: int
+    prompt_token_ids: tuple[int, ...]
+    params: SamplingParams
+    adapters: tuple[tuple[str, float], ...] = ()
+    output_token_ids: tuple[int, ...] = ()
+    priority: str = "interactive"
+
+
+class Commands(msgspec.Struct, frozen=True, array_like=True):
+    """Everything the engine is asked at once; applied in the order of the fields.
+
+    ``register``: (content hash, directory) of adapters that ``start`` may name.
+    """
+
+    register: tuple[tuple[str, str], ...] = ()
+    start: tuple[Start, ...] = ()
+    abort: tuple[int, ...] = ()
+
+
+class Fault(msgspec.Struct, frozen=True, array_like=True):
+    """Why a run ended in the engine: an error of the tree, by its code."""
+
+    code: str
+    message: str
+
+
+class Output(msgspec.Struct, frozen=True, array_like=True, omit_defaults=True):
+    """One new token of one run, or its end without one (``fault``)."""
+
+    ticket: int
+    index: int
+    token_id: int | None
+    finish_reason: str | None = None
+    logprob: float | None = None
+    top_logprobs: tuple[tuple[int, float], ...] = ()
+    fault: Fault | None = None
+
+
+class Load(msgspec.Struct, frozen=True, array_like=True):
+    """How busy the engine is; goes with a step's outputs about twice a second."""
+
+    running: int
+    waiting: int
+    resident_adapters: tuple[str, ...]
+
+
+class StepOutputs(msgspec.Struct, frozen=True, array_like=True):
+    """All tokens of one engine step."""
+
+    outputs: tuple[Output, ...] = ()
+    load: Load | None = None

@@ -1,0 +1,144 @@
+"""Hop 7: what the runs have to say goes into their logs, in one call per step and shard.
+
+The answer per job says how it stands: taken, or why not. Redis being away is waited out: nothing
+is dropped, the loop stands still, so the engine's socket fills and the engine waits too.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Sequence
+from enum import Enum, auto
+from typing import TypeVar
+
+from openlora.errors import Overloaded
+from openlora.joblog import AppendResult, Claim, JobLog
+from workers.run import Run
+
+T = TypeVar("T")
+
+FIRST_BACKOFF_S = 0.05
+LAST_BACKOFF_S = 1.0
+
+logger = logging.getLogger("workers.token_sink")
+
+
+class Stopped(Exception):
+    """The worker was told to stop at once while it waited for Redis."""
+
+
+class Verdict(Enum):
+    """What the log's answer means for a run."""
+
+    GOES_ON = auto()
+    ENDED = auto()
+    CANCEL = auto()
+    MOVED = auto()
+    """Another worker has it, or nobody wants it: drop the work, say nothing."""
+
+
+class TokenSink:
+    """Appends for all runs; used by the loop's thread alone.
+
+    Args:
+        stop_now: set when the worker must not wait any longer.
+        owns: whether the run's partition is still ours; only its owner opens a lost log anew.
+    """
+
+    def __init__(
+        self,
+        job_log: JobLog,
+        worker_id: str,
+        stop_now: threading.Event,
+        owns: Callable[[Run], bool],
+    ) -> None:
+        self._job_log = job_log
+        self._worker_id = worker_id
+        self._stop_now = stop_now
+        self._owns = owns
+        self.tokens_logged = 0
+
+    def append(self, runs: Sequence[Run]) -> list[tuple[Run, Verdict]]:
+        """Log what each run has not logged yet (nothing new: ask how it stands).
+
+        Raises:
+            Stopped: the worker must stop now.
+        """
+        verdicts: list[tuple[Run, Verdict]] = []
+        pending = list(runs)
+        while pending:
+            chunks = [run.chunk() for run in pending]
+            results = self.patiently(lambda chunks=chunks: self._job_log.append(chunks))  # type: ignore[misc]
+            again = []
+            heard = time.monotonic()
+            for run, result in zip(pending, results, strict=True):
+                run.last_heard = heard
+                verdict = self._judge(run, result)
+                if verdict is None:
+                    again.append(run)
+                else:
+                    verdicts.append((run, verdict))
+            pending = again
+        return verdicts
+
+    def patiently(self, call: Callable[[], T]) -> T:
+        """``call`` until Redis answers it. Raises Stopped when the worker must stop now."""
+        backoff_s = FIRST_BACKOFF_S
+        while True:
+            try:
+                return call()
+            except Overloaded as error:
+                if backoff_s == FIRST_BACKOFF_S:
+                    logger.warning("event=redis_away error=%r next=hold_and_retry", error.message)
+            if self._stop_now.wait(backoff_s):
+                raise Stopped
+            backoff_s = min(2 * backoff_s, LAST_BACKOFF_S)
+
+    def _judge(self, run: Run, result: AppendResult) -> Verdict | None:
+        """The verdict on one run; None where its chunk must go again."""
+        if result.status == "taken":
+            self.tokens_logged += len(run.tokens) - run.logged
+            run.logged = len(run.tokens)
+            run.restarted = False
+            if run.end is not None:
+                return Verdict.ENDED
+            return Verdict.CANCEL if result.cancelled else Verdict.GOES_ON
+        if result.status == "gap" and result.length <= len(run.tokens):
+            # Redis came back without its last moments; we still have them.
+            logger.warning("event=log_shorter job=%s length=%d", run.job.job_id, result.length)
+            run.logged = result.length
+            return None
+        if result.status == "gone":
+            return self._recreate(run)
+        logger.info("event=%s job=%s next=drop_run", result.status, run.job.job_id)
+        return Verdict.MOVED
+
+    def _recreate(self, run: Run) -> Verdict | None:
+        if not self._owns(run):
+            logger.info("event=log_gone job=%s next=left_to_partition_owner", run.job.job_id)
+            return Verdict.MOVED
+        claim = self.recreate(run.job.job_id, run)
+        if claim.status != "claimed":
+            return Verdict.MOVED
+        run.epoch = claim.epoch
+        # A log that is there after all may hold less than we have: its answer says what to send.
+        run.restarted = not claim.chunks
+        run.logged = 0 if run.restarted else run.logged
+        return None
+
+    def recreate(self, job_id: str, run: Run) -> Claim:
+        """Open the log of ``run``'s job anew, above its epoch."""
+        logger.warning("event=log_gone job=%s next=recreate", job_id)
+        above = max(run.epoch, lost_log_epoch())
+        return self.patiently(lambda: self._job_log.recreate(run.job, above, self._worker_id))
+
+
+def lost_log_epoch() -> int:
+    """An epoch above any that a lost log can have had: claims are fewer than seconds.
+
+    A worker that still runs the job under an epoch of the lost log would otherwise not be fenced
+    once the new log has counted up to it.
+    """
+    return int(time.time())

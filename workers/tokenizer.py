@@ -1,0 +1,65 @@
+"""Prompts to token IDs, with the model's own tokenizer and chat template."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, cast
+
+from openlora.errors import InvalidRequest, SetupError
+from openlora.protocol.jobs import Job
+
+if TYPE_CHECKING:
+    import tokenizers
+
+
+class PromptTokenizer:
+    """The model's tokenizer. ``backend`` is the ``tokenizers.Tokenizer`` that detokenises.
+
+    Args:
+        model: directory or hub ID.
+
+    Raises:
+        SetupError: there is no usable tokenizer.
+    """
+
+    def __init__(self, model: str) -> None:
+        from transformers import AutoTokenizer
+
+        try:
+            self._tokenizer: Any = AutoTokenizer.from_pretrained(model)
+        except (OSError, ValueError, ImportError) as error:
+            first_line = str(error).partition("\n")[0]
+            raise SetupError(f"no usable tokenizer in {model}: {first_line}") from error
+        if not self._tokenizer.is_fast:
+            raise SetupError(f"the tokenizer of {model} has no tokenizer.json; convert it first")
+        self.backend = cast("tokenizers.Tokenizer", self._tokenizer.backend_tokenizer)
+
+    def encode(self, job: Job) -> list[int]:
+        """The job's prompt, or its messages in the chat template with the assistant's turn open.
+
+        Raises:
+            InvalidRequest: the model has no chat template, the template refuses the messages, or
+                nothing is left to prefill.
+        """
+        if job.messages is None:
+            token_ids: list[int] = self.backend.encode(job.prompt or "").ids
+        else:
+            token_ids = self.backend.encode(self._render(job), add_special_tokens=False).ids
+        if not token_ids:
+            raise InvalidRequest("the prompt is empty; send at least one character")
+        return token_ids
+
+    def _render(self, job: Job) -> str:
+        from jinja2 import TemplateError
+
+        if not self._tokenizer.chat_template:
+            raise InvalidRequest("this model has no chat template; send prompt instead of messages")
+        messages = [
+            {"role": message.role, "content": message.content} for message in job.messages or ()
+        ]
+        try:
+            text = self._tokenizer.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=True
+            )
+        except TemplateError as error:
+            raise InvalidRequest(f"the chat template refuses the messages: {error}") from error
+        return cast(str, text)
