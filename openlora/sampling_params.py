@@ -73,6 +73,15 @@ class SamplingParams:
                     f"each must have 1 to {MAX_STOP_STRING_CHARS}"
                 )
 
+    @property
+    def has_penalties(self) -> bool:
+        """Whether the tokens so far change the next one's odds by a penalty."""
+        return (
+            self.repetition_penalty != 1
+            or self.presence_penalty != 0
+            or self.frequency_penalty != 0
+        )
+
 
 def _check_range(
     name: str, value: float, low: float, high: float, *, low_open: bool = False

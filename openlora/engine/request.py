@@ -43,7 +43,8 @@ class TokenOutput:
     Attributes:
         request_id: as ``Engine.add`` returned it.
         index: position in the output, from 0.
-        token_id: None only where the request ended without a further token (``error`` is set).
+        token_id: None only where the request ended without a further token: ``error`` is set, or
+            it was resumed with ``output_token_ids`` that already ended it (``finish_reason``).
         logprob: log-probability under the unfiltered distribution; None unless asked for.
         top_logprobs: (token ID, logprob) of the most likely tokens, most likely first.
         finish_reason: set on the last token: "stop" (EOS or stop string) or "length".
@@ -61,9 +62,14 @@ class TokenOutput:
 
 @dataclass(frozen=True, slots=True)
 class Completion:
-    """A finished request of ``Engine.generate``, in the order of the requests given."""
+    """A finished request of ``Engine.generate``, in the order of the requests given.
+
+    ``token_ids`` begin with the request's ``output_token_ids``; ``logprobs`` are of the tokens
+    after those. Where ``error`` is set the request failed on its way, without a finish reason.
+    """
 
     token_ids: tuple[int, ...]
-    finish_reason: FinishReason
+    finish_reason: FinishReason | None
     text: str | None = None
     logprobs: tuple[float, ...] = ()
+    error: OpenLoRAError | None = None

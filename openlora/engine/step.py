@@ -13,13 +13,17 @@ from typing import Protocol
 from openlora.adapters.lora_set import LoRASet
 from openlora.sampling_params import SamplingParams
 
+PENDING_TOKEN = -1
+"""In ``StepRow.token_ids``: the token that the step before drew for this sequence, which the host
+has not read. Only a runner that takes steps ahead meets it."""
+
 
 @dataclass(frozen=True, slots=True)
 class RowSampling:
     """How a row's next token is drawn.
 
-    ``output_index`` and ``seed`` key the noise; the token lists feed the penalties and are read
-    during ``launch`` only.
+    ``output_index`` and ``seed`` key the noise; the token lists feed the penalties, are empty where
+    ``params`` has none, and are read during ``launch`` only.
     """
 
     params: SamplingParams

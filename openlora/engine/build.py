@@ -1,0 +1,184 @@
+"""From settings to the parts an engine is made of: model, pools, runner."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from openlora.adapters.lora_set import PAGE_RANK
+from openlora.adapters.pages import PagePool, SitePages
+from openlora.engine.adapter_loads import Loaded
+from openlora.engine.config import EngineConfig
+from openlora.engine.stats import ModelInfo
+from openlora.engine.step import Runner
+from openlora.errors import SetupError
+
+logger = logging.getLogger(__name__)
+
+_MIB = 1 << 20
+_CPU_KV_CACHE_BYTES = 512 * _MIB
+_CPU_ADAPTER_CACHE_BYTES = 256 * _MIB
+_CUDA_ADAPTER_SHARE = 0.2
+_CUDA_RESERVE_BYTES = 1024 * _MIB
+"""Left free for activations, logits and the libraries' workspaces."""
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True, slots=True)
+class EngineParts:
+    """What an engine drives.
+
+    Attributes:
+        runner: executes steps.
+        model_info: as the engine reports it.
+        num_blocks: KV blocks of the runner's cache.
+        pool: book-keeper of the adapter pages.
+        load_adapter: directory → adapter in host memory; called in background threads.
+        write_adapter: puts it into pages; called on the engine thread, between steps.
+        steps_ahead: launched steps that may be unread while the next one is launched. 0: each
+            step is read at once. 1: the runner takes ``PENDING_TOKEN`` in a row's token IDs.
+        num_load_threads: adapters read from disk at a time.
+    """
+
+    runner: Runner
+    model_info: ModelInfo
+    num_blocks: int
+    pool: PagePool
+    load_adapter: Callable[[Path], Loaded]
+    write_adapter: Callable[[SitePages, Any], None]
+    steps_ahead: int = 0
+    num_load_threads: int = 2
+
+
+def choose_device(name: str) -> str:
+    """ "cpu" or "cuda" for a device setting.
+
+    Raises:
+        SetupError: CUDA was asked for and is not there.
+    """
+    has_cuda = torch.cuda.is_available()
+    if name == "cuda" and not has_cuda:
+        raise SetupError("device is 'cuda' but torch finds no CUDA device; use device 'cpu'")
+    return "cuda" if has_cuda and name != "cpu" else "cpu"
+
+
+def build_parts(config: EngineConfig, progress: Progress | None = None) -> EngineParts:
+    """Load the model and allocate the pools.
+
+    Args:
+        progress: called with (bytes loaded, bytes in all) while weights are read.
+
+    Raises:
+        SetupError: no such device, no memory, a context that does not fit the KV cache.
+        UnknownModel: the model cannot be found or is of another architecture.
+    """
+    # The model's rooms load torch kernels: imported here, so that a scripted engine does not.
+    from openlora.adapters.loader import load_adapter
+    from openlora.adapters.page_tensors import PageTensors
+    from openlora.engine.kv_cache import KVCache
+    from openlora.engine.runner import ModelRunner
+    from openlora.models.load import load_model
+
+    device = choose_device(config.device)
+    model = load_model(
+        config.model,
+        dtype="float32" if config.dtype == "auto" and device == "cpu" else config.dtype,
+        device=device,
+        load_format=config.load_format,
+        progress=progress,
+    )
+    num_pages = _num_pages(config, model)
+    pages = PageTensors(model.config, num_pages, model.dtype, model.device)
+    num_blocks = _num_blocks(config, model)
+    kv_cache = KVCache(model.config, num_blocks, model.dtype, model.device, config.block_size)
+    info = _model_info(config, model, num_blocks, num_pages)
+    logger.info(
+        "model %s on %s in %s, attention by %s; %d KV blocks of %d, pages per site %s",
+        *(info.model, info.device, info.dtype, info.attention_backend),
+        *(num_blocks, config.block_size, num_pages),
+    )
+    return EngineParts(
+        runner=ModelRunner(model, pages, kv_cache),
+        model_info=info,
+        num_blocks=num_blocks,
+        pool=PagePool(num_pages),
+        load_adapter=lambda path: load_adapter(path, model.config, model.dtype),
+        write_adapter=pages.write,
+        num_load_threads=max(1, min(4, (os.cpu_count() or 1) // 2)),
+    )
+
+
+def _model_info(
+    config: EngineConfig, model: Any, num_blocks: int, num_pages: tuple[int, ...]
+) -> ModelInfo:
+    limits = [model.config.max_model_len, num_blocks * config.block_size]
+    if config.max_model_len is not None:
+        _check_context(config.max_model_len, *limits)
+        limits.append(config.max_model_len)
+    if limits[1] < limits[0]:
+        logger.info("the KV cache limits prompt and output to %d tokens", limits[1])
+    return ModelInfo(
+        model=config.model,
+        vocab_size=model.config.vocab_size,
+        hidden_size=model.config.hidden_size,
+        num_layers=model.config.num_layers,
+        max_model_len=min(limits),
+        max_lora_rank=min(num_pages) * PAGE_RANK,
+        eos_token_ids=tuple(model.config.eos_token_ids),
+        dtype=str(model.dtype).removeprefix("torch."),
+        device=str(model.device),
+        attention_backend=model.attention_backend,
+    )
+
+
+def _check_context(wanted: int, model_limit: int, cache_limit: int) -> None:
+    if wanted > model_limit:
+        raise SetupError(f"max_model_len is {wanted}, but the model's own limit is {model_limit}")
+    if wanted > cache_limit:
+        raise SetupError(
+            f"max_model_len is {wanted}, but the KV cache holds {cache_limit} tokens; "
+            "give it more memory (kv_cache_bytes, num_kv_blocks) or lower max_model_len"
+        )
+
+
+def _num_pages(config: EngineConfig, model: Any) -> tuple[int, ...]:
+    from openlora.adapters.page_tensors import pages_for_budget
+
+    if config.adapter_pages is not None:
+        return config.adapter_pages
+    budget = config.adapter_cache_bytes
+    if budget is None and model.device.type == "cuda":
+        budget = int(_free_cuda_bytes(config) * _CUDA_ADAPTER_SHARE)
+    elif budget is None:
+        budget = _CPU_ADAPTER_CACHE_BYTES
+    return pages_for_budget(model.config, budget, model.dtype)
+
+
+def _num_blocks(config: EngineConfig, model: Any) -> int:
+    from openlora.engine.kv_cache import blocks_for_budget
+
+    if config.num_kv_blocks is not None:
+        return config.num_kv_blocks
+    budget = config.kv_cache_bytes
+    if budget is None:
+        is_cuda = model.device.type == "cuda"
+        budget = _free_cuda_bytes(config) if is_cuda else _CPU_KV_CACHE_BYTES
+    num_blocks = blocks_for_budget(model.config, budget, model.dtype, config.block_size)
+    if num_blocks < 1:
+        raise SetupError(
+            f"{budget / _MIB:.0f} MiB hold not one KV block; "
+            "raise kv_cache_bytes or memory_fraction, or use a smaller model"
+        )
+    return num_blocks
+
+
+def _free_cuda_bytes(config: EngineConfig) -> int:
+    free, total = torch.cuda.mem_get_info()
+    return max(0, int(free - total * (1 - config.memory_fraction)) - _CUDA_RESERVE_BYTES)

@@ -1,0 +1,90 @@
+"""``EngineConfig``: the settings of one engine, checked when made. Reads no environment."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from openlora.errors import SetupError
+
+DEVICES = ("auto", "cpu", "cuda")
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+LOAD_FORMATS = ("auto", "dummy")
+
+
+@dataclass(frozen=True, slots=True)
+class EngineConfig:
+    """How an engine is built.
+
+    Attributes:
+        model: directory, .gguf file or hub ID; "8b" or "1b" with ``load_format="dummy"``.
+        device: "auto" takes CUDA where there is a device.
+        dtype: of weights, KV and adapters; "auto" takes the model's own on CUDA, float32 on CPU.
+        block_size: positions in one KV block.
+        kv_cache_bytes: memory of the KV cache; None: a share of what the device has free
+            (``memory_fraction``) on CUDA, 512 MiB on CPU.
+        num_kv_blocks: exact number of blocks instead of ``kv_cache_bytes``.
+        memory_fraction: share of the device's memory that weights, adapters and KV may fill.
+        adapter_cache_bytes: memory of the adapter pages; None: a fifth of what is left beside the
+            weights on CUDA, 256 MiB on CPU.
+        adapter_pages: exact number of pages of each site (qkv, o, gate_up, down) instead.
+        max_num_seqs: most requests that run in one step.
+        max_num_batched_tokens: most tokens of one step.
+        max_model_len: longest prompt and output together; None: the model's own limit.
+        enable_prefix_caching: keep the KV of past prompts for requests that begin the same.
+        load_format: "dummy" makes random weights of the right shape.
+
+    Raises:
+        SetupError: naming the setting, its value and what is allowed.
+    """
+
+    model: str
+    device: str = "auto"
+    dtype: str = "auto"
+    block_size: int = 16
+    kv_cache_bytes: int | None = None
+    num_kv_blocks: int | None = None
+    memory_fraction: float = 0.9
+    adapter_cache_bytes: int | None = None
+    adapter_pages: tuple[int, int, int, int] | None = None
+    max_num_seqs: int = 64
+    max_num_batched_tokens: int = 2048
+    max_model_len: int | None = None
+    enable_prefix_caching: bool = True
+    load_format: str = "auto"
+
+    def __post_init__(self) -> None:
+        if not self.model:
+            raise SetupError("model is empty; give a directory, a .gguf file or a hub ID")
+        _check_choice("device", self.device, DEVICES)
+        _check_choice("dtype", self.dtype, DTYPES)
+        _check_choice("load_format", self.load_format, LOAD_FORMATS)
+        for name in ("block_size", "max_num_seqs", "max_num_batched_tokens"):
+            _check_at_least(name, getattr(self, name), 1)
+        for name in ("kv_cache_bytes", "num_kv_blocks"):
+            _check_at_least(name, getattr(self, name), 1)
+        _check_at_least("adapter_cache_bytes", self.adapter_cache_bytes, 0)
+        _check_at_least("max_model_len", self.max_model_len, 2)
+        if self.adapter_pages is not None and len(self.adapter_pages) != 4:
+            raise SetupError(
+                f"adapter_pages is {self.adapter_pages}; it must hold four counts: "
+                "qkv, o, gate_up, down"
+            )
+        for pages in self.adapter_pages or ():
+            _check_at_least("adapter_pages", pages, 0)
+        if not 0 < self.memory_fraction <= 1:
+            raise SetupError(f"memory_fraction is {self.memory_fraction}; it must be in (0, 1]")
+        if self.max_num_batched_tokens < self.max_num_seqs:
+            raise SetupError(
+                f"max_num_batched_tokens is {self.max_num_batched_tokens}, less than max_num_seqs "
+                f"({self.max_num_seqs}); every running request needs one token a step, so raise it"
+            )
+
+
+def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise SetupError(f"{name} is {value!r}; choose one of {', '.join(choices)}")
+
+
+def _check_at_least(name: str, value: int | None, low: int) -> None:
+    if value is not None and value < low:
+        raise SetupError(f"{name} is {value}; it must be at least {low}")

@@ -1,0 +1,358 @@
+"""The engine: requests of any mix of adapters in, tokens out, one step at a time.
+
+One thread owns it: all methods are called from that thread. A step is
+
+    schedule (scheduler.py)  →  launch (runner.py)  →  postprocess (here)
+
+and may be launched before the one before it was read (``EngineParts.steps_ahead``): a request
+that turns out to have ended then had one token too many computed, which is dropped unseen.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections import deque
+from collections.abc import Callable
+from collections.abc import Sequence as Items
+from dataclasses import dataclass
+from pathlib import Path
+
+from openlora.engine.adapter_manager import AdapterManager
+from openlora.engine.build import EngineParts, build_parts
+from openlora.engine.config import EngineConfig
+from openlora.engine.generation import generate, load_tokenizer
+from openlora.engine.kv_blocks import BlockManager
+from openlora.engine.request import Completion, FinishReason, Request, TokenOutput
+from openlora.engine.scheduler import ScheduledRow, Scheduler
+from openlora.engine.sequence import Sequence, Status
+from openlora.engine.stats import EngineStats, ModelInfo
+from openlora.engine.step import (
+    PENDING_TOKEN,
+    PendingStep,
+    RowSampling,
+    SampledToken,
+    StepRow,
+)
+from openlora.engine.stop_checker import token_stop
+from openlora.engine.validation import check_request
+from openlora.errors import InternalError, OpenLoRAError
+from openlora.sampling_params import SEED_LIMIT
+
+_PRELOAD = 0
+"""Stands for ``load_adapter`` among the users of an adapter; requests count from 1."""
+_PRELOAD_WAIT_S = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class _Launched:
+    number: int
+    rows: list[ScheduledRow]
+    pending: PendingStep
+
+
+class Engine:
+    """Continuous batching over one base model and many adapters.
+
+    Args:
+        config: its settings.
+        parts: what executes the steps; built from ``config`` where it is not given.
+        progress: called with (bytes loaded, bytes in all) while weights are read.
+
+    Raises:
+        SetupError, UnknownModel: the model cannot be loaded or does not fit.
+    """
+
+    def __init__(
+        self,
+        config: EngineConfig,
+        *,
+        parts: EngineParts | None = None,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> None:
+        self.config = config
+        parts = parts if parts is not None else build_parts(config, progress)
+        self.model_info: ModelInfo = parts.model_info
+        self._runner = parts.runner
+        self._steps_ahead = parts.steps_ahead
+        self._blocks = BlockManager(
+            parts.num_blocks,
+            config.block_size,
+            root=f"{config.model} {self.model_info.dtype}",
+            enable_prefix_caching=config.enable_prefix_caching,
+        )
+        self._adapters = AdapterManager(
+            parts.pool,
+            parts.load_adapter,
+            parts.write_adapter,
+            num_threads=parts.num_load_threads,
+        )
+        self._scheduler = Scheduler(
+            self._blocks,
+            self._adapters,
+            max_num_seqs=config.max_num_seqs,
+            max_num_batched_tokens=config.max_num_batched_tokens,
+        )
+        self._sequences: dict[int, Sequence] = {}
+        self._in_flight: deque[_Launched] = deque()
+        self._outputs: list[TokenOutput] = []
+        self._num_added = 0
+        self._num_steps = 0
+        self._num_output_tokens = 0
+
+    def add(self, request: Request) -> int:
+        """Queue a request; its tokens come from ``step`` under the ID returned.
+
+        ``params.stop`` is the caller's to check, with a ``StopChecker``, for that needs text; EOS
+        and the number of tokens are checked here.
+
+        Raises:
+            InvalidRequest: empty prompt, token ID out of range, weight that is not finite, …
+            PromptTooLong: the prompt leaves no room for one new token.
+            UnknownAdapter: an adapter is not registered.
+            AdapterFailed: its adapters are known not to fit the page pool together.
+        """
+        check_request(request, self.model_info)
+        request_id = self._num_added + 1
+        adapters = self._adapters.retain(request_id, request.adapters)
+        self._num_added = request_id
+        prompt, params = list(request.prompt_token_ids), request.params
+        sequence = Sequence(
+            sequence_id=request_id,
+            token_ids=prompt + list(request.output_token_ids),
+            num_prompt_tokens=len(prompt),
+            max_output_tokens=min(params.max_tokens, self.model_info.max_model_len - len(prompt)),
+            params=params,
+            seed=params.seed if params.seed is not None else secrets.randbelow(SEED_LIMIT),
+            priority=request.priority,
+            adapters=adapters,
+        )
+        too_large = self._adapters.oversize(sequence)
+        if too_large is not None:
+            self._adapters.drop(request_id, adapters)
+            raise too_large
+        self._sequences[request_id] = sequence
+        self._scheduler.add(sequence)
+        if sequence.num_output_tokens and (reason := self._stop(sequence)) is not None:
+            # Resumed after its last token: all that was missing is its end.
+            self._end(
+                sequence,
+                TokenOutput(request_id, sequence.num_output_tokens, None, finish_reason=reason),
+            )
+        return request_id
+
+    def step(self) -> list[TokenOutput]:
+        """Run one step and return the new tokens, at most one for each request.
+
+        Returns at once, with an empty list, where nothing can run yet.
+        """
+        self._take_loads()
+        rows = self._scheduler.schedule(self._num_steps + 1)
+        if rows:
+            self._launch(rows)
+        if self._in_flight and (len(self._in_flight) > self._steps_ahead or not rows):
+            self._postprocess(self._in_flight.popleft())
+        outputs, self._outputs = self._outputs, []
+        return outputs
+
+    def abort(self, request_id: int) -> None:
+        """Drop a request; nothing more comes of it. One that has ended already is ignored."""
+        sequence = self._sequences.get(request_id)
+        if sequence is not None:
+            self._remove(sequence)
+
+    def has_work(self) -> bool:
+        """Whether ``step`` has or will have something to do."""
+        return bool(self._sequences or self._in_flight or self._outputs)
+
+    def generate(
+        self,
+        requests: Items[Request],
+        progress: Callable[[int, int], None] | None = None,
+    ) -> list[Completion]:
+        """Run requests to their ends; completions come in the order of the requests.
+
+        A request that fails on its way has ``error`` set, and the others are not touched by it.
+        Texts are given where the model's directory has a tokenizer.
+
+        Args:
+            progress: called with (requests done, requests in all).
+
+        Raises:
+            InvalidRequest, PromptTooLong, UnknownAdapter, AdapterFailed: as in ``add``; no
+                request has run then.
+        """
+        tokenizer = load_tokenizer(self.config.model)
+        completions, others = generate(self, requests, tokenizer, progress)
+        self._outputs += others
+        return completions
+
+    def register_adapter(self, name: str, path: str | Path) -> None:
+        """Make ``name`` usable in requests; it is loaded in the background when first wanted."""
+        self._adapters.register(name, Path(path))
+
+    def load_adapter(self, name: str, path: str | Path) -> None:
+        """Register an adapter, load it and wait until it is resident.
+
+        Where running requests use all pages, it is checked and takes its pages with its first
+        request.
+
+        Raises:
+            AdapterFailed: its files are unusable, or it does not fit the page pool.
+        """
+        self._adapters.register(name, Path(path))
+        adapters = self._adapters.retain(_PRELOAD, {name: 1.0})
+        key = adapters[0][0]
+        failure: OpenLoRAError | None = None
+        while failure is None and self._adapters.is_loading(key):
+            failure = self._take_loads(_PRELOAD_WAIT_S).get(key)
+        if failure is None:
+            self._adapters.make_resident(key)
+        self._adapters.drop(_PRELOAD, adapters)
+        if failure is not None:
+            self._adapters.unregister(name)
+            raise failure
+
+    def unload_adapter(self, name: str) -> None:
+        """Forget an adapter; requests added with it before still run with it.
+
+        Raises:
+            UnknownAdapter: no adapter of this name.
+        """
+        self._adapters.unregister(name)
+
+    def wait_for_adapters(self, timeout_s: float) -> None:
+        """Where adapters are loading, wait until one has ended, at most ``timeout_s``."""
+        self._take_loads(timeout_s)
+
+    def stats(self) -> EngineStats:
+        """A snapshot of queues, pools and counters."""
+        return EngineStats(
+            running=len(self._scheduler.running),
+            waiting=self._scheduler.num_waiting,
+            waiting_for_adapter=self._scheduler.num_parked,
+            num_blocks=self._blocks.num_blocks,
+            free_blocks=self._blocks.num_free_blocks,
+            resident_adapters=self._adapters.resident,
+            steps=self._num_steps,
+            prompt_tokens=self._blocks.queried_tokens,
+            cached_tokens=self._blocks.hit_tokens,
+            output_tokens=self._num_output_tokens,
+            preemptions=self._scheduler.num_preemptions,
+        )
+
+    def close(self) -> None:
+        """End the loading threads. The engine is not used afterwards."""
+        self._adapters.close()
+
+    def check_integrity(self) -> None:
+        """Assert that blocks, pages, queues and states agree; for tests, between two steps."""
+        self._scheduler.check_integrity()
+        self._adapters.check_integrity()
+
+    def _take_loads(self, timeout_s: float = 0) -> dict[str, OpenLoRAError]:
+        failures: dict[str, OpenLoRAError] = {}
+        for key, error in self._adapters.poll(timeout_s):
+            if error is not None:
+                failures[key] = error
+            for request_id in self._adapters.users_of(key):
+                sequence = self._sequences.get(request_id)
+                if sequence is None:
+                    continue
+                failure = error or self._adapters.oversize(sequence)
+                if failure is not None:
+                    self._fail(sequence, failure)
+            self._scheduler.unpark_loaded(key)
+        return failures
+
+    def _launch(self, rows: list[ScheduledRow]) -> None:
+        self._num_steps += 1
+        pending = self._runner.launch([self._step_row(row) for row in rows])
+        for row in rows:
+            row.sequence.last_step = self._num_steps
+            row.sequence.num_pending_tokens += row.samples
+        self._in_flight.append(_Launched(self._num_steps, rows, pending))
+
+    def _step_row(self, row: ScheduledRow) -> StepRow:
+        sequence, end = row.sequence, row.start + row.num_tokens
+        token_ids = sequence.token_ids[row.start : end]
+        token_ids += [PENDING_TOKEN] * (row.num_tokens - len(token_ids))
+        sampling = None
+        if row.samples:
+            penalised = sequence.params.has_penalties
+            split = sequence.num_prompt_tokens
+            sampling = RowSampling(
+                params=sequence.params,
+                seed=sequence.seed,
+                output_index=sequence.num_tokens - split,
+                prompt_token_ids=sequence.token_ids[:split] if penalised else (),
+                output_token_ids=sequence.token_ids[split:] if penalised else (),
+            )
+        num_blocks = self._blocks.num_blocks_for(end)
+        return StepRow(
+            sequence_id=sequence.sequence_id,
+            token_ids=token_ids,
+            start=row.start,
+            block_table=sequence.block_table[:num_blocks],
+            lora_set=sequence.lora_set,
+            sampling=sampling,
+        )
+
+    def _postprocess(self, launched: _Launched) -> None:
+        tokens = launched.pending.wait()
+        self._adapters.complete(launched.number)
+        for row, token in zip(launched.rows, tokens, strict=True):
+            sequence = row.sequence
+            if sequence.status is Status.FINISHED:
+                continue  # ended or aborted after this step was launched
+            sequence.num_pending_tokens -= row.samples
+            if token is not None and token.token_id < 0:
+                self._fail_not_finite(sequence)
+                continue
+            if sequence.status is Status.RUNNING:
+                num_done = min(row.start + row.num_tokens, sequence.num_computed_tokens)
+                self._blocks.cache_full_blocks(sequence, num_done)
+            if token is not None:
+                self._take_token(sequence, token)
+
+    def _take_token(self, sequence: Sequence, token: SampledToken) -> None:
+        index = sequence.num_output_tokens
+        sequence.token_ids.append(token.token_id)
+        self._num_output_tokens += 1
+        reason = self._stop(sequence)
+        output = TokenOutput(
+            sequence.sequence_id, index, token.token_id, token.logprob, token.top_logprobs, reason
+        )
+        if reason is None:
+            self._outputs.append(output)
+        else:
+            self._end(sequence, output)
+
+    def _stop(self, sequence: Sequence) -> FinishReason | None:
+        num_tokens = sequence.num_output_tokens
+        reason = token_stop(
+            sequence.token_ids[-1], num_tokens, sequence.params, self.model_info.eos_token_ids
+        )
+        if reason is None and num_tokens >= sequence.max_output_tokens:
+            return "length"
+        return reason
+
+    def _fail_not_finite(self, sequence: Sequence) -> None:
+        message = (
+            f"the logits of output token {sequence.num_output_tokens} are not finite; "
+            "the adapter's weights may overflow in this dtype, so try float32 or bfloat16"
+        )
+        # Its KV may hold the same: no later request shall find it in the prefix cache.
+        self._fail(sequence, InternalError(message), forget=True)
+
+    def _fail(self, sequence: Sequence, error: OpenLoRAError, *, forget: bool = False) -> None:
+        index = sequence.num_output_tokens
+        self._end(sequence, TokenOutput(sequence.sequence_id, index, None, error=error), forget)
+
+    def _end(self, sequence: Sequence, output: TokenOutput, forget: bool = False) -> None:
+        self._outputs.append(output)
+        self._remove(sequence, forget)
+
+    def _remove(self, sequence: Sequence, forget: bool = False) -> None:
+        self._scheduler.finish(sequence, forget=forget)
+        self._adapters.drop(sequence.sequence_id, sequence.adapters)
+        del self._sequences[sequence.sequence_id]

@@ -1,0 +1,310 @@
+"""Who computes how many tokens in the next step. Pure and deterministic: no clock, no I/O.
+
+Order within the one token budget of a step:
+
+1. decodes, interactive before batch, old before young; where blocks run out, the last of that
+   order loses its blocks and will be computed again (preemption by recompute);
+2. prefill chunks of sequences that run already;
+3. new sequences from the queue.
+
+In 2 and 3 interactive work comes before batch work, but a batch sequence that was passed over in
+``BATCH_PATIENCE_STEPS`` steps comes first in the next one, and one that was preempted
+``MAX_BATCH_PREEMPTIONS`` times counts as interactive from then on.
+
+A sequence whose adapter is not loaded, or for whose adapter there are no pages, leaves the queue
+(it is parked) and holds up nobody. One that has been waiting for pages for ``ROOM_PATIENCE_STEPS``
+steps keeps further sequences with adapters from starting until it has them, so that popular
+adapters cannot keep rare ones out for ever.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left, insort
+from dataclasses import dataclass
+from enum import Enum, auto
+from typing import Protocol
+
+from openlora.adapters.lora_set import LoRASet
+from openlora.engine.kv_blocks import BlockManager
+from openlora.engine.request import Priority
+from openlora.engine.sequence import Sequence, Status
+
+BATCH_PATIENCE_STEPS = 7
+MAX_BATCH_PREEMPTIONS = 3
+ROOM_PATIENCE_STEPS = 512
+
+
+class Wait(Enum):
+    """Why a sequence cannot have its LoRA set now."""
+
+    LOADING = auto()
+    NO_ROOM = auto()
+
+
+class Residency(Protocol):
+    """What the scheduler needs of the adapter manager."""
+
+    @property
+    def room_epoch(self) -> int:
+        """Changes whenever a sequence that was told ``NO_ROOM`` should ask again."""
+
+    def acquire(self, sequence: Sequence) -> LoRASet | Wait:
+        """The sequence's LoRA set, its pages kept in place until ``release``."""
+
+    def release(self, sequence: Sequence) -> None:
+        """The sequence no longer runs."""
+
+
+@dataclass(frozen=True, slots=True)
+class ScheduledRow:
+    """``num_tokens`` tokens of ``sequence`` from position ``start`` on.
+
+    ``samples``: the last of them is the sequence's last, so that a new token is drawn.
+    """
+
+    sequence: Sequence
+    start: int
+    num_tokens: int
+    samples: bool
+
+
+def _age(sequence: Sequence) -> int:
+    return sequence.sequence_id
+
+
+def _rank(sequence: Sequence) -> tuple[bool, int]:
+    """Smaller runs first and is preempted last."""
+    yields = sequence.priority == "batch" and sequence.num_preemptions < MAX_BATCH_PREEMPTIONS
+    return yields, sequence.sequence_id
+
+
+class Scheduler:
+    """Holds every unfinished sequence in exactly one place: queue, parking lot or running list.
+
+    Args:
+        blocks: the KV cache's book-keeper.
+        residency: the adapters' book-keeper.
+        max_num_seqs: most sequences that run at a time.
+        max_num_batched_tokens: most tokens of a step, at least ``max_num_seqs``.
+    """
+
+    def __init__(
+        self,
+        blocks: BlockManager,
+        residency: Residency,
+        *,
+        max_num_seqs: int,
+        max_num_batched_tokens: int,
+    ) -> None:
+        assert max_num_batched_tokens >= max_num_seqs
+        self.blocks = blocks
+        self.running: list[Sequence] = []  # in the order of _rank
+        self.num_preemptions = 0
+        self._residency = residency
+        self._max_num_seqs = max_num_seqs
+        self._max_num_batched_tokens = max_num_batched_tokens
+        self._queues: dict[Priority, list[Sequence]] = {"interactive": [], "batch": []}
+        self._loading: dict[int, Sequence] = {}
+        # In order of their first wait; one that is back in the queue stays until it runs.
+        self._room_waiters: dict[int, Sequence] = {}
+        self._seen_room_epoch = residency.room_epoch
+        self._batch_passed_over = 0
+
+    @property
+    def num_waiting(self) -> int:
+        """Sequences that could start now but for seats, blocks and budget."""
+        return sum(map(len, self._queues.values()))
+
+    @property
+    def num_parked(self) -> int:
+        """Sequences that wait for an adapter."""
+        return len(self._parked())
+
+    def add(self, sequence: Sequence) -> None:
+        """Queue a new sequence."""
+        self._enqueue(sequence)
+
+    def finish(self, sequence: Sequence, *, forget: bool = False) -> None:
+        """Take a sequence out, wherever it is; ``forget`` drops its KV from the prefix cache."""
+        if sequence.status is Status.RUNNING:
+            self._stop_running(sequence, forget=forget)
+        elif sequence.status is Status.WAITING:
+            self._dequeue(sequence)
+        self._loading.pop(sequence.sequence_id, None)
+        self._leave_room_waiters(sequence)
+        sequence.status = Status.FINISHED
+
+    def unpark_loaded(self, adapter: str) -> list[Sequence]:
+        """``adapter`` was loaded or failed: its waiters queue again, and are returned by age."""
+        woken = sorted(
+            (s for s in self._loading.values() if any(adapter == key for key, _ in s.adapters)),
+            key=_age,
+        )
+        for sequence in woken:
+            del self._loading[sequence.sequence_id]
+            self._enqueue(sequence)
+        return woken
+
+    def schedule(self, step: int) -> list[ScheduledRow]:
+        """Choose the rows of step number ``step`` and count their tokens as computed."""
+        if self._residency.room_epoch != self._seen_room_epoch:
+            self._unpark_room_waiters()
+        rows: list[ScheduledRow] = []
+        budget = self._schedule_decodes(rows, self._max_num_batched_tokens)
+        num_decodes = len(rows)
+        order: tuple[Priority, ...] = ("interactive", "batch")
+        if self._batch_passed_over >= BATCH_PATIENCE_STEPS:
+            order = ("batch", "interactive")
+        for priority in order:
+            budget = self._schedule_prefills(rows, budget, priority)
+        self._admit(rows, budget, order, step)
+        self._count_patience(rows[num_decodes:])
+        return rows
+
+    def check_integrity(self) -> None:
+        """Assert that every sequence is in one place and only running ones hold blocks."""
+        self.blocks.check_integrity(self.running)
+        queued = [s for queue in self._queues.values() for s in queue]
+        parked = list(self._parked().values())
+        everywhere = [s.sequence_id for s in self.running + queued + parked]
+        assert len(everywhere) == len(set(everywhere)), "a sequence is in two places"
+        assert all(s.status is Status.RUNNING for s in self.running)
+        assert all(s.status is Status.WAITING and not s.block_table for s in queued)
+        assert all(s.status is Status.PARKED and not s.block_table for s in parked)
+        assert self.running == sorted(self.running, key=_rank)
+
+    def _parked(self) -> dict[int, Sequence]:
+        # A waiter for room whose adapter had to go meanwhile waits for its loading as well.
+        waiters = self._room_waiters.items()
+        return self._loading | {i: s for i, s in waiters if s.status is Status.PARKED}
+
+    def _schedule_decodes(self, rows: list[ScheduledRow], budget: int) -> int:
+        i = 0
+        while i < len(self.running):
+            sequence = self.running[i]
+            if sequence.num_uncomputed_tokens != 1 or not sequence.is_ready:
+                i += 1
+            elif self._grow(sequence):
+                rows.append(_take(sequence, 1))
+                budget -= 1
+                i += 1
+        return budget
+
+    def _grow(self, sequence: Sequence) -> bool:
+        """Make room for a decode; False where the sequence itself had to give up its blocks."""
+        while not self.blocks.grow(sequence):
+            # The last one was not scheduled yet: this loop runs from the front.
+            victim = self.running[-1]
+            self._preempt(victim)
+            if victim is sequence:
+                return False
+        return True
+
+    def _schedule_prefills(self, rows: list[ScheduledRow], budget: int, priority: Priority) -> int:
+        for sequence in self.running:
+            if not budget:
+                break
+            if sequence.priority == priority and sequence.num_uncomputed_tokens > 1:
+                rows.append(_take(sequence, min(sequence.num_uncomputed_tokens, budget)))
+                budget -= rows[-1].num_tokens
+        return budget
+
+    def _admit(
+        self, rows: list[ScheduledRow], budget: int, order: tuple[Priority, ...], step: int
+    ) -> None:
+        for priority in order:
+            queue = self._queues[priority]
+            while queue and budget and len(self.running) < self._max_num_seqs:
+                sequence = queue[0]
+                if sequence.num_pending_tokens:
+                    break  # preempted while its token was on the way: wait until it is read
+                wait = self._acquire(sequence, step)
+                if wait is not None:
+                    self._park(sequence, wait, step)
+                    continue
+                if not self.blocks.admit(sequence, num_reserved=len(self.running)):
+                    # Nobody overtakes: smaller ones would keep a large one waiting for ever.
+                    self._residency.release(sequence)
+                    return
+                self._start_running(sequence)
+                rows.append(_take(sequence, min(sequence.num_uncomputed_tokens, budget)))
+                budget -= rows[-1].num_tokens
+
+    def _acquire(self, sequence: Sequence, step: int) -> Wait | None:
+        """Fetch the sequence's LoRA set; None on success."""
+        if not sequence.adapters:
+            return None
+        first = next(iter(self._room_waiters.values()), None)
+        if (
+            first is not None
+            and first is not sequence
+            and step - first.parked_at_step > ROOM_PATIENCE_STEPS
+        ):
+            return Wait.NO_ROOM
+        outcome = self._residency.acquire(sequence)
+        if isinstance(outcome, Wait):
+            return outcome
+        sequence.lora_set = outcome
+        return None
+
+    def _start_running(self, sequence: Sequence) -> None:
+        self._dequeue(sequence)
+        self._leave_room_waiters(sequence)
+        sequence.status = Status.RUNNING
+        insort(self.running, sequence, key=_rank)
+
+    def _stop_running(self, sequence: Sequence, *, forget: bool = False) -> None:
+        del self.running[bisect_left(self.running, _rank(sequence), key=_rank)]
+        self.blocks.release(sequence, forget=forget)
+        self._residency.release(sequence)
+
+    def _preempt(self, victim: Sequence) -> None:
+        self._stop_running(victim)
+        victim.num_preemptions += 1
+        self.num_preemptions += 1
+        self._enqueue(victim)
+
+    def _enqueue(self, sequence: Sequence) -> None:
+        sequence.status = Status.WAITING
+        insort(self._queues[sequence.priority], sequence, key=_age)
+
+    def _dequeue(self, sequence: Sequence) -> None:
+        queue = self._queues[sequence.priority]
+        del queue[bisect_left(queue, sequence.sequence_id, key=_age)]
+
+    def _park(self, sequence: Sequence, wait: Wait, step: int) -> None:
+        self._dequeue(sequence)
+        sequence.status = Status.PARKED
+        if wait is Wait.LOADING:
+            self._loading[sequence.sequence_id] = sequence
+        elif sequence.sequence_id not in self._room_waiters:
+            sequence.parked_at_step = step
+            self._room_waiters[sequence.sequence_id] = sequence
+
+    def _unpark_room_waiters(self) -> None:
+        self._seen_room_epoch = self._residency.room_epoch
+        for sequence in self._room_waiters.values():
+            if sequence.status is Status.PARKED and sequence.sequence_id not in self._loading:
+                self._enqueue(sequence)
+
+    def _leave_room_waiters(self, sequence: Sequence) -> None:
+        if self._room_waiters.pop(sequence.sequence_id, None) is not None:
+            sequence.parked_at_step = -1
+            # It may have been the one that held the others back.
+            self._seen_room_epoch = -1
+
+    def _count_patience(self, rows: list[ScheduledRow]) -> None:
+        """Count the steps in a row in which interactive prefills kept batch ones waiting."""
+        batch_waits = bool(self._queues["batch"]) or any(
+            s.priority == "batch" and s.num_uncomputed_tokens > 1 for s in self.running
+        )
+        if not batch_waits or any(row.sequence.priority == "batch" for row in rows):
+            self._batch_passed_over = 0
+        elif rows:
+            self._batch_passed_over += 1
+
+
+def _take(sequence: Sequence, num_tokens: int) -> ScheduledRow:
+    start = sequence.num_computed_tokens
+    sequence.num_computed_tokens += num_tokens
+    return ScheduledRow(sequence, start, num_tokens, samples=not sequence.num_uncomputed_tokens)
