@@ -62,12 +62,14 @@ class JobView(msgspec.Struct, frozen=True):
 
 
 class OpenJob(msgspec.Struct, frozen=True):
-    """An open job as the sweeper looks at it. ``age_ms`` counts from when it was stored."""
+    """An open job as the sweeper looks at it. ``age_ms`` counts from when it was stored;
+    ``expired``: its deadline passed; ``published``: topic, partition and offset."""
 
     job_id: str
     age_ms: int
     epoch: int
     cancelled: bool
+    expired: bool
     published: tuple[str, int, int] | None
     claimed_by: str | None
 
@@ -99,7 +101,7 @@ def store_call(job: Job, lease_ms: int) -> Call:
     """``lease_ms`` counts only for a job that is leased."""
     lease = lease_ms if job.leased else 0
     keys = [names.job_key(job.job_id), names.open_jobs_key(names.shard_of(job.job_id))]
-    return Call(scripts.STORE, keys, [job.job_id, codec.encode(job), lease])
+    return Call(scripts.STORE, keys, [job.job_id, codec.encode(job), lease, job.deadline_ms or 0])
 
 
 def published_call(job_id: str, topic: str, partition: int, offset: int) -> Call:
@@ -119,7 +121,9 @@ def recreate_call(job: Job, above_epoch: int, worker_id: str) -> Call:
     keys = [*_job_keys(job.job_id), names.open_jobs_key(names.shard_of(job.job_id))]
     lease = RECREATED_LEASE_MS if job.leased else 0
     return Call(
-        scripts.RECREATE, keys, [worker_id, job.job_id, codec.encode(job), above_epoch, lease]
+        scripts.RECREATE,
+        keys,
+        [worker_id, job.job_id, codec.encode(job), above_epoch, lease, job.deadline_ms or 0],
     )
 
 
@@ -224,14 +228,22 @@ def lead_call(owner: str, ttl_ms: int) -> Call:
     return Call(scripts.LEAD, [names.SWEEPER_KEY], [owner, ttl_ms])
 
 
-OPEN_JOB_FIELDS = ("epoch", "cancel", "lease_until", "published", "claimed_by", "state")
+OPEN_JOB_FIELDS = (
+    "epoch",
+    "cancel",
+    "lease_until",
+    "deadline",
+    "published",
+    "claimed_by",
+    "state",
+)
 
 
 def decode_open_job(
     job_id: bytes, stored_ms: float, fields: Sequence[bytes | None], now_ms: int
 ) -> OpenJob | None:
     """From ``OPEN_JOB_FIELDS`` of the job's hash; None where it ended meanwhile or is lost."""
-    epoch, cancel, lease_until, published, claimed_by, state = fields
+    epoch, cancel, lease_until, deadline, published, claimed_by, state = fields
     if state != b"open" or epoch is None:
         return None
     where = None
@@ -243,6 +255,7 @@ def decode_open_job(
         age_ms=now_ms - int(stored_ms),
         epoch=int(epoch),
         cancelled=cancel is not None or (lease_until is not None and now_ms > int(lease_until)),
+        expired=deadline is not None and now_ms > int(deadline),
         published=where,
         claimed_by=None if claimed_by is None else claimed_by.decode(),
     )

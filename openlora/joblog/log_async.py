@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import AsyncIterator, Iterable, Sequence
 from typing import Any
 
 import redis
@@ -16,6 +16,8 @@ from openlora.protocol import codec, names
 from openlora.protocol.events import Chunk, End
 from openlora.protocol.jobs import Job
 from openlora.protocol.status import Heartbeat
+
+_PAGE = 500
 
 
 class AsyncJobLog:
@@ -105,14 +107,24 @@ class AsyncJobLog:
                 await self._redis.srem(names.WORKERS_KEY, *gone)
         return [codec.decode_heartbeat(value) for value in values if value is not None]
 
-    async def open_jobs(self, shard: int, min_age_ms: int, limit: int) -> list[OpenJob]:
-        """The shard's oldest open jobs that were stored at least ``min_age_ms`` ago."""
-        key = names.open_jobs_key(shard)
+    async def open_jobs(self, min_age_ms: int) -> AsyncIterator[list[OpenJob]]:
+        """All open jobs that were stored at least ``min_age_ms`` ago, in pages, shard by shard."""
+        keys = [names.open_jobs_key(shard) for shard in range(names.SHARD_COUNT)]
+        with redis_errors(self._redis):
+            async with self._redis.pipeline(transaction=False) as pipeline:
+                for key in keys:
+                    pipeline.zcard(key)
+                counts = await pipeline.execute()
+        for key, count in zip(keys, counts, strict=True):
+            for start in range(0, count, _PAGE):
+                yield await self._open_page(key, start, min_age_ms)
+
+    async def _open_page(self, key: str, start: int, min_age_ms: int) -> list[OpenJob]:
         with redis_errors(self._redis):
             seconds, micros = await self._redis.time()
             now_ms = seconds * 1000 + micros // 1000
             found = await self._redis.zrangebyscore(
-                key, "-inf", now_ms - min_age_ms, start=0, num=limit, withscores=True
+                key, "-inf", now_ms - min_age_ms, start=start, num=_PAGE, withscores=True
             )
             if not found:
                 return []
@@ -120,14 +132,14 @@ class AsyncJobLog:
                 for job_id, _ in found:
                     pipeline.hmget(names.job_key(job_id.decode()), core.OPEN_JOB_FIELDS)
                 rows = await pipeline.execute()
-            jobs = [
-                core.decode_open_job(job_id, stored_ms, fields, now_ms)
-                for (job_id, stored_ms), fields in zip(found, rows, strict=True)
-            ]
-            lost = [job_id for (job_id, _), job in zip(found, jobs, strict=True) if job is None]
-            if lost:
-                await self._redis.zrem(key, *lost)
-        return [job for job in jobs if job is not None]
+            jobs = []
+            for (job_id, stored_ms), fields in zip(found, rows, strict=True):
+                job = core.decode_open_job(job_id, stored_ms, fields, now_ms)
+                if job is not None:
+                    jobs.append(job)
+                elif fields[-1] is None:  # Redis lost the job itself
+                    await self._redis.zrem(key, job_id)
+        return jobs
 
     async def take_sweeper(self, owner: str, ttl_ms: int) -> bool:
         """Whether ``owner`` sweeps for the next ``ttl_ms``: one gateway at a time does."""

@@ -10,6 +10,7 @@ hash:
     base         ``length`` at the newest claim: what is before it is an older epoch's
     cancel       present once somebody asked to cancel
     lease_until  Redis's clock in ms; absent: the job needs nobody who watches
+    deadline     Unix ms; absent: none. Workers keep to the job's own; this is for the sweeper
     published    topic:partition:offset, once the broker acknowledged it
     claimed_by   worker ID of the newest claim
 
@@ -18,7 +19,7 @@ is ``cancelled`` when it has a cancel mark or its lease ran out. Open jobs never
 
 Every script may be sent again after a lost reply:
 
-STORE      KEYS job, open            ARGV job ID, job JSON, lease ms (0: none)
+STORE      KEYS job, open            ARGV job ID, job JSON, lease ms (0: none), deadline (0: none)
            A job that exists stays as it is. → 1 stored, 0 existed
 PUBLISHED  KEYS job                  ARGV topic:partition:offset
            Nothing happens to a job that is gone. → 1 | 0
@@ -26,7 +27,7 @@ DISCARD    KEYS job, log, open       ARGV job ID, seconds to keep the tombstone
            The job will not run: claims say "ended", appends "gone", reads find nothing. → 1
 CLAIM      KEYS job, log             ARGV worker ID
            → {"missing"} | {"ended", epoch} | {"claimed", epoch, cancelled, chunk…}
-RECREATE   KEYS job, log, open       ARGV worker ID, job ID, job JSON, epoch, lease ms (0: none)
+RECREATE   KEYS job, log, open       ARGV worker ID, job ID, job JSON, epoch, lease ms, deadline
            A log that is missing is opened at epoch + 1; one that is there is claimed, at an epoch
            above both. → as CLAIM
 APPEND     KEYS job1, log1, …, channel, open
@@ -110,6 +111,7 @@ if redis.call('EXISTS', KEYS[1]) == 1 then return 0 end
 local now = now_ms()
 redis.call('HSET', KEYS[1], 'job', ARGV[2], 'state', 'open', 'epoch', 0, 'length', 0, 'base', 0)
 if ARGV[3] ~= '0' then redis.call('HSET', KEYS[1], 'lease_until', now + ARGV[3]) end
+if ARGV[4] ~= '0' then redis.call('HSET', KEYS[1], 'deadline', ARGV[4]) end
 redis.call('ZADD', KEYS[2], now, ARGV[1])
 return 1
 """
@@ -164,6 +166,7 @@ redis.call('DEL', KEYS[2])
 redis.call('HSET', KEYS[1], 'job', ARGV[3], 'state', 'open', 'epoch', epoch, 'length', 0,
     'base', 0, 'claimed_by', ARGV[1])
 if ARGV[5] ~= '0' then redis.call('HSET', KEYS[1], 'lease_until', now + ARGV[5]) end
+if ARGV[6] ~= '0' then redis.call('HSET', KEYS[1], 'deadline', ARGV[6]) end
 redis.call('ZADD', KEYS[3], now, ARGV[2])
 return {'claimed', epoch, 0}
 """

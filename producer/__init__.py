@@ -1,0 +1,1 @@
+"""Jobs into Kafka: their topic and key, the publisher, the topics themselves, the sweeper."""

@@ -1,0 +1,149 @@
+"""``Publisher``: jobs into Kafka, each answered by a future once the broker has it."""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+import time
+from concurrent.futures import Future
+from typing import Any
+
+from kafka import KafkaProducer
+from kafka.errors import KafkaError, MessageSizeTooLargeError, RecordListTooLargeError
+
+from openlora.errors import OpenLoRAError, Overloaded, PayloadTooLarge, SetupError
+from openlora.protocol import codec
+from openlora.protocol.jobs import Job
+from producer.partitioner import key_of, topic_of
+
+Published = tuple[str, int, int]
+"""Topic, partition and offset of a message that the broker acknowledged."""
+
+MAX_UNACKNOWLEDGED = 10_000
+"""Jobs that may wait for the broker; more are refused at once instead of waiting in memory."""
+DELIVERY_TIMEOUT_MS = 4500
+"""A job that the broker did not take within this fails; below the sweeper's 5 s, which would
+otherwise publish it once more while it is still under way here."""
+
+_REQUEST_TIMEOUT_MS = 2000
+_CONNECT_TIMEOUT_MS = 10_000
+_MAX_MESSAGE_BYTES = 1_000_000  # just under the 1 MiB that brokers take by default
+_RETRY_AFTER_MS = 1000
+
+_logger = logging.getLogger(__name__)
+
+
+class Publisher:
+    """A KafkaProducer behind a thread of its own, so that ``publish`` never blocks.
+
+    Acknowledged means by all in-sync replicas. A retry may write a job twice, which is harmless:
+    claims fence. Lost connections are made again by the producer itself.
+    """
+
+    def __init__(self, bootstrap_servers: str) -> None:
+        """Connects.
+
+        Raises:
+            SetupError: no broker answers within 10 s.
+        """
+        self._servers = bootstrap_servers
+        try:
+            self._producer: Any = KafkaProducer(
+                bootstrap_servers=bootstrap_servers.split(","),
+                client_id="openlora-gateway",
+                acks="all",
+                # Sequence numbers would die with an in-memory broker and fail what follows.
+                enable_idempotence=False,
+                linger_ms=0,  # what comes while a request is under way shares the next one
+                delivery_timeout_ms=DELIVERY_TIMEOUT_MS,
+                request_timeout_ms=_REQUEST_TIMEOUT_MS,
+                max_block_ms=DELIVERY_TIMEOUT_MS,
+                max_request_size=_MAX_MESSAGE_BYTES,
+                reconnect_backoff_max_ms=500,
+                # TopicKeeper creates them, with the right number of partitions.
+                allow_auto_create_topics=False,
+                bootstrap_timeout_ms=_CONNECT_TIMEOUT_MS,
+                metrics_enabled=False,
+            )
+        except (KafkaError, OSError, ValueError) as error:
+            raise SetupError(f"no Kafka broker answers at {bootstrap_servers}: {error}") from error
+        self._slots = threading.BoundedSemaphore(MAX_UNACKNOWLEDGED)
+        self._queue: queue.SimpleQueue[tuple[Future[Published], Job, float] | None] = (
+            queue.SimpleQueue()
+        )
+        self._is_closed = False
+        self._thread = threading.Thread(target=self._send_all, name="publisher", daemon=True)
+        self._thread.start()
+
+    def publish(self, job: Job) -> Future[Published]:
+        """Queue the job; never blocks. The future's result is where the broker keeps it.
+
+        The future fails with Overloaded (the broker does not take it within 4.5 s, too many jobs
+        wait already, or the publisher is closed) or PayloadTooLarge. After Overloaded the broker
+        may have the job nevertheless.
+        """
+        future: Future[Published] = Future()
+        if self._is_closed:
+            future.set_exception(Overloaded("this gateway is shutting down; try another"))
+        elif not self._slots.acquire(blocking=False):
+            future.set_exception(
+                self._overloaded(f"{MAX_UNACKNOWLEDGED} jobs wait for the broker already")
+            )
+        else:
+            future.add_done_callback(self._free_slot)
+            self._queue.put((future, job, time.monotonic()))
+        return future
+
+    def close(self, timeout_s: float = 5.0) -> None:
+        """Send what is queued, wait for the broker's answers, and close. May be repeated."""
+        if self._is_closed:
+            return
+        self._is_closed = True
+        self._queue.put(None)
+        self._thread.join(timeout_s)
+        try:
+            self._producer.close(timeout=timeout_s)
+        except KafkaError as error:
+            _logger.warning("some jobs were not acknowledged before the close: %s", error)
+
+    def _send_all(self) -> None:
+        while (item := self._queue.get()) is not None:
+            future, job, queued_at = item
+            try:
+                if time.monotonic() - queued_at > DELIVERY_TIMEOUT_MS / 1000:
+                    raise self._overloaded("the broker did not take it in time")
+                self._send(future, job)
+            except OpenLoRAError as error:
+                future.set_exception(error)
+
+    def _send(self, future: Future[Published], job: Job) -> None:
+        def acknowledged(record: Any) -> None:
+            future.set_result((record.topic, record.partition, record.offset))
+
+        def failed(error: BaseException) -> None:
+            future.set_exception(self._error(error))
+
+        try:
+            sent = self._producer.send(topic_of(job), codec.encode(job), key_of(job))
+        except (KafkaError, ValueError) as error:
+            # ValueError: the topic vanished between the metadata and the choice of a partition.
+            raise self._error(error) from error
+        sent.add_callback(acknowledged)
+        sent.add_errback(failed)
+
+    def _error(self, error: BaseException) -> OpenLoRAError:
+        if isinstance(error, MessageSizeTooLargeError | RecordListTooLargeError):
+            return PayloadTooLarge(
+                f"the job is larger than {_MAX_MESSAGE_BYTES} bytes; send a shorter prompt"
+            )
+        return self._overloaded(str(error) or type(error).__name__)
+
+    def _overloaded(self, reason: str) -> Overloaded:
+        return Overloaded(
+            f"Kafka at {self._servers} did not take the job ({reason}); try again",
+            retry_after_ms=_RETRY_AFTER_MS,
+        )
+
+    def _free_slot(self, _: Future[Published]) -> None:
+        self._slots.release()

@@ -1,0 +1,179 @@
+"""The sweeper: finds accepted jobs that the broker does not hold and publishes them again.
+
+``decide`` looks at facts alone; ``Sweeper`` gathers them and acts. One gateway sweeps at a time.
+Publishing a job twice is harmless, since claims fence, so a wrong guess costs one prefill at most;
+to make it rare, a job must look lost in two sweeps in a row.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from openlora.errors import OpenLoRAError
+from openlora.joblog import AsyncJobLog, OpenJob
+from openlora.protocol.events import End, Failure
+from openlora.protocol.jobs import Job
+from openlora.protocol.status import Heartbeat, PartitionStatus
+from producer.publisher import Publisher
+
+MIN_AGE_MS = 5000
+"""Younger jobs are left alone: they may be on their way to the broker, or to a worker's claim."""
+PERIOD_S = 2.0
+_LEAD_MS = 10_000  # a gateway that died is replaced after this
+
+_logger = logging.getLogger(__name__)
+
+
+@dataclass
+class Decision:
+    """What to do with open jobs.
+
+    ``lost``: jobs that look lost; those that did so in the sweep before are in ``republish``.
+    """
+
+    republish: list[str] = field(default_factory=list)
+    cancelled: list[str] = field(default_factory=list)
+    expired: list[str] = field(default_factory=list)
+    lost: set[str] = field(default_factory=set)
+
+
+def decide(
+    jobs: Iterable[OpenJob], heartbeats: Sequence[Heartbeat], lost_before: frozenset[str]
+) -> Decision:
+    """Sort open jobs by what they need. Pure.
+
+    A job that a living worker claimed is left to it. Of the others, those that are cancelled (or
+    whose lease ran out) or past their deadline are to be ended here: their worker died, or they
+    wait behind work of others. What looks lost is to be published again.
+    """
+    workers = {heartbeat.id for heartbeat in heartbeats}
+    owners = _owners(heartbeats)
+    decision = Decision()
+    for job in jobs:
+        if job.age_ms < MIN_AGE_MS or job.claimed_by in workers:
+            continue
+        if job.cancelled:
+            decision.cancelled.append(job.job_id)
+        elif job.expired:
+            decision.expired.append(job.job_id)
+        elif _is_lost(job.published, owners):
+            decision.lost.add(job.job_id)
+            if job.job_id in lost_before:
+                decision.republish.append(job.job_id)
+    return decision
+
+
+def _owners(heartbeats: Sequence[Heartbeat]) -> dict[tuple[str, int], PartitionStatus]:
+    """The newest word on each partition."""
+    return {
+        (status.topic, status.partition): status
+        for heartbeat in sorted(heartbeats, key=lambda h: h.written_ms)
+        for status in heartbeat.partitions
+    }
+
+
+def _is_lost(
+    published: tuple[str, int, int] | None, owners: Mapping[tuple[str, int], PartitionStatus]
+) -> bool:
+    """Whether no worker will meet an unclaimed job at the place where it was published."""
+    if published is None:
+        return True
+    topic, partition, offset = published
+    owner = owners.get((topic, partition))
+    if owner is None or owner.paused:
+        return False  # it waits for an owner; or the owner does not look at the partition's end
+    if owner.position > offset:
+        return True  # the owner went past it: another message is there now
+    return 0 <= owner.high_water <= offset  # the partition ends before it: the topic is a new one
+
+
+class Topics(Protocol):
+    """What the sweeper needs of ``TopicKeeper``."""
+
+    def ensure(self) -> dict[str, int]: ...
+
+
+class Sweeper:
+    """Sweeps every two seconds while it holds the lock; run by every gateway."""
+
+    def __init__(self, log: AsyncJobLog, publisher: Publisher, topics: Topics, owner: str) -> None:
+        """``owner``: a name no other gateway has."""
+        self._log = log
+        self._publisher = publisher
+        self._topics = topics
+        self._owner = owner
+        self._lost: frozenset[str] = frozenset()
+
+    async def run(self) -> None:
+        """Until cancelled. What fails is logged and tried again in the next sweep."""
+        while True:
+            try:
+                if await self._log.take_sweeper(self._owner, _LEAD_MS):
+                    await self.sweep()
+                else:
+                    self._lost = frozenset()
+            except OpenLoRAError as error:
+                _logger.warning("sweep failed, the next is in %g s: %s", PERIOD_S, error.message)
+            await asyncio.sleep(PERIOD_S)
+
+    async def sweep(self) -> Decision:
+        """Once: look at all open jobs and act. Returns what was decided.
+
+        Raises:
+            Overloaded, SetupError: Redis or Kafka does not answer.
+        """
+        # An in-memory broker comes back without topics; without them nothing can be published.
+        await asyncio.to_thread(self._topics.ensure)
+        heartbeats = await self._log.heartbeats()
+        total = Decision()
+        async for page in self._log.open_jobs(MIN_AGE_MS):
+            decision = decide(page, heartbeats, self._lost)
+            total.lost |= decision.lost
+            for name in ("republish", "cancelled", "expired"):
+                getattr(total, name).extend(getattr(decision, name))
+        self._lost = frozenset(total.lost)
+        await self._end(total.cancelled, None)
+        await self._end(total.expired, Failure("deadline_exceeded", "the deadline passed"))
+        await self._republish(total.republish)
+        return total
+
+    async def _end(self, job_ids: Sequence[str], failure: Failure | None) -> None:
+        for job_id in job_ids:
+            view = await self._log.read(job_id)
+            if view is None:
+                continue
+            end = End(
+                finish_reason="cancelled" if failure is None else None,
+                failure=failure,
+                completion_tokens=sum(len(chunk.tokens) for chunk in view.chunks),
+                total_ms=max(0.0, time.time() * 1000 - view.job.created_ms),
+            )
+            if await self._log.finish(job_id, end):
+                _logger.info("job %s ended here: %s", job_id, failure or "cancelled")
+
+    async def _republish(self, job_ids: Sequence[str]) -> None:
+        jobs: list[Job] = []
+        for job_id in job_ids:
+            view = await self._log.read(job_id)
+            if view is not None and view.end is None:
+                jobs.append(view.job)
+        results = await asyncio.gather(
+            *(asyncio.wrap_future(self._publisher.publish(job)) for job in jobs),
+            return_exceptions=True,
+        )
+        for job, result in zip(jobs, results, strict=True):
+            if isinstance(result, BaseException):
+                if not isinstance(result, OpenLoRAError):
+                    raise result
+                _logger.warning("job %s could not be published again: %s", job.job_id, result)
+                continue
+            _logger.warning(
+                "job %s was lost by the broker and is published again, to %s %d @ %d",
+                *(job.job_id, *result),
+            )
+            await self._log.mark_published(job.job_id, *result)

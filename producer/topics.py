@@ -1,0 +1,179 @@
+"""The topics: made with the right number of partitions, kept, and described for operators."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
+from types import TracebackType
+from typing import Any
+
+import msgspec
+from kafka.admin import KafkaAdminClient
+from kafka.errors import KafkaError, TopicAlreadyExistsError
+
+from openlora.errors import SetupError
+from openlora.protocol import names
+from openlora.protocol.status import Heartbeat
+
+DEFAULT_PARTITIONS = 32
+_TIMEOUT_MS = 10_000
+
+_logger = logging.getLogger(__name__)
+
+
+class TopicKeeper:
+    """Makes the topics where they are missing; one admin connection, for one thread at a time.
+
+    Brokers that create topics by themselves would do it with another number of partitions, so
+    every client of ours leaves that off and this is the only place that creates them.
+    """
+
+    def __init__(
+        self,
+        bootstrap_servers: str,
+        partitions: int = DEFAULT_PARTITIONS,
+        replication_factor: int = 1,
+    ) -> None:
+        """Connects.
+
+        Raises:
+            SetupError: no broker answers at ``bootstrap_servers`` within 10 s.
+        """
+        self._servers = bootstrap_servers
+        self._replication_factor = replication_factor
+        self._partitions = dict.fromkeys(names.JOB_TOPICS, partitions)
+        # Few messages, read by people: one partition keeps them in order.
+        self._partitions[names.DEAD_TOPIC] = 1
+        self._admin: Any = self._connect()
+
+    def __enter__(self) -> TopicKeeper:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def ensure(self) -> dict[str, int]:
+        """Create what is missing, wait until it is usable; → partitions by topic, as they are.
+
+        A topic that exists keeps its number of partitions.
+
+        Raises:
+            SetupError: the broker does not answer, or refuses.
+        """
+        try:
+            return self._ensure()
+        except (KafkaError, OSError) as error:
+            # kafka-python's admin client does not find a restarted broker again; a new one does.
+            _logger.info("connecting to Kafka again after: %r", error)
+            self.close()
+            self._admin = self._connect()
+        try:
+            return self._ensure()
+        except (KafkaError, OSError) as error:
+            raise SetupError(f"topics cannot be made at {self._servers}: {error!r}") from error
+
+    def close(self) -> None:
+        """Close the connection."""
+        self._admin.close()
+
+    def _connect(self) -> Any:
+        try:
+            return KafkaAdminClient(
+                bootstrap_servers=self._servers.split(","),
+                client_id="openlora-topics",
+                bootstrap_timeout_ms=_TIMEOUT_MS,
+                request_timeout_ms=_TIMEOUT_MS,
+            )
+        except (KafkaError, OSError, ValueError) as error:
+            raise SetupError(f"no Kafka broker answers at {self._servers}: {error}") from error
+
+    def _ensure(self) -> dict[str, int]:
+        counts = self._counts()
+        missing = {topic: n for topic, n in self._partitions.items() if topic not in counts}
+        if missing:
+            self._create(missing)
+            counts = self._counts()
+        return counts
+
+    def _create(self, missing: Mapping[str, int]) -> None:
+        _logger.info("creating topics: %s", ", ".join(f"{t} ({n})" for t, n in missing.items()))
+        for topic, partitions in missing.items():
+            # One at a time: another gateway may be at it too, and that is fine.
+            with suppress(TopicAlreadyExistsError):
+                self._admin.create_topics(
+                    {
+                        topic: {
+                            "num_partitions": partitions,
+                            "replication_factor": self._replication_factor,
+                        }
+                    },
+                    timeout_ms=_TIMEOUT_MS,
+                )
+        self._admin.wait_for_topics(list(missing), timeout_ms=_TIMEOUT_MS)
+
+    def _counts(self) -> dict[str, int]:
+        # Of all topics: asking for one by name makes some brokers create it.
+        wanted = self._partitions
+        return {
+            topic["name"]: len(topic["partitions"])
+            for topic in self._admin.describe_topics()
+            if topic["name"] in wanted and topic["error_code"] == 0 and topic["partitions"]
+        }
+
+
+def ensure_topics(
+    bootstrap_servers: str, partitions: int = DEFAULT_PARTITIONS, replication_factor: int = 1
+) -> dict[str, int]:
+    """``TopicKeeper.ensure`` on a connection of its own. Raises SetupError."""
+    with TopicKeeper(bootstrap_servers, partitions, replication_factor) as keeper:
+        return keeper.ensure()
+
+
+class PartitionRow(msgspec.Struct, frozen=True):
+    """One partition for an operator's table. Without an owner nothing but its name is known.
+
+    Two owners are seen for a moment during a hand-over. ``lag``: jobs not finished for sure.
+    """
+
+    topic: str
+    partition: int
+    owners: tuple[str, ...] = ()
+    committed: int | None = None
+    position: int | None = None
+    high_water: int | None = None
+    lag: int | None = None
+    paused: bool = False
+
+
+def describe_partitions(
+    partitions: Mapping[str, int], heartbeats: Iterable[Heartbeat]
+) -> list[PartitionRow]:
+    """A row for every partition of ``partitions`` (count by topic), from the workers' heartbeats.
+
+    Where two workers show a partition, offsets come from the newer heartbeat.
+    """
+    rows = {
+        (topic, partition): PartitionRow(topic, partition)
+        for topic, count in sorted(partitions.items())
+        for partition in range(count)
+    }
+    for heartbeat in sorted(heartbeats, key=lambda h: h.written_ms):
+        for status in heartbeat.partitions:
+            where = (status.topic, status.partition)
+            known = rows.get(where, PartitionRow(*where))
+            rows[where] = PartitionRow(
+                *where,
+                owners=(*known.owners, heartbeat.id),
+                committed=status.committed,
+                position=status.position,
+                high_water=status.high_water,
+                lag=max(0, status.high_water - status.committed),
+                paused=status.paused,
+            )
+    return [rows[where] for where in sorted(rows)]
