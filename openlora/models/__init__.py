@@ -1,0 +1,1 @@
+"""Base models: configuration, weight loading and the decoder's forward pass."""
