@@ -1,0 +1,101 @@
+"""Who is calling: API keys, and the Origin check against other sites' pages. Pure."""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from urllib.parse import urlsplit
+
+from openlora.errors import Forbidden, SetupError, Unauthorized
+
+DEFAULT_TENANT = "default"
+SUBPROTOCOL = "openlora.v1"
+KEY_SUBPROTOCOL_PREFIX = "openlora.key."
+_TENANT = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,127}")
+
+
+@dataclass(frozen=True, slots=True)
+class ApiKeys:
+    """The accepted keys, as (SHA-256 of the key, tenant). Empty: no key is asked for."""
+
+    entries: tuple[tuple[bytes, str], ...] = ()
+
+    @classmethod
+    def parse(cls, text: str) -> ApiKeys:
+        """Keys of ``OPENLORA_API_KEYS``: ``key`` or ``tenant:key``, separated by commas.
+
+        Raises:
+            SetupError: an entry is unusable; names its place, never the key.
+        """
+        entries = []
+        for number, item in enumerate(filter(None, map(str.strip, text.split(","))), start=1):
+            tenant, colon, key = item.rpartition(":")
+            tenant = tenant if colon else DEFAULT_TENANT
+            if not key or not _TENANT.fullmatch(tenant):
+                raise SetupError(
+                    f"entry {number} of OPENLORA_API_KEYS is not valid; write key or tenant:key, "
+                    "the tenant in letters, digits, '-', '_', '.'"
+                )
+            entries.append((_digest(key), tenant))
+        return cls(tuple(entries))
+
+    @property
+    def required(self) -> bool:
+        """Whether callers must show a key."""
+        return bool(self.entries)
+
+    def tenant_of(self, key: str | None) -> str:
+        """The tenant that ``key`` belongs to.
+
+        Raises:
+            Unauthorized: a key is required and this one is missing or unknown.
+        """
+        if not self.entries:
+            return DEFAULT_TENANT
+        if key is None:
+            raise Unauthorized(
+                "no API key; send `Authorization: Bearer KEY`, or from a browser's websocket the "
+                f"subprotocol {KEY_SUBPROTOCOL_PREFIX}KEY beside {SUBPROTOCOL}"
+            )
+        digest = _digest(key)
+        found = None
+        # every entry is compared, so that the time taken tells nothing about which one matches
+        for entry, tenant in self.entries:
+            if hmac.compare_digest(entry, digest):
+                found = tenant
+        if found is None:
+            raise Unauthorized("the API key is not known here; check it, or ask the operator")
+        return found
+
+
+def key_of(authorization: str | None, subprotocols: Sequence[str] = ()) -> str | None:
+    """The key that a request carries in its header, or else in a websocket subprotocol."""
+    if authorization:
+        scheme, _, key = authorization.partition(" ")
+        if scheme.lower() == "bearer" and key.strip():
+            return key.strip()
+    for name in subprotocols:
+        if name.startswith(KEY_SUBPROTOCOL_PREFIX):
+            return name[len(KEY_SUBPROTOCOL_PREFIX) :]
+    return None
+
+
+def check_origin(origin: str | None, host: str | None) -> None:
+    """Lets a browser act only from pages of this host; programs send no Origin.
+
+    Without it any page a user opens could talk to a gateway on the user's own machine.
+
+    Raises:
+        Forbidden: the page comes from elsewhere.
+    """
+    if origin is not None and urlsplit(origin).netloc.lower() != (host or "").lower():
+        raise Forbidden(
+            f"origin {origin[:200]!r} is not this server ({host}); open the page from here"
+        )
+
+
+def _digest(key: str) -> bytes:
+    return hashlib.sha256(key.encode("utf-8", "surrogateescape")).digest()

@@ -1,0 +1,163 @@
+"""Settings of the gateway: flags first, then environment, then defaults. Frozen."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TypeVar
+
+from gateway.auth import ApiKeys
+from openlora.errors import SetupError
+
+T = TypeVar("T")
+
+LOG_LEVELS = ("debug", "info", "warning", "error")
+
+ENVIRONMENT = {
+    "OPENLORA_HOST": "address to listen on (default 127.0.0.1)",
+    "OPENLORA_PORT": "port to listen on (default 8000)",
+    "OPENLORA_KAFKA": "Kafka bootstrap servers, host:port separated by commas",
+    "OPENLORA_REDIS": "Redis URL, redis://[:password@]host:port[/database]",
+    "OPENLORA_PARTITIONS": "partitions of the job topics when they are created (default 32)",
+    "OPENLORA_API_KEYS": "keys, `key` or `tenant:key` separated by commas (default: no keys asked)",
+    "OPENLORA_STORE": "content-addressed adapter files, a directory that workers share",
+    "OPENLORA_DISCONNECT_GRACE_S": "seconds a job runs on after its client left (default 30)",
+    "OPENLORA_DRAIN_TIMEOUT_S": "seconds that streams may take to end after SIGTERM (default 30)",
+    "OPENLORA_LOG_LEVEL": "debug, info, warning or error (default warning)",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class GatewayConfig:
+    """Everything the gateway is told from outside.
+
+    Attributes:
+        host, port: where it listens; port 0 takes a free one.
+        kafka: bootstrap servers. redis: URL, its password included, so it is not shown.
+        partitions: number of partitions of job topics this gateway has to create.
+        api_keys: who may call; empty asks for no key.
+        store: root of the content-addressed store.
+        disconnect_grace_s: a stream that nobody watched for so long is cancelled.
+        drain_timeout_s: streams may go on for so long after SIGTERM.
+        log_level: least severity that is logged.
+    """
+
+    host: str = "127.0.0.1"
+    port: int = 8000
+    kafka: str = "127.0.0.1:9092"
+    redis: str = field(default="redis://127.0.0.1:6379/0", repr=False)
+    partitions: int = 32
+    api_keys: ApiKeys = field(default_factory=ApiKeys)
+    store: Path = field(default_factory=lambda: cache_directory({}) / "adapters")
+    disconnect_grace_s: float = 30.0
+    drain_timeout_s: float = 30.0
+    log_level: str = "warning"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the gateway's flags; none has a default, so that the environment comes second."""
+
+    def flag(name: str, variable: str) -> None:
+        parser.add_argument(name, metavar="VALUE", help=f"{ENVIRONMENT[variable]} [{variable}]")
+
+    flag("--host", "OPENLORA_HOST")
+    flag("--port", "OPENLORA_PORT")
+    flag("--kafka", "OPENLORA_KAFKA")
+    flag("--redis", "OPENLORA_REDIS")
+    flag("--partitions", "OPENLORA_PARTITIONS")
+    flag("--store", "OPENLORA_STORE")
+    flag("--disconnect-grace-s", "OPENLORA_DISCONNECT_GRACE_S")
+    flag("--drain-timeout-s", "OPENLORA_DRAIN_TIMEOUT_S")
+    flag("--log-level", "OPENLORA_LOG_LEVEL")
+
+
+def config_from(args: argparse.Namespace, environ: Mapping[str, str]) -> GatewayConfig:
+    """The settings from parsed flags and an environment.
+
+    API keys come from the environment alone: a flag would show them to every user of the machine.
+
+    Raises:
+        SetupError: a value is unusable; names the flag or variable, the value and what it must be.
+    """
+    default = GatewayConfig()
+
+    def setting(name: str, parse: Callable[[str, str], T], otherwise: T) -> T:
+        variable = f"OPENLORA_{name.upper()}"
+        flag_value = getattr(args, name, None)
+        if flag_value is not None:
+            return parse(f"--{name.replace('_', '-')}", str(flag_value))
+        return parse(variable, environ[variable]) if environ.get(variable) else otherwise
+
+    return GatewayConfig(
+        host=setting("host", _text, default.host),
+        port=setting("port", _integer(0, 65535), default.port),
+        kafka=setting("kafka", _servers, default.kafka),
+        redis=setting("redis", _redis_url, default.redis),
+        partitions=setting("partitions", _integer(1, 10_000), default.partitions),
+        api_keys=ApiKeys.parse(environ.get("OPENLORA_API_KEYS", "")),
+        store=setting("store", _path, cache_directory(environ) / "adapters"),
+        disconnect_grace_s=setting(
+            "disconnect_grace_s", _seconds(0.5, 86_400), default.disconnect_grace_s
+        ),
+        drain_timeout_s=setting("drain_timeout_s", _seconds(0, 86_400), default.drain_timeout_s),
+        log_level=setting("log_level", _log_level, default.log_level),
+    )
+
+
+def cache_directory(environ: Mapping[str, str]) -> Path:
+    """OpenLoRA's directory in the user's cache."""
+    root = environ.get("XDG_CACHE_HOME")
+    return (Path(root) if root else Path.home() / ".cache") / "openlora"
+
+
+def _text(name: str, value: str) -> str:
+    return value
+
+
+def _path(name: str, value: str) -> Path:
+    return Path(value).expanduser()
+
+
+def _log_level(name: str, value: str) -> str:
+    if value not in LOG_LEVELS:
+        raise SetupError(f"{name} is {value!r}; it must be one of {', '.join(LOG_LEVELS)}")
+    return value
+
+
+def _integer(low: int, high: int) -> Callable[[str, str], int]:
+    def parse(name: str, value: str) -> int:
+        if not value.isascii() or not value.isdigit() or not low <= int(value) <= high:
+            raise SetupError(f"{name} is {value!r}; it must be a whole number, {low} to {high}")
+        return int(value)
+
+    return parse
+
+
+def _seconds(low: float, high: float) -> Callable[[str, str], float]:
+    def parse(name: str, value: str) -> float:
+        try:
+            seconds = float(value)
+        except ValueError:
+            seconds = float("nan")
+        if not low <= seconds <= high:
+            raise SetupError(f"{name} is {value!r}; it must be seconds, {low:g} to {high:g}")
+        return seconds
+
+    return parse
+
+
+def _servers(name: str, value: str) -> str:
+    for server in value.split(","):
+        host, _, port = server.strip().rpartition(":")
+        if not host or not port.isdigit():
+            raise SetupError(f"{name} is {value!r}; it must be host:port[,host:port…]")
+    return value
+
+
+def _redis_url(name: str, value: str) -> str:
+    if not value.startswith(("redis://", "rediss://", "unix://")):
+        # the value may hold a password, so it is not repeated
+        raise SetupError(f"{name} must be a URL like redis://[:password@]host:port[/database]")
+    return value

@@ -1,0 +1,162 @@
+"""Hop 8, towards the client: a connection's bounded outbox and the streams that write to it.
+
+A slow client fills its outbox; from then on its streams *lag*: events are dropped, not queued, and
+once the outbox has drained the connection's sender reads what is missing from the jobs' logs. So
+a client costs a bounded amount of memory, loses nothing, and holds up nobody else.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+
+from gateway.metrics import Metrics
+from gateway.stream import TokenStream
+from openlora.joblog import JobView
+from openlora.protocol.events import Chunk
+
+MAX_QUEUED_FRAMES = 1024
+
+
+class Outbox:
+    """Frames that wait for one connection's sender task.
+
+    Relay and session append to ``frames`` and call ``wake``; the sender takes the whole list at
+    once, so at most 2 × ``MAX_QUEUED_FRAMES`` and one chunk's frames are held.
+    """
+
+    __slots__ = ("_reader", "_waiter", "closed", "frames", "lagging")
+
+    def __init__(self) -> None:
+        self.frames: list[str] = []
+        # an ordered set: first come, first filled up
+        self.lagging: dict[Follower, None] = {}
+        self.closed = False
+        self._waiter: asyncio.Future[None] | None = None
+        self._reader: asyncio.Future[None] | None = None
+
+    @property
+    def full(self) -> bool:
+        """Whether token frames have to wait for the sender."""
+        return len(self.frames) >= MAX_QUEUED_FRAMES
+
+    def put(self, frame: str) -> None:
+        """Queues a frame that is not part of a token stream."""
+        self.frames.append(frame)
+        self.wake()
+
+    def wake(self) -> None:
+        """Tells the sender that there is something to do."""
+        waiter = self._waiter
+        if waiter is not None and not waiter.done():
+            waiter.set_result(None)
+
+    def close(self) -> None:
+        """No more work: ``wait`` returns from now on."""
+        self.closed = True
+        self.wake()
+
+    async def wait(self) -> None:
+        """Returns once there are frames, or lagging streams, or the outbox is closed."""
+        while not (self.frames or self.lagging or self.closed):
+            self._waiter = asyncio.get_running_loop().create_future()
+            await self._waiter
+
+    def take(self) -> list[str]:
+        """All queued frames; the queue is empty afterwards."""
+        frames, self.frames = self.frames, []
+        reader = self._reader
+        if reader is not None and not reader.done():
+            reader.set_result(None)
+        return frames
+
+    async def room(self) -> None:
+        """Returns once the outbox is not full."""
+        while self.full and not self.closed:
+            self._reader = asyncio.get_running_loop().create_future()
+            await self._reader
+
+
+class Follower:
+    """One client stream following one job.
+
+    Attributes:
+        finish: called by the relay when the last frame is in the outbox.
+        leased: the job lives as long as somebody follows it.
+        missed: an event was dropped since the log was last read.
+    """
+
+    __slots__ = ("_lagging", "_metrics", "finish", "leased", "missed", "outbox", "stream")
+
+    def __init__(
+        self,
+        stream: TokenStream,
+        outbox: Outbox,
+        metrics: Metrics,
+        finish: Callable[[], None],
+    ) -> None:
+        self.stream = stream
+        self.finish = finish
+        self.outbox = outbox
+        self.leased = False
+        self.missed = False
+        # Nothing may overtake `accepted`: events wait until `begin`.
+        self._lagging = True
+        self._metrics = metrics
+
+    def begin(self) -> None:
+        """``accepted`` is queued: events may follow it; what came before is read from the log."""
+        if self.missed:
+            self.lag()
+        else:
+            self._lagging = False
+
+    def miss(self) -> None:
+        """Events were lost on the way: the log knows them."""
+        self.missed = True
+        if not self._lagging:
+            self.lag()
+
+    def lag(self) -> None:
+        """From now on the log is what counts, until the sender has read it."""
+        self._lagging = True
+        self.outbox.lagging[self] = None
+        self.outbox.wake()
+
+    def take(self, chunk: Chunk) -> bool:
+        """An event from the shard's channel; True where it was the stream's last."""
+        if self._lagging:
+            self.missed = True
+            self._metrics.events_dropped.inc()
+            return False
+        outbox = self.outbox
+        frames = outbox.frames
+        if len(frames) >= MAX_QUEUED_FRAMES or not self.stream.feed(chunk, frames):
+            self.missed = True
+            self._metrics.events_dropped.inc()
+            self.lag()
+            return False
+        outbox.wake()
+        return self.stream.end is not None
+
+    def catch_up(self, view: JobView | None, *, whole: bool) -> bool:
+        """Takes what the log holds (``whole``: from its first chunk); True at the stream's end.
+
+        Stops where the outbox is full, to be called again when it has drained.
+        """
+        if view is not None:
+            before = self.stream.next_index
+            if whole:
+                self.stream.meet_log(view.chunks, self.outbox.frames)
+            for chunk in view.chunks:
+                if self.outbox.full:
+                    self.lag()
+                    return False
+                self.stream.feed_logged(chunk, self.outbox.frames)
+            self._metrics.tokens_refilled.inc(max(0, self.stream.next_index - before))
+        # A lost log is opened anew by the job's worker; its first event says so.
+        if self.missed:
+            self.lag()
+        else:
+            self._lagging = False
+        return self.stream.end is not None

@@ -1,0 +1,128 @@
+"""HTTP beside the websocket: health, metrics, models, adapters, workers.
+
+The OpenAI-shaped endpoints belong here too: they turn a body into a ``GenerateRequest`` and go
+through the same draft, intake and relay as a websocket's frames.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from functools import wraps
+
+import msgspec
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+
+from gateway.adapter_api import NewAdapter, record_fields, register
+from gateway.auth import check_origin, key_of
+from gateway.system import Gateway
+from gateway.workers_view import model_fields, queue_depth, worker_fields
+from openlora.errors import InvalidRequest, Overloaded, PayloadTooLarge
+
+MAX_BODY_BYTES = 1 << 20
+
+Handler = Callable[[Request], Awaitable[Response]]
+
+
+def api_routes(gateway: Gateway) -> list[Route]:
+    """All HTTP routes but the page's."""
+    api = HttpApi(gateway)
+    return [
+        Route("/healthz", api.healthz),
+        Route("/readyz", api.readyz),
+        Route("/metrics", api.metrics),
+        Route("/v1/models", api.keyed(api.models)),
+        Route("/v1/workers", api.keyed(api.workers)),
+        Route("/v1/adapters", api.keyed(api.list_adapters), methods=["GET"]),
+        Route("/v1/adapters", api.keyed(api.add_adapter), methods=["POST"]),
+        Route("/v1/adapters/{id}", api.keyed(api.show_adapter), methods=["GET"]),
+        Route("/v1/adapters/{id}", api.keyed(api.remove_adapter), methods=["DELETE"]),
+    ]
+
+
+class HttpApi:
+    """The handlers, over one gateway."""
+
+    def __init__(self, gateway: Gateway) -> None:
+        self._gateway = gateway
+
+    def keyed(self, handler: Handler) -> Handler:
+        """``handler`` behind the API key and, for browsers, the origin check."""
+
+        @wraps(handler)
+        async def checked(request: Request) -> Response:
+            check_origin(request.headers.get("origin"), request.headers.get("host"))
+            key = key_of(request.headers.get("authorization"))
+            request.state.tenant = self._gateway.config.api_keys.tenant_of(key)
+            return await handler(request)
+
+        return checked
+
+    async def healthz(self, request: Request) -> Response:
+        """200 while the process lives."""
+        return JSONResponse({"status": "ok"})
+
+    async def readyz(self, request: Request) -> Response:
+        """200 when brokers answer and a worker is ready; else what is missing."""
+        waiting_for = await self._gateway.waiting_for()
+        if waiting_for:
+            return JSONResponse({"waiting_for": waiting_for}, 503)
+        return JSONResponse({"waiting_for": []})
+
+    async def metrics(self, request: Request) -> Response:
+        """Prometheus' text format."""
+        try:
+            heartbeats = await self._gateway.job_log.heartbeats()
+            self._gateway.metrics.queue_depth.set(queue_depth(heartbeats))
+        except Overloaded:
+            self._gateway.metrics.queue_depth.set(float("nan"))
+        return Response(
+            self._gateway.metrics.render(), media_type="text/plain; version=0.0.4; charset=utf-8"
+        )
+
+    async def models(self, request: Request) -> Response:
+        """The base models that workers serve, and the adapters, in OpenAI's list shape."""
+        heartbeats = await self._gateway.job_log.heartbeats()
+        records = await self._gateway.directory.list()
+        return JSONResponse({"object": "list", "data": model_fields(heartbeats, records)})
+
+    async def workers(self, request: Request) -> Response:
+        """All workers with a heartbeat."""
+        return JSONResponse([*map(worker_fields, await self._gateway.job_log.heartbeats())])
+
+    async def list_adapters(self, request: Request) -> Response:
+        """All adapters, by ID."""
+        return JSONResponse([*map(record_fields, await self._gateway.directory.list())])
+
+    async def add_adapter(self, request: Request) -> Response:
+        """Registers an adapter: 201 with its record."""
+        try:
+            new = msgspec.json.decode(await _body(request), type=NewAdapter)
+        except (msgspec.DecodeError, UnicodeError) as error:
+            raise InvalidRequest(
+                f'the body is not valid: {error}; send {{"id": "…", "source": "directory"}}'
+            ) from error
+        record = await register(self._gateway, new)
+        return JSONResponse(record_fields(record), 201)
+
+    async def show_adapter(self, request: Request) -> Response:
+        """One adapter's record."""
+        return JSONResponse(
+            record_fields(await self._gateway.directory.get(request.path_params["id"]))
+        )
+
+    async def remove_adapter(self, request: Request) -> Response:
+        """Forgets an adapter: 204. Jobs that were accepted with it still run."""
+        await self._gateway.directory.remove(request.path_params["id"])
+        return Response(status_code=204)
+
+
+async def _body(request: Request) -> bytes:
+    """The body, as long as it is small; reading stops at the limit."""
+    body = bytearray()
+    async for part in request.stream():
+        body += part
+        if len(body) > MAX_BODY_BYTES:
+            raise PayloadTooLarge(f"the body is over {MAX_BODY_BYTES} bytes; send less")
+    return bytes(body)

@@ -1,0 +1,125 @@
+"""Hop 2: a draft becomes a job that cannot be lost, and only then is it accepted.
+
+Stored in Redis, then published to Kafka, then acknowledged by the broker, in that order: whatever
+dies in between, a job whose client was told `accepted` exists in both or can be published again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import secrets
+import time
+from concurrent.futures import Future
+from typing import Protocol
+
+from gateway.directory import AdapterDirectory
+from gateway.drafts import JobDraft, job_of
+from gateway.metrics import Metrics
+from openlora.errors import OpenLoRAError, Overloaded
+from openlora.joblog import AsyncJobLog
+from openlora.protocol.jobs import Job
+from openlora.protocol.names import new_job_id
+from openlora.sampling_params import SEED_LIMIT
+
+log = logging.getLogger(__name__)
+
+RETRY_AFTER_MS = 1000
+
+
+class JobPublisher(Protocol):
+    """What the intake needs of ``producer.publisher.Publisher``."""
+
+    def publish(self, job: Job) -> Future[tuple[str, int, int]]:
+        """Sends the job; the future gives (topic, partition, offset) once acknowledged."""
+
+
+class Intake:
+    """Makes jobs on this gateway's delivery shard."""
+
+    def __init__(
+        self,
+        job_log: AsyncJobLog,
+        publisher: JobPublisher,
+        directory: AdapterDirectory,
+        metrics: Metrics,
+        *,
+        shard: int,
+        lease_ms: int,
+    ) -> None:
+        self._log = job_log
+        self._publisher = publisher
+        self._directory = directory
+        self._metrics = metrics
+        self._shard = shard
+        self._lease_ms = lease_ms
+        self.draining = False
+
+    async def prepare(self, draft: JobDraft, tenant: str) -> Job:
+        """The job of ``draft``, its adapters resolved; nothing is stored yet.
+
+        Raises:
+            UnknownAdapter: an adapter is not registered.
+            Overloaded: the gateway is about to stop, or Redis does not answer.
+        """
+        if self.draining:
+            raise Overloaded(
+                "this gateway is shutting down; connect again and send the request there",
+                retry_after_ms=RETRY_AFTER_MS,
+            )
+        adapters = await self._directory.resolve(draft.adapters)
+        return job_of(
+            draft,
+            job_id=new_job_id(self._shard),
+            tenant=tenant,
+            created_ms=time.time_ns() // 1_000_000,
+            seed=secrets.randbelow(SEED_LIMIT),
+            adapters=adapters,
+        )
+
+    async def commit(self, job: Job, draft: JobDraft) -> str:
+        """Stores and publishes ``job``; returns its ID once the broker has acknowledged it.
+
+        Where the draft's idempotency key was used before, ``job`` is dropped and the ID of the
+        first job is returned.
+
+        Raises:
+            InvalidRequest: the key was used with another request.
+            Overloaded: Redis or the broker does not take the job; it is not accepted.
+        """
+        started = time.monotonic()
+        await self._log.store(job, self._lease_ms)
+        try:
+            first_job_id = await self._first_with_key(job, draft)
+            if first_job_id != job.job_id:
+                await self._log.discard(job.job_id)
+                return first_job_id
+            where = await asyncio.wrap_future(self._publisher.publish(job))
+        except OpenLoRAError:
+            await self._take_back(job, draft.idempotency_key)
+            raise
+        self._metrics.accept.observe(time.monotonic() - started)
+        self._metrics.jobs.labels("accepted").inc()
+        try:
+            await self._log.mark_published(job.job_id, *where)
+        except Overloaded as error:
+            # The sweeper publishes it once more then, and the second claim finds it taken.
+            log.warning("job %s: not marked as published: %s", job.job_id, error)
+        return job.job_id
+
+    async def _first_with_key(self, job: Job, draft: JobDraft) -> str:
+        key = draft.idempotency_key
+        if key is None:
+            return job.job_id
+        job_id, _ = await self._log.claim_idempotency(job.tenant, key, draft.digest, job.job_id)
+        return job_id
+
+    async def _take_back(self, job: Job, key: str | None) -> None:
+        """The job was not accepted: no worker may run it and its key is free again."""
+        try:
+            await self._log.discard(job.job_id)
+            if key is not None:
+                await self._log.release_idempotency(job.tenant, key, job.job_id)
+        except Overloaded as error:
+            # Nobody renews its lease, so it is cancelled after the grace time.
+            log.warning("job %s: refused, but still in the log: %s", job.job_id, error)

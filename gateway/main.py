@@ -1,0 +1,93 @@
+"""Runs the gateway: logging, uvicorn, signals."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import sys
+from collections.abc import Callable
+from types import FrameType
+
+import uvicorn
+
+from gateway.config import GatewayConfig
+from gateway.server import build_app
+from gateway.system import Gateway
+from producer.publisher import Publisher
+from producer.topics import TopicKeeper
+
+log = logging.getLogger(__name__)
+
+MAX_MESSAGE_BYTES = 16 << 20
+"""uvicorn closes a websocket with 1009 beyond it; smaller frames over the limit get an error."""
+
+
+class Server(uvicorn.Server):
+    """uvicorn, but the first SIGTERM or SIGINT drains, and only then are connections closed."""
+
+    def __init__(self, config: uvicorn.Config, gateway: Gateway) -> None:
+        super().__init__(config)
+        self._gateway = gateway
+        self._drain: asyncio.Task[None] | None = None
+        self._loop = asyncio.get_running_loop()
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """First signal: drain, then leave. Second: leave at once."""
+        if self._gateway.intake.draining:
+            self.should_exit = True
+            self.force_exit = True
+        else:
+            self._gateway.intake.draining = True
+            self._loop.call_soon_threadsafe(self._start_drain)
+
+    def _start_drain(self) -> None:
+        self._drain = asyncio.create_task(self._drain_and_exit())
+
+    async def _drain_and_exit(self) -> None:
+        await self._gateway.drain()
+        self.should_exit = True
+
+
+def run(config: GatewayConfig) -> int:
+    """Serves until SIGTERM or SIGINT; returns the process's exit status.
+
+    Raises:
+        SetupError: the port is taken, or a setting cannot be used.
+    """
+    logging.basicConfig(
+        level=config.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s"
+    )
+    with asyncio.Runner(loop_factory=_loop_factory()) as runner:
+        return runner.run(_serve(config))
+
+
+async def _serve(config: GatewayConfig) -> int:
+    topics = TopicKeeper(config.kafka, config.partitions)
+    topics.ensure()
+    gateway = Gateway(config, topics, Publisher(config.kafka))
+    server = Server(
+        uvicorn.Config(
+            build_app(gateway),
+            host=config.host,
+            port=config.port,
+            http="httptools",
+            ws="websockets-sansio",
+            ws_max_size=MAX_MESSAGE_BYTES,
+            ws_per_message_deflate=False,
+            log_config=None,
+            access_log=False,
+            timeout_graceful_shutdown=5,
+        ),
+        gateway,
+    )
+    await server.serve()
+    return 0
+
+
+def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
+    """uvloop where it exists; it does not on Windows."""
+    if sys.platform == "win32":
+        return None
+    import uvloop
+
+    return uvloop.new_event_loop

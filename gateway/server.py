@@ -1,0 +1,118 @@
+"""The ASGI application: routes, websocket door, errors in their one shape."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+from starlette.applications import Starlette
+from starlette.datastructures import Headers
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import FileResponse, JSONResponse, Response
+from starlette.routing import Mount, Route, WebSocketRoute
+from starlette.staticfiles import StaticFiles
+from starlette.types import Receive, Scope, Send
+
+from gateway.auth import SUBPROTOCOL, check_origin, key_of
+from gateway.frames import error_fields
+from gateway.http_api import api_routes
+from gateway.system import Gateway
+from openlora.errors import InternalError, InvalidRequest, OpenLoRAError
+
+log = logging.getLogger(__name__)
+
+STATIC = Path(__file__).with_name("static")
+PAGE_POLICY = (
+    "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; "
+    "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+)
+
+
+def build_app(gateway: Gateway) -> Starlette:
+    """The application; its lifespan starts and stops ``gateway``."""
+
+    @contextlib.asynccontextmanager
+    async def lifespan(app: Starlette) -> AsyncIterator[None]:
+        gateway.start()
+        yield
+        await gateway.stop()
+
+    return Starlette(
+        routes=[
+            Route("/", _page),
+            Mount("/static", StaticFiles(directory=STATIC)),
+            WebSocketRoute("/v1/ws", WebsocketDoor(gateway)),
+            *api_routes(gateway),
+        ],
+        exception_handlers={
+            OpenLoRAError: _openlora_error,
+            HTTPException: _http_error,
+            Exception: _unexpected,
+        },
+        lifespan=lifespan,
+    )
+
+
+class WebsocketDoor:
+    """`/v1/ws`: checks key and origin, answers the handshake, then runs the connection."""
+
+    def __init__(self, gateway: Gateway) -> None:
+        self._gateway = gateway
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        headers = Headers(scope=scope)
+        offered: list[str] = scope["subprotocols"]
+        try:
+            check_origin(headers.get("origin"), headers.get("host"))
+            key = key_of(headers.get("authorization"), offered)
+            tenant = self._gateway.config.api_keys.tenant_of(key)
+        except OpenLoRAError as error:
+            await error_response(error)(scope, receive, send)
+            return
+        await receive()
+        subprotocol = SUBPROTOCOL if SUBPROTOCOL in offered else None
+        await send({"type": "websocket.accept", "subprotocol": subprotocol})
+        await self._gateway.connection(receive, send, tenant).run()
+
+
+def error_response(error: OpenLoRAError) -> Response:
+    """``error`` in the shape of the interfaces, with its status."""
+    headers = {}
+    if error.retry_after_ms is not None:
+        headers["Retry-After"] = str(-(-error.retry_after_ms // 1000))
+    if error.status == 401:
+        headers["WWW-Authenticate"] = "Bearer"
+    return JSONResponse({"error": error_fields(error)}, error.status, headers)
+
+
+def _page(request: Request) -> Response:
+    return FileResponse(
+        STATIC / "index.html",
+        headers={
+            "Content-Security-Policy": PAGE_POLICY,
+            "X-Content-Type-Options": "nosniff",
+            "Referrer-Policy": "no-referrer",
+            "Cache-Control": "no-cache",
+        },
+    )
+
+
+def _openlora_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, OpenLoRAError)
+    return error_response(error)
+
+
+def _http_error(request: Request, error: Exception) -> Response:
+    """Starlette's own refusals: no such path, no such method."""
+    assert isinstance(error, HTTPException)
+    message = f"{request.method} {request.url.path}: {error.detail}"
+    fields = error_fields(InvalidRequest(f"{message}; the README lists the paths"))
+    return JSONResponse({"error": fields}, error.status_code, error.headers)
+
+
+def _unexpected(request: Request, error: Exception) -> Response:
+    # Starlette raises the error on to uvicorn, which logs it with its traceback
+    return error_response(InternalError("the gateway failed on this request; see its log"))

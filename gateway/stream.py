@@ -1,0 +1,86 @@
+"""Hop 8, one stream: chunks in → frames out, in order and each once. Pure.
+
+Chunks come from two places, the shard's channel and the job's log, and may come twice, or not at
+all (pub/sub keeps nothing). ``next_index`` is what the client lacks; everything before it is a
+repeat, and a chunk behind it means that the log has to be read.
+"""
+
+from __future__ import annotations
+
+from gateway.frames import end_frame, restarted_frame, token_frame, token_prefix
+from openlora.protocol.events import Chunk, End
+
+
+class TokenStream:
+    """Where one client is in one job's tokens.
+
+    Attributes:
+        next_index: index of the next token to send.
+        epoch: claim whose chunk was taken last; 0 while none was.
+        end: how the job ended; set once the last frame has been made.
+    """
+
+    __slots__ = ("_prefix", "end", "epoch", "job_id", "next_index", "request_id")
+
+    def __init__(self, request_id: str, job_id: str, next_index: int = 0) -> None:
+        self.request_id = request_id
+        self.job_id = job_id
+        self.next_index = next_index
+        self.epoch = 0
+        self.end: End | None = None
+        self._prefix = token_prefix(request_id, job_id)
+
+    def feed(self, chunk: Chunk, frames: list[str]) -> bool:
+        """Appends what a published ``chunk`` adds; False where the log must be read first.
+
+        That is so behind a gap, and where another claim took over in mid-stream: if the log was
+        lost and begun anew in between, the same indices mean other tokens.
+        """
+        if chunk.epoch != self.epoch:
+            if chunk.epoch < self.epoch:
+                return True
+            if chunk.restarted:
+                self._restart(frames)
+            elif self.next_index > 0:
+                return False
+        if chunk.first_index > self.next_index:
+            return False
+        self._take(chunk, frames)
+        return True
+
+    def meet_log(self, chunks: tuple[Chunk, ...], frames: list[str]) -> None:
+        """Looks at a whole log before its chunks are fed: is it the one this stream was in?
+
+        An empty one is not, if tokens were seen; nor is one that was begun anew by a claim later
+        than the last one known.
+        """
+        if self.next_index > 0 and (
+            not chunks or (chunks[0].restarted and chunks[0].epoch > self.epoch)
+        ):
+            self._restart(frames)
+
+    def feed_logged(self, chunk: Chunk, frames: list[str]) -> None:
+        """Takes a chunk read from the log, in the log's order."""
+        if chunk.first_index <= self.next_index:
+            self._take(chunk, frames)
+
+    def _take(self, chunk: Chunk, frames: list[str]) -> None:
+        index = self.next_index
+        tokens = chunk.tokens
+        if chunk.first_index != index:
+            tokens = tokens[index - chunk.first_index :]
+        if chunk.epoch > self.epoch:
+            self.epoch = chunk.epoch
+        prefix = self._prefix
+        for token in tokens:
+            frames.append(token_frame(prefix, index, token))
+            index += 1
+        self.next_index = index
+        if chunk.end is not None and self.end is None:
+            self.end = chunk.end
+            frames.append(end_frame(self.request_id, self.job_id, chunk.end))
+
+    def _restart(self, frames: list[str]) -> None:
+        if self.next_index > 0:
+            frames.append(restarted_frame(self.request_id, self.job_id))
+            self.next_index = 0

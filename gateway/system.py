@@ -1,0 +1,142 @@
+"""What the gateway is made of, how it starts, drains and stops.
+
+Start: Redis client → adapter directory and relay tasks → broker client → sweeper. Nothing waits
+for the others to be up: `/readyz` says what is missing, and requests get `overloaded` meanwhile.
+Stop: refuse new jobs → let streams end (up to the drain timeout) → close websockets with 1012 →
+broker client, so that what was promised to it is sent → tasks → Redis client.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import secrets
+import time
+from collections.abc import Coroutine
+from typing import Any
+
+from starlette.types import Receive, Send
+
+from gateway.config import GatewayConfig
+from gateway.connection import Connection
+from gateway.directory import AdapterDirectory
+from gateway.intake import Intake
+from gateway.metrics import Metrics
+from gateway.relay import Relay
+from openlora.errors import Overloaded, SetupError
+from openlora.joblog import AsyncJobLog, async_redis_client
+from openlora.protocol.names import SHARD_COUNT
+from producer.publisher import Publisher
+from producer.topics import TopicKeeper
+
+log = logging.getLogger(__name__)
+
+_DRAIN_CHECK_S = 0.1
+_BROKER_CHECK_S = 2.0
+
+
+class Gateway:
+    """One gateway: everything that HTTP and websockets share. Made and used on one event loop."""
+
+    def __init__(self, config: GatewayConfig, topics: TopicKeeper, publisher: Publisher) -> None:
+        self.config = config
+        self.metrics = Metrics()
+        self.publisher = publisher
+        self._topics = topics
+        self._broker_answers = True
+        self.redis = async_redis_client(config.redis)
+        self.job_log = AsyncJobLog(self.redis)
+        self.directory = AdapterDirectory(self.redis)
+        shard = secrets.randbelow(SHARD_COUNT)
+        lease_ms = round(config.disconnect_grace_s * 1000)
+        self.relay = Relay(self.job_log, shard, lease_ms, self.metrics)
+        self.intake = Intake(
+            self.job_log,
+            publisher,
+            self.directory,
+            self.metrics,
+            shard=shard,
+            lease_ms=lease_ms,
+        )
+        self._tasks: list[asyncio.Task[None]] = []
+
+    def start(self) -> None:
+        """Starts the background tasks."""
+        for work in (
+            self.directory.run(),
+            self.relay.run(),
+            self.relay.renew_leases(),
+            self._watch_broker(),
+        ):
+            self._run(work)
+
+    async def waiting_for(self) -> list[str]:
+        """What is missing before a request can be answered: kafka, redis, worker, or nothing."""
+        missing = [] if self._broker_answers else ["kafka"]
+        if self.intake.draining:
+            missing.append("another gateway: this one is draining")
+        try:
+            heartbeats = await self.job_log.heartbeats()
+        except Overloaded:
+            return [*missing, "redis"]
+        if not any(heartbeat.ready for heartbeat in heartbeats):
+            missing.append("worker")
+        return missing
+
+    async def _watch_broker(self) -> None:
+        """Asks the broker for its topics now and then; makes them again if it lost them."""
+        while True:
+            await asyncio.sleep(_BROKER_CHECK_S)
+            try:
+                await asyncio.to_thread(self._topics.ensure)
+            except SetupError as error:
+                if self._broker_answers:
+                    log.warning("%s; asked again every %g s", error.message, _BROKER_CHECK_S)
+                self._broker_answers = False
+            else:
+                self._broker_answers = True
+
+    async def drain(self) -> None:
+        """Refuses new jobs and waits until the streams have ended, or the drain timeout is over."""
+        self.intake.draining = True
+        deadline = time.monotonic() + self.config.drain_timeout_s
+        log.info("draining: %d streams may end within the timeout", self.relay.live_streams)
+        while self.relay.live_streams and time.monotonic() < deadline:
+            await asyncio.sleep(_DRAIN_CHECK_S)
+        if self.relay.live_streams:
+            log.warning(
+                "%d streams are cut off; their clients can resume them at another gateway",
+                self.relay.live_streams,
+            )
+
+    async def stop(self) -> None:
+        """Closes everything; connections are closed already."""
+        await asyncio.to_thread(self.publisher.close)
+        self._topics.close()
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self.redis.aclose()
+
+    def connection(self, receive: Receive, send: Send, tenant: str) -> Connection:
+        """The runner of one accepted websocket."""
+        return Connection(
+            receive,
+            send,
+            tenant=tenant,
+            job_log=self.job_log,
+            intake=self.intake,
+            relay=self.relay,
+            metrics=self.metrics,
+        )
+
+    def _run(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(work)
+        task.add_done_callback(_report)
+        self._tasks.append(task)
+
+
+def _report(task: asyncio.Task[None]) -> None:
+    """A background task ends only when it is cancelled; anything else must not go unnoticed."""
+    if not task.cancelled() and (error := task.exception()) is not None:
+        log.critical("a background task of the gateway failed", exc_info=error)
