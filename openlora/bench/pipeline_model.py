@@ -1,7 +1,8 @@
-"""A directory with a small byte-level tokenizer and a chat template, but no weights."""
+"""A tokenizer without a model, for the scripted engine: one word per token, no merges to learn."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -16,13 +17,13 @@ CHAT_TEMPLATE = (
 
 
 def write_tokenizer(directory: Path, *, chat: bool = True) -> Path:
-    """A tokenizer over the scripted engine's whole vocabulary; returns ``directory``."""
-    import json
+    """Write tokenizer files over the scripted engine's whole vocabulary; returns ``directory``.
 
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocab = {symbol: index for index, symbol in enumerate(alphabet)}
-    for index in range(len(vocab), SCRIPTED_VOCAB_SIZE):
-        vocab[f"Ġw{index}"] = index
+    Bytes are the first tokens, words " w256", " w257", … the rest. ``chat``: with a chat template.
+    """
+    vocab = {symbol: i for i, symbol in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    for token_id in range(len(vocab), SCRIPTED_VOCAB_SIZE):
+        vocab[f"Ġw{token_id}"] = token_id
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
