@@ -22,7 +22,8 @@ def topic_of(job: Job) -> str:
 
 
 def key_of(job: Job) -> bytes | None:
-    """The message key: the adapter of largest \\|weight\\|, ties by smallest ID; None for the base."""
+    """The message key; None for the base model. An ensemble goes by its adapter of largest
+    absolute weight, ties by smallest ID."""
     if not job.adapters:
         return None
     return min(job.adapters, key=lambda ref: (-abs(ref.weight), ref.id)).id.encode()

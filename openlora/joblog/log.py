@@ -106,7 +106,7 @@ class ControlListener:
 
     def __init__(self, client: redis.Redis) -> None:
         self._redis: Any = client
-        self._pubsub: Any = self._redis.pubsub()
+        self._pubsub: Any = client.pubsub()  # type: ignore[no-untyped-call]
         self._is_subscribed = False
 
     def poll(self, timeout_s: float) -> list[str]:

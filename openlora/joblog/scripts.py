@@ -127,7 +127,7 @@ return 1
 
 DISCARD = Script(
     """
-redis.call('DEL', KEYS[2])
+redis.call('DEL', KEYS[1], KEYS[2])
 redis.call('ZREM', KEYS[3], ARGV[1])
 redis.call('HSET', KEYS[1], 'state', 'discarded')
 redis.call('EXPIRE', KEYS[1], ARGV[2])

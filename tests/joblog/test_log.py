@@ -1,0 +1,99 @@
+"""``JobLog``: order of answers over shards, lost scripts, heartbeats, cancels, an absent server."""
+
+from __future__ import annotations
+
+import pytest
+
+from openlora.errors import Overloaded
+from openlora.joblog import JobLog, core, redis_client
+from openlora.local import ServerProcess
+from openlora.protocol import names
+from openlora.protocol.status import Heartbeat
+from tests.joblog.jobs import a_chunk, a_job
+
+pytestmark = pytest.mark.services
+
+
+@pytest.fixture
+def log(redis_url: str) -> JobLog:
+    return JobLog(redis_client(redis_url))
+
+
+def _store(log: JobLog, *jobs) -> list[str]:
+    log._run([core.store_call(job, 60_000) for job in jobs])
+    return [job.job_id for job in jobs]
+
+
+def a_heartbeat(worker_id: str, **fields) -> Heartbeat:
+    facts = {"pid": 1, "engine_pid": 2, "host": "h", "device": "cpu", "dtype": "float32"}
+    facts |= {"model": "m", "model_id": "m", "max_model_len": 8, "ready": True}
+    return Heartbeat(id=worker_id, **(facts | {"started_ms": 1, "written_ms": 2} | fields))
+
+
+def test_answers_come_in_the_order_of_the_chunks_whatever_their_shard(log: JobLog) -> None:
+    job_ids = _store(log, *(a_job(shard) for shard in (1, 255, 1, 0, 255)))
+    missing = a_job(1).job_id
+    claims = log.claim([*job_ids, missing], "w")
+    assert [claim.status for claim in claims] == ["claimed"] * 5 + ["missing"]
+    chunks = [a_chunk(job_id, 1, 0, count) for count, job_id in enumerate(job_ids, 1)]
+    chunks.insert(2, a_chunk(missing, 1, 0))
+    chunks.append(a_chunk(job_ids[0], 2, 1))
+    results = log.append(chunks)
+    taken = [(result.status, result.length) for result in results]
+    assert taken == [
+        *(("taken", 1), ("taken", 2), ("gone", 0), ("taken", 3), ("taken", 4), ("taken", 5)),
+        ("fenced", 1),
+    ]
+
+
+def test_nothing_to_do_asks_nothing(log: JobLog) -> None:
+    assert log.claim([], "w") == []
+    assert log.append([]) == []
+    log.retire([])
+
+
+def test_scripts_are_loaded_again_when_the_server_lost_them(log: JobLog) -> None:
+    (job_id,) = _store(log, a_job())
+    log.claim([job_id], "w")
+    log._redis.script_flush()
+    assert log.append([a_chunk(job_id, 1, 0)])[0].status == "taken"
+    log._redis.script_flush()
+    assert log.claim([job_id], "w")[0].epoch == 2
+
+
+def test_work_goes_on_over_a_restart(fresh_redis: ServerProcess) -> None:
+    log = JobLog(redis_client(fresh_redis.address))
+    (job_id,) = _store(log, a_job())
+    log.claim([job_id], "w")
+    first = a_chunk(job_id, 1, 0)
+    assert log.append([first])[0].status == "taken"
+    fresh_redis.kill()
+    with pytest.raises(Overloaded, match=rf"Redis at 127\.0\.0\.1:{fresh_redis.spec.port} does"):
+        log.append([a_chunk(job_id, 1, 1)])
+    fresh_redis.start()
+    assert log.append([first])[0].length == 1  # the repeat of what it had
+    assert log.claim([job_id], "w")[0].chunks == (first,)
+
+
+def test_heartbeats_show_for_a_few_seconds_and_go_when_removed(log: JobLog) -> None:
+    log.write_heartbeat(a_heartbeat("w1"))
+    assert 0 < log._redis.ttl(names.worker_key("w1")) <= core.HEARTBEAT_TTL_S
+    assert log._redis.smembers(names.WORKERS_KEY) == {b"w1"}
+    log.remove_heartbeat("w1")
+    assert log._redis.exists(names.WORKERS_KEY, names.worker_key("w1")) == 0
+
+
+def test_cancels_of_all_shards_reach_the_listener(log: JobLog) -> None:
+    job_ids = _store(log, *(a_job(shard) for shard in (0, 9, 255)))
+    control = log.control()
+    while not log._redis.pubsub_shardchannels():
+        control.poll(0.1)
+    for job_id in job_ids:
+        assert log._run([core.cancel_call(job_id)]) == [1]
+    heard: list[str] = []
+    while len(heard) < 3:
+        heard += control.poll(1)
+    assert heard == job_ids
+    assert control.poll(0) == []
+    control.close()
+    assert all(claim.cancelled for claim in log.claim(job_ids, "w"))

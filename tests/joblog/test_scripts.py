@@ -1,0 +1,284 @@
+"""The Lua scripts on a real server against a model in Python: any order of claims, appends of any
+epoch, repeats, gaps, ends, cancels, losses."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import pytest
+import redis
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
+
+from openlora.joblog import AppendResult, Claim, JobLog, core, redis_client
+from openlora.protocol import codec, names
+from openlora.protocol.events import Chunk
+from openlora.protocol.jobs import Job
+from tests.joblog.jobs import SHARD, a_chunk, a_job
+
+pytestmark = pytest.mark.services
+
+
+@dataclass
+class ModelJob:
+    """One job as the header of scripts.py says it behaves."""
+
+    job: Job
+    state: str = "open"
+    epoch: int = 0
+    base: int = 0
+    cancelled: bool = False
+    chunks: list[Chunk] = field(default_factory=list)
+
+    @property
+    def length(self) -> int:
+        return sum(len(chunk.tokens) for chunk in self.chunks)
+
+    def claim(self, above: int = 0) -> Claim:
+        if self.state != "open":
+            return Claim("ended", self.epoch)
+        self.epoch = max(self.epoch, above) + 1
+        self.base = self.length
+        return Claim("claimed", self.epoch, tuple(self.chunks), self.cancelled)
+
+    def append(self, chunk: Chunk) -> tuple[AppendResult, bool]:
+        """The answer, and whether the chunk is logged and published."""
+        is_new = False
+        end = chunk.first_index + len(chunk.tokens)
+        if self.state == "discarded":
+            return AppendResult("gone", 0, False), False
+        if chunk.epoch != self.epoch:
+            status = "fenced"
+        elif not chunk.tokens and chunk.end is None and not chunk.restarted:
+            status = "taken"
+        elif self.state == "open" and chunk.first_index == self.length:
+            status, is_new = "taken", True
+            self.chunks.append(chunk)
+            if chunk.end is not None:
+                self.state = "ended"
+        elif self.base <= chunk.first_index and end <= self.length:
+            is_late_end = chunk.end is not None and self.state == "open"
+            status = "gap" if is_late_end else "taken"
+        else:
+            status = "gap"
+        return AppendResult(status, self.length, self.cancelled), is_new
+
+
+class LogMachine(RuleBasedStateMachine):
+    """Two jobs of one shard, so that one call carries chunks of both."""
+
+    url: str
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.redis = redis_client(self.url)
+        self.redis.flushdb()
+        self.log = JobLog(self.redis)
+        self.jobs = [a_job(leased=False) for _ in range(2)]
+        self.known: dict[int, ModelJob] = {}
+        self.sent: list[Chunk] = []
+        self.pubsub = self.redis.pubsub(ignore_subscribe_messages=True)
+        self.pubsub.ssubscribe(names.events_channel(SHARD))
+        self.pubsub.get_message(timeout=1)
+
+    def teardown(self) -> None:
+        self.pubsub.close()
+        self.redis.close()
+
+    def run(self, call: core.Call):
+        return self.log._run([call])[0]
+
+    which = st.integers(0, 1)
+
+    @rule(which=which)
+    def store(self, which: int) -> None:
+        job = self.jobs[which]
+        assert self.run(core.store_call(job, 1000)) == (which not in self.known)
+        self.known.setdefault(which, ModelJob(job))
+
+    @rule(which=which)
+    def claim(self, which: int) -> None:
+        (claim,) = self.log.claim([self.jobs[which].job_id], "w")
+        model = self.known.get(which)
+        assert claim == (Claim("missing") if model is None else model.claim())
+
+    @rule(which=which, above=st.integers(0, 5))
+    def recreate(self, which: int, above: int) -> None:
+        claim = self.log.recreate(self.jobs[which], above, "w")
+        if which in self.known:
+            assert claim == self.known[which].claim(above)
+        else:
+            self.known[which] = ModelJob(self.jobs[which], epoch=above + 1)
+            assert claim == Claim("claimed", above + 1)
+
+    @rule(
+        wanted=st.lists(
+            st.tuples(
+                which,
+                st.integers(-1, 1),  # epoch, from the job's
+                st.integers(-3, 1),  # first index, from the log's end
+                st.integers(0, 3),
+                st.sampled_from([False, False, False, True]),
+                st.booleans(),
+            ),
+            min_size=1,
+            max_size=4,
+        )
+    )
+    def append(self, wanted) -> None:
+        chunks = []
+        for which, epoch, first, count, end, restarted in wanted:
+            model = self.known.get(which) or ModelJob(self.jobs[which])
+            first_index = max(0, model.length + first)
+            chunks.append(
+                a_chunk(
+                    model.job.job_id,
+                    model.epoch + epoch,
+                    first_index,
+                    count,
+                    end,
+                    restarted=restarted,
+                )
+            )
+        self._append(chunks)
+
+    @rule()
+    @precondition(lambda self: self.sent)
+    def repeat(self) -> None:
+        """The reply was lost: the same call again."""
+        self._append(self.sent)
+
+    def _append(self, chunks: list[Chunk]) -> None:
+        self.sent = chunks
+        expected, published = [], []
+        for chunk in chunks:
+            model = self.known.get([j.job_id for j in self.jobs].index(chunk.job_id))
+            if model is None:
+                expected.append(AppendResult("gone", 0, False))
+                continue
+            result, is_new = model.append(chunk)
+            expected.append(result)
+            if is_new:
+                published.append(chunk)
+        assert self.log.append(chunks) == expected
+        message = self.pubsub.get_message(timeout=1 if published else 0)
+        got = () if message is None else codec.decode_chunks(message["data"])
+        assert list(got) == published
+
+    @rule(which=which)
+    def cancel(self, which: int) -> None:
+        model = self.known.get(which)
+        is_open = model is not None and model.state == "open"
+        assert self.run(core.cancel_call(self.jobs[which].job_id)) == is_open
+        if is_open:
+            model.cancelled = True
+
+    @rule(which=which)
+    def discard(self, which: int) -> None:
+        self.run(core.discard_call(self.jobs[which].job_id))
+        self.known[which] = ModelJob(self.jobs[which], state="discarded")
+
+    @rule(which=which)
+    def retire(self, which: int) -> None:
+        model = self.known.get(which)
+        is_ended = model is not None and model.state == "ended"
+        assert self.run(core.retire_call(self.jobs[which].job_id)) == is_ended
+        if is_ended:
+            assert self.redis.ttl(names.job_key(self.jobs[which].job_id)) <= core.RETIRED_TTL_S
+
+    @rule(which=which)
+    def lose(self, which: int) -> None:
+        job_id = self.jobs[which].job_id
+        self.redis.delete(names.job_key(job_id), names.log_key(job_id))
+        self.redis.zrem(names.open_jobs_key(SHARD), job_id)
+        self.known.pop(which, None)
+
+    @invariant()
+    def redis_holds_what_the_model_holds(self) -> None:
+        for which, job in enumerate(self.jobs):
+            view = core.decode_view(self.run(core.read_call(job.job_id)), -1)
+            model = self.known.get(which)
+            if model is None or model.state == "discarded":
+                assert view is None
+                continue
+            end = model.chunks[-1].end if model.chunks else None
+            assert view == core.JobView(
+                job, model.epoch, tuple(model.chunks), end, model.cancelled
+            )
+            job_ttl = self.redis.ttl(names.job_key(job.job_id))
+            assert (job_ttl == -1) == (model.state == "open")
+        open_ids = self.redis.zrange(names.open_jobs_key(SHARD), 0, -1)
+        assert {i.decode() for i in open_ids} == {
+            model.job.job_id for model in self.known.values() if model.state == "open"
+        }
+
+
+def test_the_scripts_behave_like_the_model(redis_url: str) -> None:
+    LogMachine.url = redis_url
+    machine = settings(
+        max_examples=80,
+        stateful_step_count=25,
+        deadline=None,
+        suppress_health_check=list(HealthCheck),
+    )
+    run_state_machine_as_test(LogMachine, settings=machine)
+
+
+def test_a_lease_runs_out_by_the_clock_of_redis_and_can_be_renewed(redis_url: str) -> None:
+    client = redis_client(redis_url)
+    log = JobLog(client)
+    leased, unleased = a_job(), a_job(leased=False)
+    for job in (leased, unleased):
+        log._run([core.store_call(job, 60_000)])
+
+    def is_cancelled() -> list[bool]:
+        return [claim.cancelled for claim in log.claim([leased.job_id, unleased.job_id], "w")]
+
+    assert is_cancelled() == [False, False]
+    log._run(core.renew_calls([leased.job_id, unleased.job_id], -1))
+    assert is_cancelled() == [True, False]
+    epoch = log.claim([leased.job_id], "w")[0].epoch
+    assert log.append([a_chunk(leased.job_id, epoch, 0)])[0].cancelled
+    log._run(core.renew_calls([leased.job_id], 60_000))
+    assert not log.append([a_chunk(leased.job_id, epoch, 1)])[0].cancelled
+
+
+def test_a_lost_job_that_is_opened_anew_has_a_lease_again(redis_url: str) -> None:
+    client = redis_client(redis_url)
+    job = a_job(deadline_ms=5)
+    JobLog(client).recreate(job, 3, "w")
+    facts = client.hgetall(names.job_key(job.job_id))
+    seconds, _ = client.time()
+    lease_s = int(facts[b"lease_until"]) / 1000 - seconds
+    assert 25 < lease_s <= core.RECREATED_LEASE_MS / 1000 + 1
+    assert (facts[b"deadline"], facts[b"claimed_by"]) == (b"5", b"w")
+
+
+def test_a_server_without_sharded_pubsub_gets_plain_messages(redis_url: str) -> None:
+    """SPUBLISH is taken away by an ACL rule, which a script sees like a missing command."""
+    admin = redis.Redis.from_url(redis_url)
+    admin.execute_command("ACL", "SETUSER", "old", "on", ">pw", "~*", "&*", "+@all", "-spublish")
+    try:
+        options = admin.connection_pool.connection_kwargs
+        url = f"redis://old:pw@{options['host']}:{options['port']}/0"
+        log = JobLog(redis_client(url))
+        job = a_job()
+        log._run([core.store_call(job, 1000)])
+        (claim,) = log.claim([job.job_id], "w")
+        pubsub = admin.pubsub(ignore_subscribe_messages=True)
+        pubsub.subscribe(names.events_channel(SHARD))
+        pubsub.get_message(timeout=1)
+        chunk = a_chunk(job.job_id, claim.epoch, 0)
+        assert log.append([chunk])[0].status == "taken"
+        message = pubsub.get_message(timeout=1)
+        assert codec.decode_chunks(message["data"]) == (chunk,)
+        pubsub.close()
+    finally:
+        admin.execute_command("ACL", "DELUSER", "old")
