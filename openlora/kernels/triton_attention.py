@@ -1,0 +1,346 @@
+"""Attention over the paged KV cache in Triton: split-KV decode, and prefill of chunks.
+
+Both pack the query heads that share a KV head into one tile (grouped-query attention), so that K
+and V are read once per KV head, and run FlashAttention's online softmax (Dao et al. 2022; split-KV
+after Flash-Decoding). One layer's cache is [2, num_blocks, num_kv_heads, block_size, head_dim].
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+LOG2_E = 1.4426950408889634
+MIN_SPLIT = 128
+"""Fewest positions worth a split of their own."""
+
+
+@triton.jit
+def _decode_kernel(
+    q_ptr,
+    cache_ptr,
+    block_tables_ptr,
+    context_lens_ptr,
+    out_ptr,
+    partial_ptr,
+    partial_lse_ptr,
+    arrived_ptr,
+    scale_log2,
+    q_stride,
+    table_stride,
+    v_offset,
+    NUM_KV_HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    SPLITS: tl.constexpr,
+    MIN_SPLIT: tl.constexpr,
+    BLOCK_G: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    row = tl.program_id(0)
+    kv_head = tl.program_id(1)
+    split = tl.program_id(2)
+    context_len = tl.load(context_lens_ptr + row)
+    # A short context is not worth splitting; the programs of splits it lacks end here.
+    num_splits = min(SPLITS, tl.cdiv(context_len, MIN_SPLIT))
+    per_split = tl.cdiv(tl.cdiv(context_len, BLOCK_N), max(num_splits, 1)) * BLOCK_N
+    start = split * per_split
+    end = min(start + per_split, context_len)
+    num_splits = tl.cdiv(context_len, max(per_split, 1))
+    if start < end:
+        heads = tl.arange(0, BLOCK_G)
+        dims = tl.arange(0, BLOCK_D)
+        columns = tl.arange(0, BLOCK_N)
+        q_mask = (heads < GROUP)[:, None] & (dims < HEAD_DIM)[None, :]
+        head = kv_head * GROUP + heads
+        q = tl.load(
+            q_ptr + row.to(tl.int64) * q_stride + head[:, None] * HEAD_DIM + dims[None, :],
+            mask=q_mask,
+            other=0.0,
+        )
+        top = tl.full([BLOCK_G], float("-inf"), dtype=tl.float32)
+        total = tl.zeros([BLOCK_G], dtype=tl.float32)
+        acc = tl.zeros([BLOCK_G, BLOCK_D], dtype=tl.float32)
+        table = block_tables_ptr + row.to(tl.int64) * table_stride
+        for n_start in range(start, end, BLOCK_N):
+            n = n_start + columns
+            block = tl.load(table + n // BLOCK_SIZE, mask=n < end, other=0).to(tl.int64)
+            kv_row = (block * NUM_KV_HEADS + kv_head) * BLOCK_SIZE + n % BLOCK_SIZE
+            at = cache_ptr + kv_row[:, None] * HEAD_DIM + dims[None, :]
+            kv_mask = (n < end)[:, None] & (dims < HEAD_DIM)[None, :]
+            k = tl.load(at, mask=kv_mask, other=0.0)
+            v = tl.load(at + v_offset, mask=kv_mask, other=0.0)
+            scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale_log2
+            scores = tl.where((n < end)[None, :], scores, float("-inf"))
+            new_top = tl.maximum(top, tl.max(scores, axis=1))
+            weights = tl.exp2(scores - new_top[:, None])
+            rescale = tl.exp2(top - new_top)
+            total = total * rescale + tl.sum(weights, axis=1)
+            acc = acc * rescale[:, None]
+            acc = tl.dot(weights.to(v.dtype), v, acc, input_precision="ieee")
+            top = new_top
+        out_row = row.to(tl.int64) * (NUM_KV_HEADS * GROUP) + head
+        out_at = out_ptr + out_row[:, None] * HEAD_DIM + dims[None, :]
+        if num_splits == 1:
+            tl.store(out_at, (acc / total[:, None]).to(q.dtype), mask=q_mask)
+        else:
+            # Splits of one (row, head) lie together: partial[row, kv_head, split, group, dim].
+            pair = row.to(tl.int64) * NUM_KV_HEADS + kv_head
+            part = (pair * SPLITS + split) * GROUP + heads
+            tl.store(
+                partial_ptr + part[:, None] * HEAD_DIM + dims[None, :],
+                acc / total[:, None],
+                mask=q_mask,
+            )
+            tl.store(partial_lse_ptr + part, top + tl.log2(total), mask=heads < GROUP)
+            # Whoever arrives last adds up, always in the order of the splits: bit-equal repeats.
+            tl.debug_barrier()
+            arrived = tl.atomic_add(arrived_ptr + pair, 1, sem="acq_rel", scope="gpu")
+            if arrived == num_splits - 1:
+                tl.debug_barrier()
+                top = tl.full([BLOCK_G], float("-inf"), dtype=tl.float32)
+                total = tl.zeros([BLOCK_G], dtype=tl.float32)
+                acc = tl.zeros([BLOCK_G, BLOCK_D], dtype=tl.float32)
+                for other in range(0, num_splits):
+                    part = (pair * SPLITS + other) * GROUP + heads
+                    lse = tl.load(
+                        partial_lse_ptr + part,
+                        mask=heads < GROUP,
+                        other=float("-inf"),
+                        cache_modifier=".cg",
+                    )
+                    value = tl.load(
+                        partial_ptr + part[:, None] * HEAD_DIM + dims[None, :],
+                        mask=q_mask,
+                        other=0.0,
+                        cache_modifier=".cg",
+                    )
+                    new_top = tl.maximum(top, tl.where(heads < GROUP, lse, 0.0))
+                    weight = tl.exp2(lse - new_top)
+                    rescale = tl.exp2(top - new_top)
+                    total = total * rescale + weight
+                    acc = acc * rescale[:, None] + value * weight[:, None]
+                    top = new_top
+                tl.store(out_at, (acc / total[:, None]).to(q.dtype), mask=q_mask)
+                tl.store(arrived_ptr + pair, 0)
+
+
+class DecodeScratch:
+    """What the splits of a decode launch leave for the last of them; shared by all layers.
+
+    Args:
+        rows: most sequences of a launch.
+        num_heads, num_kv_heads, head_dim: of the model.
+        splits: most splits of one sequence (``decode_splits``).
+        device: of the cache.
+    """
+
+    def __init__(
+        self,
+        rows: int,
+        num_heads: int,
+        num_kv_heads: int,
+        head_dim: int,
+        splits: int,
+        device: torch.device,
+    ) -> None:
+        self.splits = splits
+        shape = (rows, num_kv_heads, splits, num_heads // num_kv_heads)
+        self.partial = torch.empty((*shape, head_dim), dtype=torch.float32, device=device)
+        self.lse = torch.empty(shape, dtype=torch.float32, device=device)
+        # Counts back to zero at the end of every launch.
+        self.arrived = torch.zeros((rows, num_kv_heads), dtype=torch.int32, device=device)
+
+
+def decode_splits(rows: int, num_kv_heads: int, num_processors: int, max_model_len: int) -> int:
+    """How many splits let ``rows`` sequences keep all processors reading."""
+    wanted = -(-2 * num_processors // max(rows * num_kv_heads, 1))
+    return max(1, min(wanted, 32, -(-max_model_len // MIN_SPLIT)))
+
+
+def decode_attention(
+    q: torch.Tensor,
+    kv_cache: torch.Tensor,
+    block_tables: torch.Tensor,
+    context_lens: torch.Tensor,
+    scale: float,
+    scratch: DecodeScratch,
+) -> torch.Tensor:
+    """Softmax(q Kᵀ · scale) V of one query per sequence over its cached positions.
+
+    Args:
+        q: [rows, num_heads, head_dim], rotated; the row stride is free, the rest contiguous.
+        kv_cache: one layer, contiguous.
+        block_tables: int32 [rows, blocks], entries beyond a context are never read.
+        context_lens: int32 [rows]; 0 leaves that row of the result unwritten (padding).
+        scale: usually 1/√head_dim.
+        scratch: for at least as many rows; not shared by launches that may overlap.
+
+    Returns:
+        A new [rows, num_heads · head_dim] of q's dtype.
+    """
+    rows, num_heads, head_dim = q.shape
+    _, _, num_kv_heads, block_size, _ = kv_cache.shape
+    out = q.new_empty(rows, num_heads * head_dim)
+    group = num_heads // num_kv_heads
+    if rows:
+        _decode_kernel[(rows, num_kv_heads, scratch.splits)](
+            q,
+            kv_cache,
+            block_tables,
+            context_lens,
+            out,
+            scratch.partial,
+            scratch.lse,
+            scratch.arrived,
+            scale * LOG2_E,
+            q.stride(0),
+            block_tables.stride(0),
+            kv_cache.stride(0),
+            NUM_KV_HEADS=num_kv_heads,
+            GROUP=group,
+            HEAD_DIM=head_dim,
+            BLOCK_SIZE=block_size,
+            SPLITS=scratch.splits,
+            MIN_SPLIT=MIN_SPLIT,
+            BLOCK_G=max(triton.next_power_of_2(group), 16),
+            BLOCK_D=max(triton.next_power_of_2(head_dim), 16),
+            BLOCK_N=64,
+            num_warps=4,
+            num_stages=3,
+        )
+    return out
+
+
+@triton.jit
+def _prefill_kernel(
+    q_ptr,
+    cache_ptr,
+    block_tables_ptr,
+    tiles_ptr,
+    rows_ptr,
+    out_ptr,
+    scale_log2,
+    q_stride,
+    table_stride,
+    v_offset,
+    NUM_KV_HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    BLOCK_G: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    BLOCK_M: tl.constexpr = BLOCK_T * BLOCK_G
+    tile = tl.program_id(0)
+    kv_head = tl.program_id(1)
+    row = tl.load(tiles_ptr + tile * 2)
+    first = tl.load(tiles_ptr + tile * 2 + 1)
+    token_start = tl.load(rows_ptr + row * 3)
+    num_tokens = tl.load(rows_ptr + row * 3 + 1)
+    position_start = tl.load(rows_ptr + row * 3 + 2)
+    m = tl.arange(0, BLOCK_M)
+    dims = tl.arange(0, BLOCK_D)
+    columns = tl.arange(0, BLOCK_N)
+    # A tile's rows are (token, head of the group), heads fastest.
+    token = first + m // BLOCK_G
+    head = kv_head * GROUP + m % BLOCK_G
+    is_real = (token < num_tokens) & (m % BLOCK_G < GROUP)
+    q_mask = is_real[:, None] & (dims < HEAD_DIM)[None, :]
+    q_row = (token_start + token).to(tl.int64)
+    q_at = q_ptr + (q_row * q_stride + head * HEAD_DIM)[:, None] + dims[None, :]
+    q = tl.load(q_at, mask=q_mask, other=0.0)
+    position = position_start + token
+    end = position_start + min(first + BLOCK_T, num_tokens)
+    top = tl.full([BLOCK_M], float("-inf"), dtype=tl.float32)
+    total = tl.zeros([BLOCK_M], dtype=tl.float32)
+    acc = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32)
+    table = block_tables_ptr + row.to(tl.int64) * table_stride
+    for n_start in range(0, end, BLOCK_N):
+        n = n_start + columns
+        block = tl.load(table + n // BLOCK_SIZE, mask=n < end, other=0).to(tl.int64)
+        kv_row = (block * NUM_KV_HEADS + kv_head) * BLOCK_SIZE + n % BLOCK_SIZE
+        at = cache_ptr + kv_row[:, None] * HEAD_DIM + dims[None, :]
+        kv_mask = (n < end)[:, None] & (dims < HEAD_DIM)[None, :]
+        k = tl.load(at, mask=kv_mask, other=0.0)
+        v = tl.load(at + v_offset, mask=kv_mask, other=0.0)
+        scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale_log2
+        scores = tl.where(n[None, :] <= position[:, None], scores, float("-inf"))
+        # Position 0 is visible to every row, so the first tile makes each maximum finite.
+        new_top = tl.maximum(top, tl.max(scores, axis=1))
+        weights = tl.exp2(scores - new_top[:, None])
+        rescale = tl.exp2(top - new_top)
+        total = total * rescale + tl.sum(weights, axis=1)
+        acc = acc * rescale[:, None]
+        acc = tl.dot(weights.to(v.dtype), v, acc, input_precision="ieee")
+        top = new_top
+    out_row = q_row * (NUM_KV_HEADS * GROUP) + head
+    out_at = out_ptr + out_row[:, None] * HEAD_DIM + dims[None, :]
+    tl.store(out_at, (acc / total[:, None]).to(q.dtype), mask=q_mask)
+
+
+PREFILL_TILE_ROWS = 128
+
+
+def prefill_tile_tokens(num_heads: int, num_kv_heads: int) -> int:
+    """Tokens of one query tile of ``prefill_attention``."""
+    return max(PREFILL_TILE_ROWS // triton.next_power_of_2(num_heads // num_kv_heads), 1)
+
+
+def prefill_attention(
+    q: torch.Tensor,
+    kv_cache: torch.Tensor,
+    block_tables: torch.Tensor,
+    rows: torch.Tensor,
+    tiles: torch.Tensor,
+    scale: float,
+) -> torch.Tensor:
+    """Causal attention of chunks of queries over their own sequence's cached positions.
+
+    Args:
+        q: [tokens, num_heads, head_dim], rotated; the token stride is free.
+        kv_cache: one layer, contiguous; the chunk's own k and v are written already.
+        block_tables: int32 [sequences, blocks].
+        rows: int32 [sequences, 3]: first token in q, tokens of the chunk, position of the first.
+        tiles: int32 [tiles, 2]: sequence, first token of the tile within its chunk; every chunk is
+            cut into tiles of ``prefill_tile_tokens``.
+        scale: usually 1/√head_dim.
+
+    Returns:
+        A new [tokens, num_heads · head_dim] of q's dtype, written where a tile covers it.
+    """
+    tokens, num_heads, head_dim = q.shape
+    _, _, num_kv_heads, block_size, _ = kv_cache.shape
+    out = q.new_empty(tokens, num_heads * head_dim)
+    group = num_heads // num_kv_heads
+    block_g = triton.next_power_of_2(group)
+    wide = q.dtype == torch.float32
+    if tiles.shape[0]:
+        _prefill_kernel[(tiles.shape[0], num_kv_heads)](
+            q,
+            kv_cache,
+            block_tables,
+            tiles,
+            rows,
+            out,
+            scale * LOG2_E,
+            q.stride(0),
+            block_tables.stride(0),
+            kv_cache.stride(0),
+            NUM_KV_HEADS=num_kv_heads,
+            GROUP=group,
+            HEAD_DIM=head_dim,
+            BLOCK_SIZE=block_size,
+            BLOCK_G=block_g,
+            BLOCK_T=prefill_tile_tokens(num_heads, num_kv_heads),
+            BLOCK_D=max(triton.next_power_of_2(head_dim), 16),
+            BLOCK_N=32 if wide else 64,
+            num_warps=8,
+            num_stages=1 if wide else 2,
+        )
+    return out

@@ -1,0 +1,195 @@
+"""The small fused kernels of a decoder layer: norm with residual, rotary with KV write, SiLU·up."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _rms_norm_kernel(
+    x_ptr,
+    residual_ptr,
+    weight_ptr,
+    out_ptr,
+    eps,
+    HIDDEN: tl.constexpr,
+    BLOCK: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr,
+):
+    columns = tl.arange(0, BLOCK)
+    in_row = columns < HIDDEN
+    start = tl.program_id(0).to(tl.int64) * HIDDEN
+    # The weight comes from a cold line either way: asked for first, it arrives with x.
+    weight = tl.load(weight_ptr + columns, mask=in_row, other=0.0)
+    x = tl.load(x_ptr + start + columns, mask=in_row, other=0.0)
+    if HAS_RESIDUAL:
+        residual = tl.load(residual_ptr + start + columns, mask=in_row, other=0.0)
+        x = (x.to(tl.float32) + residual.to(tl.float32)).to(x.dtype)
+        tl.store(residual_ptr + start + columns, x, mask=in_row)
+    wide = x.to(tl.float32)
+    scale = tl.rsqrt(tl.sum(wide * wide, axis=0) / HIDDEN + eps)
+    out = (wide * scale).to(x.dtype) * weight
+    tl.store(out_ptr + start + columns, out, mask=in_row)
+
+
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """x / √(mean(x²) + eps) · weight over the last axis; see ``openlora.kernels.norms``.
+
+    Args:
+        x: [rows, hidden] contiguous; rows may be 0.
+        weight: [hidden].
+    """
+    return _launch_norm(x, None, weight, eps)
+
+
+def add_rms_norm(
+    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
+) -> torch.Tensor:
+    """residual += x, in place; returns rms_norm(residual, weight, eps) as a new tensor."""
+    return _launch_norm(x, residual, weight, eps)
+
+
+def _launch_norm(
+    x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor, eps: float
+) -> torch.Tensor:
+    out = torch.empty_like(x)
+    rows, hidden = x.shape
+    if rows:
+        block = triton.next_power_of_2(hidden)
+        _rms_norm_kernel[(rows,)](
+            x,
+            x if residual is None else residual,
+            weight,
+            out,
+            eps,
+            HIDDEN=hidden,
+            BLOCK=block,
+            HAS_RESIDUAL=residual is not None,
+            num_warps=min(max(block // 512, 1), 8),
+        )
+    return out
+
+
+@triton.jit
+def _silu_and_mul_kernel(
+    gate_up_ptr, out_ptr, num_elements, WIDTH: tl.constexpr, BLOCK: tl.constexpr
+):
+    index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    in_range = index < num_elements
+    row = index // WIDTH
+    # gate of element (row, column) lies at row · 2 · WIDTH + column, up a WIDTH behind it.
+    at = index + row * WIDTH
+    gate = tl.load(gate_up_ptr + at, mask=in_range, other=0.0)
+    up = tl.load(gate_up_ptr + at + WIDTH, mask=in_range, other=0.0)
+    wide = gate.to(tl.float32)
+    silu = (wide / (1.0 + tl.exp(-wide))).to(gate.dtype)
+    tl.store(out_ptr + index, silu * up, mask=in_range)
+
+
+def silu_and_mul(gate_up: torch.Tensor) -> torch.Tensor:
+    """SiLU(gate) · up; see ``openlora.kernels.activation``.
+
+    Args:
+        gate_up: [rows, 2 · intermediate] contiguous, gate first; rows may be 0.
+    """
+    rows, width = gate_up.shape[0], gate_up.shape[1] // 2
+    out = gate_up.new_empty(rows, width)
+    if rows:
+        block = 1024
+        _silu_and_mul_kernel[(triton.cdiv(out.numel(), block),)](
+            gate_up, out, out.numel(), WIDTH=width, BLOCK=block, num_warps=4
+        )
+    return out
+
+
+@triton.jit
+def _rope_and_write_kv_kernel(
+    qkv_ptr,
+    positions_ptr,
+    slots_ptr,
+    inv_freq_ptr,
+    cache_ptr,
+    v_offset,
+    NUM_HEADS: tl.constexpr,
+    NUM_KV_HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    HEADS_PADDED: tl.constexpr,
+    HALF_PADDED: tl.constexpr,
+):
+    HALF: tl.constexpr = HEAD_DIM // 2
+    token = tl.program_id(0).to(tl.int64)
+    group = tl.program_id(1)
+    heads = group * HEADS_PADDED + tl.arange(0, HEADS_PADDED)
+    dims = tl.arange(0, HALF_PADDED)
+    position = tl.load(positions_ptr + token).to(tl.float32)
+    slot = tl.load(slots_ptr + token).to(tl.int64)
+    angle = position * tl.load(inv_freq_ptr + dims, mask=dims < HALF, other=0.0)
+    cos, sin = tl.cos(angle), tl.sin(angle)
+    is_rotated = heads < NUM_HEADS + NUM_KV_HEADS
+    mask = (heads < NUM_HEADS + 2 * NUM_KV_HEADS)[:, None] & (dims < HALF)[None, :]
+    row = token * ((NUM_HEADS + 2 * NUM_KV_HEADS) * HEAD_DIM)
+    at = qkv_ptr + row + heads[:, None] * HEAD_DIM + dims[None, :]
+    low = tl.load(at, mask=mask, other=0.0)
+    high = tl.load(at + HALF, mask=mask, other=0.0)
+    low_wide, high_wide = low.to(tl.float32), high.to(tl.float32)
+    low_out = (low_wide * cos[None, :] - high_wide * sin[None, :]).to(low.dtype)
+    high_out = (high_wide * cos[None, :] + low_wide * sin[None, :]).to(low.dtype)
+    low_out = tl.where(is_rotated[:, None], low_out, low)
+    high_out = tl.where(is_rotated[:, None], high_out, high)
+    is_query = heads < NUM_HEADS
+    tl.store(at, low_out, mask=mask & is_query[:, None])
+    tl.store(at + HALF, high_out, mask=mask & is_query[:, None])
+    kv_head = (heads - NUM_HEADS) % NUM_KV_HEADS
+    cache_row = (slot // BLOCK_SIZE) * NUM_KV_HEADS + kv_head
+    cache_row = cache_row * BLOCK_SIZE + slot % BLOCK_SIZE
+    half_cache = tl.where(heads >= NUM_HEADS + NUM_KV_HEADS, v_offset, 0)
+    to = cache_ptr + (cache_row * HEAD_DIM + half_cache)[:, None] + dims[None, :]
+    # Queries go nowhere: they take the slot of padding.
+    owner = tl.where(heads >= NUM_HEADS, slot, -1)
+    kv_mask = mask & (owner >= 0)[:, None]
+    tl.store(to, low_out, mask=kv_mask)
+    tl.store(to + HALF, high_out, mask=kv_mask)
+
+
+def rope_and_write_kv(
+    qkv: torch.Tensor,
+    positions: torch.Tensor,
+    inv_freq: torch.Tensor,
+    kv_cache: torch.Tensor,
+    slots: torch.Tensor,
+) -> None:
+    """Rotate q of every token in place; write its rotated k and its v into the paged cache.
+
+    The rotation is that of ``openlora.kernels.kv_write``, with the angles taken in fp32 on the fly
+    and applied in fp32. k and v of ``qkv`` keep their bits.
+
+    Args:
+        qkv: [tokens, num_heads + 2 · num_kv_heads, head_dim] contiguous; q in place.
+        positions: [tokens] int32.
+        inv_freq: [head_dim / 2] fp32.
+        kv_cache: one layer, [2, num_blocks, num_kv_heads, block_size, head_dim] contiguous.
+        slots: [tokens] int32, block ID · block_size + place in the block; -1: k and v are dropped
+            (the padding rows of a captured batch).
+    """
+    _, _, num_kv_heads, block_size, head_dim = kv_cache.shape
+    num_all_heads = qkv.shape[1]
+    heads_padded = min(triton.next_power_of_2(num_all_heads), 16)
+    if qkv.shape[0]:
+        _rope_and_write_kv_kernel[(qkv.shape[0], triton.cdiv(num_all_heads, heads_padded))](
+            qkv,
+            positions,
+            slots,
+            inv_freq,
+            kv_cache,
+            kv_cache.stride(0),
+            NUM_HEADS=num_all_heads - 2 * num_kv_heads,
+            NUM_KV_HEADS=num_kv_heads,
+            HEAD_DIM=head_dim,
+            BLOCK_SIZE=block_size,
+            HEADS_PADDED=heads_padded,
+            HALF_PADDED=triton.next_power_of_2(head_dim // 2),
+            num_warps=4,
+        )

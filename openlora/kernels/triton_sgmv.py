@@ -1,0 +1,264 @@
+"""SGMV in Triton: the LoRA deltas of a batch that mixes adapters, in two launches a site.
+
+For a chunk c of rows that share a LoRA set, and that set's pages p with weights w_p::
+
+    shrink   h[p, rows] = x[rows] · A_p                    (fp32, split over K)
+    expand   y[rows]   += Σ_p w_p · h[p, rows] · B_p       (in place, into the base output)
+
+After Chen et al., "Punica: Multi-Tenant LoRA Serving" (2023). What differs: the unit is a rank-16
+page, so ranks mix without padding to the largest; the split-K partial sums are stored apart and
+added by the expand in a fixed order, so nothing is zero-filled and repeats are bit-equal; and the
+work counts are read on the device, so one CUDA graph serves every mix.
+
+The kernels loop over their work (a *persistent* grid): the number of programs launched does not
+grow with the largest batch a graph must be able to hold.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+
+from openlora.adapters.lora_set import PAGE_RANK
+from openlora.kernels.sgmv_plan import HEADER_INTS
+
+
+@dataclass(frozen=True, slots=True)
+class SGMVTiles:
+    """How a launch is cut: chosen once per (site, kind of step), compiled in.
+
+    Attributes:
+        chunk_rows: most rows of one chunk of the plan (a power of two, at least 16).
+        splits: parts that K is cut into; each is pulled by its own program.
+        block_k: K elements a program loads at once; divides nothing in particular (masked).
+        block_n: output columns of one expand program.
+        num_programs: size of the persistent grid.
+    """
+
+    chunk_rows: int
+    splits: int
+    block_k: int
+    block_n: int
+    num_programs: int
+    shrink_warps: int = 4
+    expand_warps: int = 4
+
+
+@triton.jit
+def _shrink_kernel(
+    x_ptr,
+    a_ptr,
+    plan_ptr,
+    h_ptr,
+    x_stride,
+    a_page_stride,
+    h_split_stride,
+    SITE: tl.constexpr,
+    HEADER: tl.constexpr,
+    K: tl.constexpr,
+    SLICES: tl.constexpr,
+    SPLITS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    RANK: tl.constexpr,
+):
+    K_SPLIT: tl.constexpr = ((K + SPLITS * BLOCK_K - 1) // (SPLITS * BLOCK_K)) * BLOCK_K
+    WIDTH: tl.constexpr = SLICES * RANK
+    header = plan_ptr + SITE * HEADER
+    num_items = tl.load(header)
+    items_ptr = plan_ptr + tl.load(header + 1)
+    ranks = tl.arange(0, RANK)
+    rows = tl.arange(0, BLOCK_M)
+    ks = tl.arange(0, BLOCK_K)
+    for work in range(tl.program_id(0), num_items * (SLICES * SPLITS), tl.num_programs(0)):
+        item = work // (SLICES * SPLITS)
+        # Slices vary fastest: the programs that share cache lines of A run side by side.
+        split = (work // SLICES) % SPLITS
+        part = work % SLICES
+        page = tl.load(items_ptr + item * 4)
+        row_start = tl.load(items_ptr + item * 4 + 1)
+        num_rows = tl.load(items_ptr + item * 4 + 2)
+        h_row = tl.load(items_ptr + item * 4 + 3)
+        k_start = split * K_SPLIT
+        k_end = min(k_start + K_SPLIT, K)
+        a_tile = a_ptr + page.to(tl.int64) * a_page_stride + part * RANK + ranks[None, :]
+        h_out = h_ptr + split * h_split_stride + part * RANK
+        if num_rows == 1:
+            x_row = x_ptr + row_start.to(tl.int64) * x_stride
+            total = tl.zeros([RANK], dtype=tl.float32)
+            for offset in tl.static_range(0, K_SPLIT, BLOCK_K):
+                k = k_start + offset + ks
+                a = tl.load(a_tile + k[:, None] * WIDTH, mask=k[:, None] < k_end, other=0.0)
+                x = tl.load(x_row + k, mask=k < k_end, other=0.0)
+                total += tl.sum(a.to(tl.float32) * x.to(tl.float32)[:, None], axis=0)
+            tl.store(h_out + h_row.to(tl.int64) * WIDTH + ranks, total)
+        else:
+            x_rows = x_ptr + (row_start + rows[:, None]).to(tl.int64) * x_stride
+            in_chunk = rows[:, None] < num_rows
+            acc = tl.zeros([BLOCK_M, RANK], dtype=tl.float32)
+            for offset in range(0, K_SPLIT, BLOCK_K):
+                k = k_start + offset + ks
+                a = tl.load(a_tile + k[:, None] * WIDTH, mask=k[:, None] < k_end, other=0.0)
+                x = tl.load(x_rows + k[None, :], mask=in_chunk & (k[None, :] < k_end), other=0.0)
+                acc = tl.dot(x, a, acc, input_precision="ieee")
+            h_rows = (h_row + rows[:, None]).to(tl.int64) * WIDTH
+            tl.store(h_out + h_rows + ranks[None, :], acc, mask=in_chunk)
+
+
+@triton.jit
+def _expand_kernel(
+    h_ptr,
+    b_ptr,
+    plan_ptr,
+    y_ptr,
+    b_page_stride,
+    y_stride,
+    h_split_stride,
+    SITE: tl.constexpr,
+    HEADER: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    BLOCK_OUT: tl.constexpr,
+    SLICES: tl.constexpr,
+    SPLITS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    RANK: tl.constexpr,
+):
+    TILES: tl.constexpr = (BLOCK_OUT + BLOCK_N - 1) // BLOCK_N
+    WIDTH: tl.constexpr = SLICES * RANK
+    header = plan_ptr + SITE * HEADER
+    items_ptr = plan_ptr + tl.load(header + 1)
+    num_chunks = tl.load(header + 2)
+    chunks_ptr = plan_ptr + tl.load(header + 3)
+    weights_ptr = (plan_ptr + tl.load(header + 4)).to(tl.pointer_type(tl.float32))
+    ranks = tl.arange(0, RANK)
+    rows = tl.arange(0, BLOCK_M)
+    columns = tl.arange(0, BLOCK_N)
+    for work in range(tl.program_id(0), num_chunks * (BLOCKS * TILES), tl.num_programs(0)):
+        chunk = work // (BLOCKS * TILES)
+        block = (work // TILES) % BLOCKS
+        n = (work % TILES) * BLOCK_N + columns
+        in_block = n < BLOCK_OUT
+        row_start = tl.load(chunks_ptr + chunk * 4)
+        num_rows = tl.load(chunks_ptr + chunk * 4 + 1)
+        item_begin = tl.load(chunks_ptr + chunk * 4 + 2)
+        item_end = tl.load(chunks_ptr + chunk * 4 + 3)
+        # The leading blocks share slice 0 (q's), each of the others has its own.
+        part = max(block - (BLOCKS - SLICES), 0)
+        h_in = h_ptr + part * RANK
+        b_tile = b_ptr + block * (RANK * BLOCK_OUT) + ranks[:, None] * BLOCK_OUT + n[None, :]
+        y_start = y_ptr + row_start.to(tl.int64) * y_stride + block * BLOCK_OUT
+        if num_rows == 1:
+            total = tl.zeros([BLOCK_N], dtype=tl.float32)
+            for item in range(item_begin, item_end):
+                page = tl.load(items_ptr + item * 4).to(tl.int64)
+                h_row = tl.load(items_ptr + item * 4 + 3).to(tl.int64) * WIDTH
+                weight = tl.load(weights_ptr + item)
+                b = tl.load(b_tile + page * b_page_stride, mask=in_block[None, :], other=0.0)
+                h = tl.zeros([RANK], dtype=tl.float32)
+                for split in tl.static_range(SPLITS):
+                    h += tl.load(h_in + split * h_split_stride + h_row + ranks)
+                total += tl.sum(b.to(tl.float32) * (h * weight)[:, None], axis=0)
+            y = tl.load(y_start + n, mask=in_block, other=0.0)
+            tl.store(y_start + n, (y.to(tl.float32) + total).to(y.dtype), mask=in_block)
+        else:
+            acc = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
+            in_chunk = rows[:, None] < num_rows
+            for item in range(item_begin, item_end):
+                page = tl.load(items_ptr + item * 4).to(tl.int64)
+                h_row = tl.load(items_ptr + item * 4 + 3)
+                weight = tl.load(weights_ptr + item)
+                b = tl.load(b_tile + page * b_page_stride, mask=in_block[None, :], other=0.0)
+                h_rows = h_in + (h_row + rows[:, None]).to(tl.int64) * WIDTH + ranks[None, :]
+                h = tl.zeros([BLOCK_M, RANK], dtype=tl.float32)
+                for split in tl.static_range(SPLITS):
+                    h += tl.load(h_rows + split * h_split_stride, mask=in_chunk, other=0.0)
+                acc = tl.dot((h * weight).to(b.dtype), b, acc, input_precision="ieee")
+            y_tile = y_start + rows[:, None] * y_stride + n[None, :]
+            in_tile = in_chunk & in_block[None, :]
+            y = tl.load(y_tile, mask=in_tile, other=0.0)
+            tl.store(y_tile, (y.to(tl.float32) + acc).to(y.dtype), mask=in_tile)
+
+
+def sgmv_shrink(
+    x: torch.Tensor,
+    A: torch.Tensor,
+    plan: torch.Tensor,
+    h: torch.Tensor,
+    *,
+    site: int,
+    tiles: SGMVTiles,
+) -> None:
+    """h[split, p] = the K-split's share of x[rows of p] · A_p, for every (chunk, page) p.
+
+    Args:
+        x: [rows, K], last dimension contiguous.
+        A: [pages, K, slices · 16] of one layer; only the page stride is free.
+        plan: int32, a packed ``SGMVPlan`` on the device of ``x``, with ``tiles.chunk_rows``.
+        h: fp32 [splits, at least the plan's h_rows, slices · 16]; written where there is work.
+        site: index into ``SITES``; chooses the plan's tables.
+
+    An empty plan launches and does nothing. Rows in no chunk (base model) are never read.
+    """
+    slices = A.shape[2] // PAGE_RANK
+    _shrink_kernel[(tiles.num_programs,)](
+        x,
+        A,
+        plan,
+        h,
+        x.stride(0),
+        A.stride(0),
+        h.stride(0),
+        SITE=site,
+        HEADER=HEADER_INTS,
+        K=x.shape[1],
+        SLICES=slices,
+        SPLITS=tiles.splits,
+        BLOCK_M=tiles.chunk_rows,
+        BLOCK_K=tiles.block_k,
+        RANK=PAGE_RANK,
+        num_warps=tiles.shrink_warps,
+    )
+
+
+def sgmv_expand(
+    h: torch.Tensor,
+    B: torch.Tensor,
+    plan: torch.Tensor,
+    y: torch.Tensor,
+    *,
+    site: int,
+    tiles: SGMVTiles,
+) -> None:
+    """y[rows] += Σ_p weight_p · h[p] · B_p, in place, output block by output block.
+
+    Args:
+        h: what ``sgmv_shrink`` wrote: fp32 [splits, h_rows, slices · 16].
+        B: [pages, blocks, 16, block_out] of one layer; only the page stride is free. The last
+            ``slices`` blocks have a slice of h each, those before them share the first.
+        plan: the plan that the shrink ran with.
+        y: [rows, blocks · block_out], last dimension contiguous; other rows keep their bits.
+        site: index into ``SITES``.
+    """
+    _expand_kernel[(tiles.num_programs,)](
+        h,
+        B,
+        plan,
+        y,
+        B.stride(0),
+        y.stride(0),
+        h.stride(0),
+        SITE=site,
+        HEADER=HEADER_INTS,
+        BLOCKS=B.shape[1],
+        BLOCK_OUT=B.shape[3],
+        SLICES=h.shape[2] // PAGE_RANK,
+        SPLITS=tiles.splits,
+        BLOCK_M=tiles.chunk_rows,
+        BLOCK_N=tiles.block_n,
+        RANK=PAGE_RANK,
+        num_warps=tiles.expand_warps,
+    )

@@ -1,0 +1,126 @@
+"""The Triton SGMV against an fp32 loop, over ragged segments, ranks, ensembles and odd sizes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from openlora.adapters.lora_set import SITES, LoRASet
+from openlora.kernels.sgmv_plan import build_plan, max_plan_ints
+from openlora.kernels.triton_sgmv import SGMVTiles, sgmv_expand, sgmv_shrink
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+# The interpreter knows no bfloat16 arithmetic.
+HALF = torch.bfloat16 if DEVICE.type == "cuda" else torch.float16
+TOLERANCE = {torch.float32: 1e-5, HALF: 2e-2}
+
+# (slices, blocks, K, block_out): the four kinds of site, small and odd.
+SITE_SHAPES = {
+    "qkv": (3, 4, 72, 24),
+    "o": (1, 1, 48, 72),
+    "gate_up": (2, 2, 72, 200),
+    "down": (1, 1, 200, 72),
+}
+
+
+def lora_set(pages: list[tuple[int, float]], site: int) -> LoRASet:
+    """A set with ``pages`` at one site only."""
+    return LoRASet(tuple(tuple(pages) if s == site else () for s in range(len(SITES))), str(pages))
+
+
+def run_case(
+    site_name: str,
+    segments: list[tuple[int, list[tuple[int, float]]]],
+    dtype: torch.dtype,
+    tiles: SGMVTiles,
+    num_pages: int = 9,
+) -> None:
+    """Compare one batch of (rows, pages) segments with the loop reference; check other bits."""
+    slices, blocks, k, block_out = SITE_SHAPES[site_name]
+    site = SITES.index(site_name)
+    generator = torch.Generator().manual_seed(len(segments))
+    rows = sum(count for count, _ in segments)
+    # Layer 1 of 2, as the pool has it: the page stride spans two layers.
+    a = torch.randn(num_pages, 2, k, slices * 16, generator=generator).to(DEVICE, dtype)
+    b = torch.randn(num_pages, 2, blocks, 16, block_out, generator=generator).to(DEVICE, dtype)
+    x = torch.randn(rows, k, generator=generator).to(DEVICE, dtype)
+    base = torch.randn(rows, blocks * block_out, generator=generator).to(DEVICE, dtype)
+    plan = build_plan(
+        [lora_set(pages, site) for _, pages in segments],
+        [count for count, _ in segments],
+        chunk_rows=tiles.chunk_rows,
+    )
+    h = torch.full((tiles.splits, max(plan.h_rows, 1), slices * 16), float("nan"), device=DEVICE)
+    packed = torch.from_numpy(plan.data).to(DEVICE)
+    y = base.clone()
+    sgmv_shrink(x, a[:, 1], packed, h, site=site, tiles=tiles)
+    sgmv_expand(h, b[:, 1], packed, y, site=site, tiles=tiles)
+
+    expected = base.float().clone()
+    row = 0
+    for count, pages in segments:
+        for page, weight in pages:
+            shrunk = x[row : row + count].float() @ a[page, 1].float()
+            for block in range(blocks):
+                part = max(block - (blocks - slices), 0)
+                delta = shrunk[:, part * 16 : part * 16 + 16] @ b[page, 1, block].float()
+                expected[row : row + count, block * block_out : (block + 1) * block_out] += (
+                    weight * delta
+                )
+        if not pages:
+            assert torch.equal(y[row : row + count], base[row : row + count])
+        row += count
+    assert not y.isnan().any()
+    error = (y.float() - expected).norm() / expected.norm().clamp(min=1e-9)
+    assert error < TOLERANCE[dtype], f"relative error {error}"
+
+
+DECODE = SGMVTiles(chunk_rows=16, splits=3, block_k=32, block_n=32, num_programs=7)
+PREFILL = SGMVTiles(chunk_rows=64, splits=1, block_k=32, block_n=64, num_programs=3)
+
+
+@pytest.mark.parametrize("site", SITES)
+@pytest.mark.parametrize("dtype", [torch.float32, HALF])
+def test_mixed_ranks_ensembles_and_base_rows(site: str, dtype: torch.dtype) -> None:
+    segments = [
+        (1, [(3, 1.0)]),
+        (2, []),
+        (5, [(0, 1.0), (1, 1.0)]),
+        (1, [(2, 0.6), (4, 0.4), (5, 0.4)]),
+        (1, [(6, -1.5), (7, 1.0), (8, 1.0), (1, 1.0)]),
+        (1, []),
+    ]
+    run_case(site, segments, dtype, DECODE)
+
+
+@pytest.mark.parametrize("count", [1, 15, 16, 17, 63, 64, 65])
+@pytest.mark.parametrize("tiles", [DECODE, PREFILL], ids=["decode", "prefill"])
+def test_rows_around_the_chunk_size(count: int, tiles: SGMVTiles) -> None:
+    run_case("o", [(count, [(1, 1.0)]), (2, [(0, 1.0)])], torch.float32, tiles)
+
+
+@pytest.mark.parametrize("tiles", [DECODE, PREFILL], ids=["decode", "prefill"])
+def test_every_row_its_own_set(tiles: SGMVTiles) -> None:
+    run_case("gate_up", [(1, [(i % 9, 1.0)]) for i in range(20)], torch.float32, tiles)
+
+
+@pytest.mark.parametrize("rows", [0, 3])
+def test_without_pages_nothing_is_touched(rows: int) -> None:
+    run_case("qkv", [(rows, [])], torch.float32, DECODE)
+
+
+def test_one_plan_serves_all_sites_with_their_own_counts() -> None:
+    sets = [LoRASet((((1, 1.0), (2, 1.0)), (), ((0, 0.5),), ()), "a"), LoRASet.EMPTY]
+    plan = build_plan([sets[0], sets[0], sets[1]], [2, 18, 4], chunk_rows=16)
+    header = plan.data[:32].reshape(4, 8)
+    assert header[:, 0].tolist() == [4, 0, 2, 0]
+    assert header[:, 2].tolist() == [2, 0, 2, 0]
+    assert plan.h_rows == 40
+    assert plan.data.size <= max_plan_ints(24, 2)
+    items = plan.data[header[0, 1] :][:16].reshape(4, 4)
+    assert items.tolist() == [[1, 0, 16, 0], [2, 0, 16, 16], [1, 16, 4, 32], [2, 16, 4, 36]]
+
+
+def test_an_empty_plan_says_so() -> None:
+    assert build_plan([], [], chunk_rows=16).is_empty
+    assert build_plan([LoRASet.EMPTY], [3], chunk_rows=16).is_empty
