@@ -258,7 +258,8 @@ class JobConsumer:
             if kafka_partition not in self._consumer.assignment():
                 continue
             high_water = self._consumer.highwater(kafka_partition)
-            if high_water is None:
+            if high_water is None:  # not fetched from yet, so the position may be unknown too
+                yield PartitionStatus(*partition, committed=0, position=0, high_water=-1)
                 continue
             position = self._consumer.position(kafka_partition)
             committed = self._offsets.committed_offset(partition)

@@ -26,7 +26,7 @@ from rich.table import Table
 
 from openlora.bench.pipeline_client import ClientPlan, ClientResult
 from openlora.bench.pipeline_model import write_tokenizer
-from openlora.bench.pipeline_relay import publish_steps
+from openlora.bench.pipeline_relay import publish_steps, step_message
 from openlora.bench.pipeline_system import (
     Brokers,
     System,
@@ -103,11 +103,10 @@ def run(args: argparse.Namespace) -> int:
 
 def measure_relay(brokers: Brokers, streams: int, tokens: int) -> Measured:
     """The bare relay with ready-made frames, published as fast as Redis takes them."""
+    messages = [step_message(streams, index) for index in range(tokens)]
     with running_relay(brokers, streams) as system:
         plan = ClientPlan(system.url, relay=True, streams=streams, requests=1, tokens=tokens)
-        publisher = threading.Thread(
-            target=publish_steps, args=(brokers.redis.address, streams, tokens)
-        )
+        publisher = threading.Thread(target=publish_steps, args=(brokers.redis.address, messages))
         return _run_client(system, plan, publisher)
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import sys
-from collections.abc import Awaitable, Callable, MutableMapping
+from collections.abc import Awaitable, Callable, MutableMapping, Sequence
 from typing import Any
 
 import msgspec
@@ -83,9 +83,8 @@ def step_message(streams: int, index: int) -> bytes:
     return msgspec.json.encode(frames)
 
 
-def publish_steps(redis_url: str, streams: int, steps: int) -> None:
-    """Publish all steps, made beforehand, as fast as Redis takes them, once all are connected."""
-    messages = [step_message(streams, index) for index in range(steps)]
+def publish_steps(redis_url: str, messages: Sequence[bytes]) -> None:
+    """Publish all steps as fast as Redis takes them, once every stream is connected."""
     with redis.Redis.from_url(redis_url) as client:
         client.blpop([READY_KEY], READY_TIMEOUT_S)
         for message in messages:
