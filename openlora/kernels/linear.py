@@ -14,7 +14,7 @@ def can_prepack(weight: torch.Tensor) -> bool:
     return (
         weight.device.type == "cpu"
         and weight.dtype in (torch.float32, torch.bfloat16)
-        and torch.backends.mkldnn.is_available()
+        and torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
         and hasattr(torch.ops.mkldnn, "_linear_pointwise")
         and (weight.dtype is torch.float32 or torch.ops.mkldnn._is_mkldnn_bf16_supported())
     )
@@ -45,5 +45,8 @@ class Linear:
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """x: [rows, in_features] of the weight's dtype; returns a new [rows, out_features]."""
         if self.is_packed:
-            return torch.ops.mkldnn._linear_pointwise(x, self.weight, None, "none", [], "")
+            out: torch.Tensor = torch.ops.mkldnn._linear_pointwise(
+                x, self.weight, None, "none", [], ""
+            )
+            return out
         return F.linear(x, self.weight)

@@ -96,10 +96,8 @@ def sgmv(
 def _sgmv_bags(
     y: torch.Tensor, x: torch.Tensor, A: torch.Tensor, B: torch.Tensor, plan: BagPlan
 ) -> None:
-    if plan.pair_rows is None:
-        x = x[plan.first : plan.last]
-    else:
-        x = x.index_select(0, plan.pair_rows)
+    rows = plan.pair_rows
+    x = x[plan.first : plan.last] if rows is None else x.index_select(0, rows)
     shrunk = torch.embedding_bag(
         _rows_of(A), plan.shrink_rows, plan.shrink_offsets, per_sample_weights=x.reshape(-1)
     )[0]

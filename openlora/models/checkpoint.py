@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -23,7 +24,7 @@ class SafetensorsCheckpoint:
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory
-        self._files = {}
+        self._files: dict[str, Any] = {}
         for name in _file_names(directory):
             path = directory / name
             try:
@@ -66,9 +67,8 @@ def _file_names(directory: Path) -> list[str]:
     index = directory / "model.safetensors.index.json"
     if index.is_file():
         try:
-            names = sorted(
-                set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-            )
+            weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+            names = sorted(set(weight_map.values()))
         except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
             raise SetupError(f"{index} cannot be read: {error}") from error
         for name in names:

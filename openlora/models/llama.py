@@ -16,7 +16,7 @@ from openlora.models.ops import DecoderOps
 GetWeight = Callable[[str], torch.Tensor]
 """The named tensor of a checkpoint, in the target dtype and on the target device."""
 
-QKV, O, GATE_UP, DOWN = range(4)
+QKV, OUT, GATE_UP, DOWN = range(4)
 """Places of ``SITES`` that a layer's linears are."""
 
 
@@ -91,7 +91,7 @@ class LlamaModel:
             if index:
                 x = ops.add_rms_norm(mlp, residual, layer.input_norm)
             attended = ops.attention(ops.lora_linear(layer.qkv, x, index, QKV), index)
-            attended = ops.lora_linear(layer.o, attended, index, O)
+            attended = ops.lora_linear(layer.o, attended, index, OUT)
             x = ops.add_rms_norm(attended, residual, layer.post_norm)
             inner = ops.silu_and_mul(ops.lora_linear(layer.gate_up, x, index, GATE_UP))
             mlp = ops.lora_linear(layer.down, inner, index, DOWN)

@@ -1,0 +1,239 @@
+"""A PEFT LoRA directory, described and checked without loading it. Stdlib only.
+
+What is no plain LoRA on the linears of a decoder layer is refused by name. Shapes against a base
+model, and the values, are checked by loader.py.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from openlora.adapters.adapter_config import CONFIG_FILE, AdapterConfig, read_adapter_config
+from openlora.adapters.safetensors_header import TensorEntry, read_header
+from openlora.errors import AdapterFailed
+
+WEIGHTS_FILE = "adapter_model.safetensors"
+INDEX_FILE = "adapter_model.safetensors.index.json"
+PICKLE_FILES = ("adapter_model.bin", "adapter_model.pt", "adapter_model.pth")
+DTYPES = ("F32", "F16", "BF16")
+MAX_INDEX_BYTES = 16 << 20
+
+_TENSOR = re.compile(
+    r"base_model\.model\.(?P<module>(?:model\.)?layers\.(?P<layer>\d{1,6})\."
+    r"(?P<path>[a-z_]+\.[a-z_]+))\.lora_(?P<matrix>[AB])(?:\.default)?\.weight"
+)
+_SHARD = re.compile(r"adapter_model-\d{1,5}-of-\d{1,5}\.safetensors")
+
+
+@dataclass(frozen=True, slots=True)
+class LoRAModule:
+    """The A, B pair of one linear.
+
+    Attributes:
+        name: the module, e.g. "model.layers.0.self_attn.q_proj".
+        layer: which layer it is in.
+        path: its name within the layer, e.g. "self_attn.q_proj".
+        rank: rows of A, columns of B.
+        scale: what BA is multiplied with: α/r, or α/√r with rsLoRA.
+        a, b: tensor names.
+    """
+
+    name: str
+    layer: int
+    path: str
+    rank: int
+    scale: float
+    a: str
+    b: str
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterInfo:
+    """What an adapter directory holds.
+
+    Attributes:
+        rank: the largest rank of any module.
+        targets: module names it changes, e.g. ("k_proj", "q_proj"), sorted.
+        base_model: ``base_model_name_or_path``, "" where it is not said.
+        size_bytes: of the files that count (configuration, weights, index).
+        hash: SHA-256 over those files' names, sizes and content, in order of name.
+        tensors: name → (dtype as safetensors names it, shape).
+    """
+
+    rank: int
+    targets: tuple[str, ...]
+    base_model: str
+    size_bytes: int
+    hash: str
+    tensors: Mapping[str, tuple[str, tuple[int, ...]]]
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterLayout:
+    """The parsed description of a directory: what the loader works from.
+
+    Attributes:
+        config: adapter_config.json.
+        files: names of the files that count, sorted.
+        tensors: every tensor and the file it is in.
+        modules: the pairs, by layer and path.
+    """
+
+    config: AdapterConfig
+    files: tuple[str, ...]
+    tensors: Mapping[str, TensorEntry]
+    modules: tuple[LoRAModule, ...]
+
+
+def inspect_adapter(directory: Path) -> AdapterInfo:
+    """Check a directory and describe it.
+
+    Raises:
+        AdapterFailed: naming the file, tensor or field at fault and what to do.
+    """
+    return describe(directory, read_layout(directory))
+
+
+def describe(directory: Path, layout: AdapterLayout) -> AdapterInfo:
+    """The description of a directory whose layout is read already; reads every byte once."""
+    return AdapterInfo(
+        rank=max(module.rank for module in layout.modules),
+        targets=tuple(sorted({module.path.rpartition(".")[2] for module in layout.modules})),
+        base_model=layout.config.base_model,
+        size_bytes=sum((directory / name).stat().st_size for name in layout.files),
+        hash=content_hash(directory, layout.files),
+        tensors={name: (entry.dtype, entry.shape) for name, entry in layout.tensors.items()},
+    )
+
+
+def read_layout(directory: Path) -> AdapterLayout:
+    """Check configuration and headers; no tensor data is read. Raises as ``inspect_adapter``."""
+    if not directory.is_dir():
+        raise AdapterFailed(f"{directory} is no directory; name a PEFT adapter's directory")
+    config = read_adapter_config(_inside(directory, CONFIG_FILE))
+    weights, extra = _weight_files(directory)
+    tensors: dict[str, TensorEntry] = {}
+    for name in weights:
+        for tensor, entry in read_header(_inside(directory, name)).items():
+            if tensor in tensors:
+                raise AdapterFailed(f"tensor {tensor[:200]} is in two files")
+            tensors[tensor] = entry
+    files = tuple(sorted((CONFIG_FILE, *weights, *extra)))
+    return AdapterLayout(config, files, tensors, _modules(config, tensors))
+
+
+def content_hash(directory: Path, files: tuple[str, ...]) -> str:
+    """SHA-256 in hex over name, size and content of each of ``files``."""
+    digest = hashlib.sha256()
+    for name in sorted(files):
+        path = _inside(directory, name)
+        digest.update(f"{name}\0{path.stat().st_size}\0".encode())
+        with path.open("rb") as file:
+            while chunk := file.read(1 << 20):
+                digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _inside(directory: Path, name: str) -> Path:
+    """The real path of a file of the directory; a link may not lead out of it."""
+    path = directory / name
+    if not path.is_file():
+        raise AdapterFailed(f"{name} is missing in {directory}")
+    real, root = path.resolve(), directory.resolve()
+    if not real.is_relative_to(root):
+        raise AdapterFailed(f"{name} is a link out of {directory}; put the file itself there")
+    return real
+
+
+def _weight_files(directory: Path) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Names of the weight files, and of the index where there is one."""
+    if (directory / WEIGHTS_FILE).exists():
+        return (WEIGHTS_FILE,), ()
+    if (directory / INDEX_FILE).exists():
+        path = _inside(directory, INDEX_FILE)
+        if path.stat().st_size > MAX_INDEX_BYTES:
+            raise AdapterFailed(f"{INDEX_FILE} is over {MAX_INDEX_BYTES} bytes")
+        try:
+            shards = sorted(set(json.loads(path.read_bytes())["weight_map"].values()))
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise AdapterFailed(f"{INDEX_FILE} has no usable weight_map: {error!r}") from error
+        for name in shards:
+            if not isinstance(name, str) or not _SHARD.fullmatch(name):
+                raise AdapterFailed(f"{INDEX_FILE} names the file {str(name)[:200]!r}")
+        if not shards:
+            raise AdapterFailed(f"{INDEX_FILE} names no files")
+        return tuple(shards), (INDEX_FILE,)
+    for name in PICKLE_FILES:
+        if (directory / name).exists():
+            raise AdapterFailed(
+                f"{name} is a pickle file, which can run code when read; convert to safetensors "
+                "(PEFT: save_pretrained(…, safe_serialization=True))"
+            )
+    raise AdapterFailed(f"{WEIGHTS_FILE} is missing in {directory}")
+
+
+def _modules(config: AdapterConfig, tensors: Mapping[str, TensorEntry]) -> tuple[LoRAModule, ...]:
+    pairs: dict[tuple[int, str], dict[str, str]] = {}
+    names: dict[tuple[int, str], str] = {}
+    for tensor in tensors:
+        match = _TENSOR.fullmatch(tensor)
+        if match is None:
+            raise AdapterFailed(_unexpected(tensor))
+        key = (int(match["layer"]), match["path"])
+        if match["matrix"] in pairs.setdefault(key, {}):
+            raise AdapterFailed(f"tensor {tensor} is there twice, under two names")
+        pairs[key][match["matrix"]] = tensor
+        names[key] = match["module"]
+    if not pairs:
+        raise AdapterFailed("the weights hold no LoRA tensors")
+    return tuple(_module(config, tensors, names[key], *key, pairs[key]) for key in sorted(pairs))
+
+
+def _module(
+    config: AdapterConfig,
+    tensors: Mapping[str, TensorEntry],
+    name: str,
+    layer: int,
+    path: str,
+    pair: Mapping[str, str],
+) -> LoRAModule:
+    for matrix in "AB":
+        if matrix not in pair:
+            raise AdapterFailed(f"{name}: lora_{matrix} is missing")
+    if not config.targets(name, layer):
+        raise AdapterFailed(f"tensor {pair['A']} is not expected: {CONFIG_FILE} does not target it")
+    a, b = tensors[pair["A"]], tensors[pair["B"]]
+    for tensor, entry in ((pair["A"], a), (pair["B"], b)):
+        if entry.dtype not in DTYPES:
+            raise AdapterFailed(
+                f"tensor {tensor} has dtype {entry.dtype}; supported: {', '.join(DTYPES)}"
+            )
+        if len(entry.shape) != 2:
+            raise AdapterFailed(f"tensor {tensor} has shape {list(entry.shape)}; must be 2-D")
+    rank = config.rank(name)
+    if a.shape[0] != rank or b.shape[1] != rank:
+        raise AdapterFailed(
+            f"{name}: lora_A has shape {list(a.shape)} and lora_B {list(b.shape)}; "
+            f"{CONFIG_FILE} gives it rank {rank}"
+        )
+    return LoRAModule(name, layer, path, rank, config.scale(name), pair["A"], pair["B"])
+
+
+def _unexpected(tensor: str) -> str:
+    shown = tensor[:200]
+    if "lora_magnitude" in tensor:
+        return f"tensor {shown} belongs to DoRA, which is not supported"
+    if "lora_embedding" in tensor or "embed_tokens" in tensor:
+        return f"tensor {shown}: LoRA on embeddings is not supported"
+    if "lm_head" in tensor:
+        return f"tensor {shown}: LoRA on the head is not supported"
+    if tensor.endswith(".bias"):
+        return f"tensor {shown}: trained biases are not supported"
+    if "modules_to_save" in tensor:
+        return f"tensor {shown}: modules_to_save is not supported"
+    return f"tensor {shown} is not expected in a LoRA adapter of a decoder"

@@ -1,0 +1,98 @@
+"""The header of a safetensors file, read without trust in it. Stdlib only."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from openlora.errors import AdapterFailed
+
+MAX_HEADER_BYTES = 16 << 20
+"""An adapter of a few thousand tensors has a header under 1 MiB."""
+
+_LENGTH_BYTES = 8
+_ITEM_BYTES = {
+    "F64": 8,
+    "F32": 4,
+    "F16": 2,
+    "BF16": 2,
+    "F8_E4M3": 1,
+    "F8_E5M2": 1,
+    "I64": 8,
+    "I32": 4,
+    "I16": 2,
+    "I8": 1,
+    "U8": 1,
+    "BOOL": 1,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class TensorEntry:
+    """One tensor of a file: dtype as safetensors names it ("F32", …) and shape."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    file: str
+
+
+def read_header(path: Path) -> dict[str, TensorEntry]:
+    """Every tensor of the file.
+
+    Raises:
+        AdapterFailed: the header is too long, is no JSON of the right form, or does not account
+            for exactly the bytes that the file has.
+    """
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        prefix = file.read(_LENGTH_BYTES)
+        length = int.from_bytes(prefix, "little")
+        if len(prefix) < _LENGTH_BYTES or length > size - _LENGTH_BYTES:
+            raise AdapterFailed(f"{path.name} is cut short or is not a safetensors file")
+        if length > MAX_HEADER_BYTES:
+            raise AdapterFailed(
+                f"{path.name} has a header of {length} bytes; at most {MAX_HEADER_BYTES} are read"
+            )
+        raw = file.read(length)
+    try:
+        header = json.loads(raw)
+    except (ValueError, RecursionError) as error:
+        raise AdapterFailed(f"{path.name} has a header that is no JSON: {error}") from error
+    if not isinstance(header, dict):
+        raise AdapterFailed(f"{path.name} has a header that is no JSON object")
+    header.pop("__metadata__", None)
+    spans = []
+    entries = {}
+    for name, fields in header.items():
+        entries[name], span = _entry(path.name, name, fields)
+        spans.append(span)
+    _check_spans(path.name, spans, size - _LENGTH_BYTES - length)
+    return entries
+
+
+def _entry(file: str, name: str, fields: Any) -> tuple[TensorEntry, tuple[int, int]]:
+    try:
+        dtype, shape, (start, end) = fields["dtype"], fields["shape"], fields["data_offsets"]
+        numbers = (*shape, start, end)
+        if not all(type(number) is int and number >= 0 for number in numbers):
+            raise ValueError("a shape or offset is no number ≥ 0")
+        if end - start != _ITEM_BYTES[dtype] * math.prod(shape):
+            raise ValueError("its bytes do not match its shape")
+    except (KeyError, TypeError, ValueError) as error:
+        raise AdapterFailed(f"{file}: tensor {name[:200]} is described wrongly: {error}") from error
+    return TensorEntry(dtype, tuple(shape), file), (start, end)
+
+
+def _check_spans(file: str, spans: list[tuple[int, int]], data_bytes: int) -> None:
+    position = 0
+    for start, end in sorted(spans):
+        if start != position:
+            raise AdapterFailed(f"{file}: tensors overlap or leave gaps at byte {position}")
+        position = end
+    if position != data_bytes:
+        raise AdapterFailed(
+            f"{file} holds {data_bytes} bytes of data; its header describes {position}"
+        )
