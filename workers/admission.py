@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from openlora.adapters.store import AdapterStore
 
 from openlora.errors import (
-    AdapterFailed,
     DeadlineExceeded,
     InvalidRequest,
     OpenLoRAError,
@@ -147,13 +146,7 @@ class Admission:
             self.dead_letters.write(fetched, error.code, error.message, job.job_id)
             raise error
         for adapter in job.adapters:
-            path = self.adapters.path(adapter.hash)
-            if not path.is_dir():
-                raise AdapterFailed(
-                    f"the files of adapter {adapter.id!r} version {adapter.version} are not in "
-                    f"this worker's store ({path}); add it again"
-                )
-            self.engine.register(adapter.hash, str(path))
+            self.engine.register(adapter.hash, str(self.adapters.path(adapter.hash)))
         self.engine.start(
             Start(
                 ticket=run.ticket,

@@ -1,0 +1,103 @@
+"""Jobs that cannot run: each a clear end, and the partition moves on."""
+
+from __future__ import annotations
+
+import base64
+import json
+import time
+
+import pytest
+from kafka import KafkaConsumer
+
+from openlora.protocol.codec import encode
+from openlora.protocol.jobs import AdapterRef, Merge, Message
+from openlora.protocol.names import DEAD_TOPIC, JOBS_TOPIC
+from tests.workers.running import a_job, wait_until
+from workers.scripted_engine import SCRIPTED_MODEL_LEN
+
+pytestmark = pytest.mark.services
+
+
+def dead_letters(system):
+    consumer = KafkaConsumer(
+        DEAD_TOPIC,
+        bootstrap_servers=system.kafka,
+        auto_offset_reset="earliest",
+        consumer_timeout_ms=1500,
+    )
+    letters = [json.loads(message.value) for message in consumer]
+    consumer.close()
+    return letters
+
+
+@pytest.mark.parametrize("value", [b"\xff\x00junk", b'{"job_id":"x"}', b""])
+def test_a_message_that_is_no_job_is_kept_and_passed(shared_system, value):
+    system = shared_system
+    offset = system.publish(value, partition=2)
+    job = a_job()
+    system.submit(job, partition=2)
+    assert system.end(job).finish_reason == "length"
+    wait_until(lambda: system.committed(partition=2) == offset + 2)
+    (letter,) = [
+        letter
+        for letter in dead_letters(system)
+        if (letter["partition"], letter["offset"]) == (2, offset)
+    ]
+    assert base64.b64decode(letter["value"]) == value
+    assert letter["topic"] == JOBS_TOPIC
+    assert "not a valid job" in letter["reason"]
+
+
+def test_a_merge_method_it_does_not_know_fails_the_job_and_is_kept(shared_system):
+    job = a_job(merge=Merge(method="ties"))
+    end = shared_system.run(job)
+    assert end.failure.code == "invalid_request"
+    assert "'ties'" in end.failure.message
+    assert job.job_id in {letter["job_id"] for letter in dead_letters(shared_system)}
+
+
+def test_a_prompt_over_the_context_is_refused(shared_system):
+    end = shared_system.run(a_job(prompt="x" * SCRIPTED_MODEL_LEN))
+    assert end.failure.code == "prompt_too_long"
+    assert str(SCRIPTED_MODEL_LEN) in end.failure.message
+    assert not end.failure.retriable
+
+
+def test_an_empty_prompt_is_refused(shared_system):
+    assert shared_system.run(a_job(prompt="")).failure.code == "invalid_request"
+
+
+def test_a_deadline_that_has_passed_ends_the_job(shared_system):
+    end = shared_system.run(a_job(deadline_ms=int(time.time() * 1000) - 1))
+    assert end.failure.code == "deadline_exceeded"
+    assert end.completion_tokens == 0
+
+
+def test_a_job_cancelled_before_it_started_never_starts(shared_system):
+    system = shared_system
+    job = a_job()
+    system.store(job)
+    system.cancel(job)
+    system.publish(encode(job))
+    end = system.end(job)
+    assert (end.finish_reason, end.completion_tokens) == ("cancelled", 0)
+
+
+@pytest.mark.parametrize("content_hash", ["0" * 64, "../../etc"])
+def test_an_adapter_that_is_not_in_the_store_fails_the_job(shared_system, content_hash):
+    job = a_job(adapters=(AdapterRef("pirate", 1, content_hash),))
+    end = shared_system.run(job)
+    assert end.failure.code == "adapter_failed"
+
+
+def test_messages_go_through_the_chat_template(shared_system):
+    job = a_job(prompt=None, messages=(Message("user", "hi"),))
+    end = shared_system.run(job)
+    assert end.prompt_tokens == len("<user>hi<assistant>")
+
+
+def test_messages_that_the_template_refuses_are_an_error(shared_system):
+    job = a_job(prompt=None, messages=(Message("forbidden", "hi"),))
+    end = shared_system.run(job)
+    assert end.failure.code == "invalid_request"
+    assert "no such role" in end.failure.message
