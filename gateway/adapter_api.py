@@ -6,17 +6,15 @@ import asyncio
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import msgspec
 
 from gateway.system import Gateway
+from openlora.adapters.peft_format import AdapterInfo
+from openlora.adapters.store import AdapterStore
 from openlora.errors import AdapterFailed, InvalidRequest
 from openlora.protocol.status import AdapterRecord
 from openlora.registry import check_adapter_id
-
-if TYPE_CHECKING:
-    from openlora.adapters.peft_format import AdapterInfo
 
 _READS_HIDDEN = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
 _WRITES_HIDDEN = ("o_proj", "down_proj")
@@ -109,8 +107,6 @@ def _directory(source: str) -> Path:
 
 
 def _store(root: Path, source: Path, hidden_sizes: set[int]) -> AdapterInfo:
-    from openlora.adapters.store import AdapterStore
-
     info = AdapterStore(root).put(source)
     check_hidden_size(info.tensors, hidden_sizes)
     return info

@@ -7,13 +7,14 @@ import hmac
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from urllib.parse import urlsplit
+from urllib.parse import unquote, urlsplit
 
 from openlora.errors import Forbidden, SetupError, Unauthorized
 
 DEFAULT_TENANT = "default"
 SUBPROTOCOL = "openlora.v1"
 KEY_SUBPROTOCOL_PREFIX = "openlora.key."
+_KEY = re.compile(r"[!-$&-~]+")
 _TENANT = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,127}")
 
 
@@ -34,10 +35,11 @@ class ApiKeys:
         for number, item in enumerate(filter(None, map(str.strip, text.split(","))), start=1):
             tenant, colon, key = item.rpartition(":")
             tenant = tenant if colon else DEFAULT_TENANT
-            if not key or not _TENANT.fullmatch(tenant):
+            if not _KEY.fullmatch(key) or not _TENANT.fullmatch(tenant):
                 raise SetupError(
                     f"entry {number} of OPENLORA_API_KEYS is not valid; write key or tenant:key, "
-                    "the tenant in letters, digits, '-', '_', '.'"
+                    "the key in visible ASCII characters but '%', the tenant in letters, digits, "
+                    "'-', '_', '.'"
                 )
             entries.append((_digest(key), tenant))
         return cls(tuple(entries))
@@ -79,7 +81,8 @@ def key_of(authorization: str | None, subprotocols: Sequence[str] = ()) -> str |
             return key.strip()
     for name in subprotocols:
         if name.startswith(KEY_SUBPROTOCOL_PREFIX):
-            return name[len(KEY_SUBPROTOCOL_PREFIX) :]
+            # percent-encoded by browsers: a subprotocol holds few characters
+            return unquote(name[len(KEY_SUBPROTOCOL_PREFIX) :])
     return None
 
 
