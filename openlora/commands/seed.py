@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import json
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from gateway.adapter_api import check_hidden_size
+from openlora.adapters.peft_format import AdapterInfo
 from openlora.adapters.store import AdapterStore
 from openlora.errors import AdapterFailed, InvalidRequest, OpenLoRAError
 from openlora.protocol.status import AdapterRecord
 from openlora.registry import AdapterRegistry
-from openlora.registry.records import record_for
 
 CONFIG_FILE = "adapter_config.json"
 
@@ -28,19 +31,50 @@ def adapter_dirs(folder: Path) -> list[Path]:
     return sorted(path for path in folder.iterdir() if (path / CONFIG_FILE).is_file())
 
 
+def hidden_size_of(model: str) -> set[int]:
+    """The hidden size that a model directory's configuration names; empty where it has none."""
+    path = Path(model) / "config.json"
+    if not path.is_file():
+        return set()
+    try:
+        return {int(json.loads(path.read_text(encoding="utf-8"))["hidden_size"])}
+    except (ValueError, KeyError, TypeError):
+        return set()
+
+
 def register_dirs(
-    dirs: Sequence[Path], store: AdapterStore, registry: AdapterRegistry
-) -> tuple[list[AdapterRecord], list[Skipped]]:
-    """Register each directory under its own name; a bad one is left out, with the reason."""
-    records: list[AdapterRecord] = []
+    dirs: Sequence[Path],
+    store: AdapterStore,
+    registry: AdapterRegistry,
+    hidden_sizes: set[int],
+) -> list[Skipped]:
+    """Register each directory under its own name; a bad one is left out, with the reason.
+
+    ``hidden_sizes``: of the served model, to tell an adapter of another base; empty: not checked.
+    """
     skipped: list[Skipped] = []
     for path in dirs:
         try:
             info = store.put(path)
-            records.append(registry.put(record_for(path.name, info, str(path))))
+            check_hidden_size(info.tensors, hidden_sizes)
+            registry.put(_record(path, info))
         except (AdapterFailed, InvalidRequest) as error:
             skipped.append(Skipped(path.name, _reason(error)))
-    return records, skipped
+    return skipped
+
+
+def _record(path: Path, info: AdapterInfo) -> AdapterRecord:
+    return AdapterRecord(
+        id=path.name,
+        version=0,  # assigned by the registry
+        hash=info.hash,
+        rank=info.rank,
+        targets=tuple(info.targets),
+        base_model=info.base_model,
+        size_bytes=info.size_bytes,
+        source=str(path.resolve()),
+        created_ms=time.time_ns() // 1_000_000,
+    )
 
 
 def _reason(error: OpenLoRAError) -> str:

@@ -80,7 +80,7 @@ class System:
         model = self._prepare_model()
         check_memory(self._config, weights_in_memory(Path(model), self._config))
         self._start_brokers()
-        records = self._seed_adapters()
+        records = self._seed_adapters(model)
         self._start_processes(model)
         self._wait_until_ready()
         self._welcome(model, records)
@@ -134,9 +134,9 @@ class System:
 
         ensure_topics(self._environ["OPENLORA_KAFKA"], self._gateway_config.partitions)
 
-    def _seed_adapters(self) -> list[AdapterRecord]:
+    def _seed_adapters(self, model: str) -> list[AdapterRecord]:
         from openlora.adapters.store import AdapterStore
-        from openlora.commands.seed import adapter_dirs, register_dirs
+        from openlora.commands.seed import adapter_dirs, hidden_size_of, register_dirs
         from openlora.joblog import redis_client
         from openlora.registry import AdapterRegistry
 
@@ -154,8 +154,7 @@ class System:
             dirs = []
         registry = AdapterRegistry(redis_client(self._environ["OPENLORA_REDIS"]))
         store = AdapterStore(self._gateway_config.store)
-        _, skipped = register_dirs(dirs, store, registry)
-        for bad in skipped:
+        for bad in register_dirs(dirs, store, registry, hidden_size_of(model)):
             self._screen.warn(f"Adapter {bad.name} is left out: {bad.reason}")
         return registry.list()
 
