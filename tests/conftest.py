@@ -12,9 +12,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import pytest
+from hypothesis import settings
 
 from openlora.local import ServerProcess, free_port
 from tests.services import start_broker, start_redis
+
+# A time limit per example fails at random on a machine that is busy with something else.
+settings.register_profile("openlora", deadline=None)
+settings.load_profile("openlora")
 
 
 @dataclass(frozen=True)

@@ -209,9 +209,7 @@ class LogMachine(RuleBasedStateMachine):
                 assert view is None
                 continue
             end = model.chunks[-1].end if model.chunks else None
-            assert view == core.JobView(
-                job, model.epoch, tuple(model.chunks), end, model.cancelled
-            )
+            assert view == core.JobView(job, model.epoch, tuple(model.chunks), end, model.cancelled)
             job_ttl = self.redis.ttl(names.job_key(job.job_id))
             assert (job_ttl == -1) == (model.state == "open")
         open_ids = self.redis.zrange(names.open_jobs_key(SHARD), 0, -1)

@@ -1,0 +1,138 @@
+"""The publisher against both brokers: acknowledged means stored; what fails says so soon."""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from concurrent.futures import wait
+
+import pytest
+from kafka import KafkaConsumer, TopicPartition
+
+from openlora.errors import Overloaded, PayloadTooLarge, SetupError
+from openlora.protocol import codec
+from openlora.protocol.jobs import AdapterRef
+from openlora.protocol.names import BATCH_TOPIC, JOBS_TOPIC
+from producer import publisher as publisher_module
+from producer.partitioner import key_of, partition_of
+from producer.publisher import DELIVERY_TIMEOUT_MS, Publisher
+from producer.topics import ensure_topics
+from tests.conftest import Broker
+from tests.producer.test_partitioner import a_job
+
+pytestmark = pytest.mark.services
+_PARTITIONS = 6
+
+
+def _read(servers: str, places: dict[tuple[str, int, int], bytes]) -> dict:
+    """The messages found at these places, by place."""
+    consumer = KafkaConsumer(bootstrap_servers=servers, allow_auto_create_topics=False)
+    firsts: defaultdict[TopicPartition, list[int]] = defaultdict(list)
+    for topic, partition, offset in places:
+        firsts[TopicPartition(topic, partition)].append(offset)
+    consumer.assign(list(firsts))
+    for partition, offsets in firsts.items():
+        consumer.seek(partition, min(offsets))
+    found: dict[tuple[str, int, int], tuple[bytes | None, bytes]] = {}
+    deadline = time.monotonic() + 20
+    while places.keys() - found.keys():
+        assert time.monotonic() < deadline, f"{len(found)} of {len(places)} messages came"
+        for messages in consumer.poll(200).values():
+            found |= {(m.topic, m.partition, m.offset): (m.key, m.value) for m in messages}
+    consumer.close()
+    return found
+
+
+def test_an_acknowledged_job_is_where_the_future_says(broker: Broker) -> None:
+    partitions = ensure_topics(broker.bootstrap_servers, _PARTITIONS)
+    publisher = Publisher(broker.bootstrap_servers)
+    jobs = [
+        a_job(*adapters, priority=priority)
+        for priority in ("interactive", "batch")
+        for adapters in ((), *((AdapterRef(f"adapter-{i}", 1, "h"),) for i in range(20)))
+    ]
+    futures = [publisher.publish(job) for job in jobs]
+    places = [future.result(20) for future in futures]
+    publisher.close()
+    found = _read(broker.bootstrap_servers, dict.fromkeys(places, b""))
+    for job, place in zip(jobs, places, strict=True):
+        key, value = found[place]
+        assert codec.decode_job(value) == job
+        assert key == key_of(job)
+        assert place[0] == (BATCH_TOPIC if job.priority == "batch" else JOBS_TOPIC)
+        if key is not None:
+            assert place[1] == partition_of(key, partitions[place[0]])
+
+
+def test_a_job_too_large_fails_alone(broker: Broker) -> None:
+    ensure_topics(broker.bootstrap_servers, _PARTITIONS)
+    publisher = Publisher(broker.bootstrap_servers)
+    large = a_job(AdapterRef("x" * 1_000_001, 1, "h"))
+    futures = [publisher.publish(job) for job in (a_job(), large, a_job())]
+    with pytest.raises(PayloadTooLarge, match="larger than 1000000 bytes"):
+        futures[1].result(20)
+    assert [futures[i].result(20)[0] for i in (0, 2)] == [JOBS_TOPIC] * 2
+    publisher.close()
+
+
+def test_close_sends_what_is_queued(broker: Broker) -> None:
+    ensure_topics(broker.bootstrap_servers, _PARTITIONS)
+    publisher = Publisher(broker.bootstrap_servers)
+    futures = [publisher.publish(a_job()) for _ in range(200)]
+    publisher.close()
+    assert all(future.done() and future.exception() is None for future in futures)
+    publisher.close()
+    with pytest.raises(Overloaded, match="shutting down"):
+        publisher.publish(a_job()).result(0)
+
+
+def test_a_broker_that_is_away_fails_in_time_and_is_found_again(fresh_broker: Broker) -> None:
+    ensure_topics(fresh_broker.bootstrap_servers, _PARTITIONS)
+    publisher = Publisher(fresh_broker.bootstrap_servers)
+    publisher.publish(a_job()).result(20)
+    fresh_broker.server.kill()
+    started = time.monotonic()
+    future = publisher.publish(a_job())
+    assert time.monotonic() - started < 0.1  # never blocks
+    with pytest.raises(Overloaded, match=r"did not take the job .*; try again") as caught:
+        future.result(20)
+    assert caught.value.retry_after_ms is not None
+    assert time.monotonic() - started < DELIVERY_TIMEOUT_MS / 1000 + 1.5
+    fresh_broker.server.start()
+    ensure_topics(fresh_broker.bootstrap_servers, _PARTITIONS)
+    assert publisher.publish(a_job()).result(20)[0] == JOBS_TOPIC
+    publisher.close()
+
+
+def test_a_broker_that_returns_soon_is_not_noticed(fresh_broker: Broker) -> None:
+    ensure_topics(fresh_broker.bootstrap_servers, _PARTITIONS)
+    publisher = Publisher(fresh_broker.bootstrap_servers)
+    publisher.publish(a_job()).result(20)
+    fresh_broker.server.kill()
+    future = publisher.publish(a_job())
+    fresh_broker.server.start()
+    ensure_topics(fresh_broker.bootstrap_servers, _PARTITIONS)
+    assert future.result(20)[0] == JOBS_TOPIC
+    publisher.close()
+
+
+def test_waiting_jobs_are_bounded(fresh_broker: Broker, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(publisher_module, "MAX_UNACKNOWLEDGED", 10)
+    ensure_topics(fresh_broker.bootstrap_servers, _PARTITIONS)
+    publisher = Publisher(fresh_broker.bootstrap_servers)
+    publisher.publish(a_job()).result(20)
+    fresh_broker.server.kill()
+    waiting = [publisher.publish(a_job()) for _ in range(10)]
+    with pytest.raises(Overloaded, match="10 jobs wait for the broker already"):
+        publisher.publish(a_job()).result(0)
+    fresh_broker.server.start()
+    ensure_topics(fresh_broker.bootstrap_servers, _PARTITIONS)
+    wait(waiting, 20)
+    assert publisher.publish(a_job()).result(20)[0] == JOBS_TOPIC
+    publisher.close()
+
+
+def test_no_broker_is_one_clear_line(port: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(publisher_module, "_CONNECT_TIMEOUT_MS", 300)
+    with pytest.raises(SetupError, match=rf"no Kafka broker answers at 127\.0\.0\.1:{port}"):
+        Publisher(f"127.0.0.1:{port}")
