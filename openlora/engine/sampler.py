@@ -15,9 +15,9 @@ from openlora.sampling_params import SamplingParams
 
 def sample_rows(logits: Tensor, rows: Sequence[RowSampling]) -> list[SampledToken]:
     """Draw one token per row of ``logits`` (float [rows, vocab]); waits for the device."""
-    if all(_is_plain(row.params) for row in rows):
+    if all(is_plain(row.params) for row in rows):
         return [SampledToken(token_id) for token_id in greedy(logits).tolist()]
-    return _read(sample(logits, sampling_inputs(rows, logits)), rows)
+    return read_samples(sample(logits, sampling_inputs(rows, logits)), rows)
 
 
 def sampling_inputs(rows: Sequence[RowSampling], logits: Tensor) -> SamplingInputs:
@@ -52,7 +52,8 @@ def sampling_inputs(rows: Sequence[RowSampling], logits: Tensor) -> SamplingInpu
     )
 
 
-def _is_plain(params: SamplingParams) -> bool:
+def is_plain(params: SamplingParams) -> bool:
+    """Whether ``greedy`` alone serves these settings."""
     return params.temperature == 0 and not params.logprobs and not params.has_penalties
 
 
@@ -80,7 +81,8 @@ def _penalties(row_index: int, row: RowSampling) -> list[tuple[int, int, float, 
     ]
 
 
-def _read(samples: Samples, rows: Sequence[RowSampling]) -> list[SampledToken]:
+def read_samples(samples: Samples, rows: Sequence[RowSampling]) -> list[SampledToken]:
+    """The tokens of ``rows``; waits for the device that ``samples`` lie on."""
     token_ids = samples.token_ids.tolist()
     tokens = [SampledToken(token_id) for token_id in token_ids]
     lines = zip(
