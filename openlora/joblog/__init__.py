@@ -7,14 +7,13 @@
 from openlora.joblog.clients import async_redis_client, redis_client
 from openlora.joblog.core import AppendResult, Claim, JobView, OpenJob
 from openlora.joblog.events import EventStream
-from openlora.joblog.log import ControlListener, JobLog
+from openlora.joblog.log import JobLog
 from openlora.joblog.log_async import AsyncJobLog
 
 __all__ = [
     "AppendResult",
     "AsyncJobLog",
     "Claim",
-    "ControlListener",
     "EventStream",
     "JobLog",
     "JobView",

@@ -175,8 +175,7 @@ def retire_call(job_id: str) -> Call:
 
 
 def cancel_call(job_id: str) -> Call:
-    channel = names.control_channel(names.shard_of(job_id))
-    return Call(scripts.CANCEL, [names.job_key(job_id), channel], [job_id])
+    return Call(scripts.CANCEL, [names.job_key(job_id)], [])
 
 
 def renew_calls(job_ids: Iterable[str], lease_ms: int) -> list[Call]:

@@ -72,10 +72,6 @@ class JobLog:
             pipeline.delete(names.worker_key(worker_id))
             pipeline.execute()
 
-    def control(self) -> ControlListener:
-        """A listener for cancels, on a connection of its own."""
-        return ControlListener(self._redis)
-
     def _run(self, calls: Sequence[Call]) -> list[Any]:
         with redis_errors(self._redis):
             replies = self._send(calls)
@@ -98,40 +94,3 @@ class JobLog:
                 pipeline.execute_command("EVALSHA", *call.evalsha)
             replies: list[Any] = pipeline.execute(raise_on_error=False)
             return replies
-
-
-class ControlListener:
-    """Cancels of all shards, for one thread. What is said while Redis is away is missed: the marks
-    themselves are durable and come with every claim's and append's answer."""
-
-    def __init__(self, client: redis.Redis) -> None:
-        self._redis: Any = client
-        self._pubsub: Any = client.pubsub()  # type: ignore[no-untyped-call]
-        self._is_subscribed = False
-
-    def poll(self, timeout_s: float) -> list[str]:
-        """IDs of jobs that were cancelled; waits for the first one at most ``timeout_s``.
-
-        Raises:
-            Overloaded: Redis does not answer; polling again connects again.
-        """
-        with redis_errors(self._redis):
-            if not self._is_subscribed:
-                channels = [names.control_channel(shard) for shard in range(names.SHARD_COUNT)]
-                info = self._redis.execute_command("COMMAND INFO", "spublish")
-                subscribe = (
-                    self._pubsub.ssubscribe if core.knows_command(info) else self._pubsub.subscribe
-                )
-                subscribe(*channels)
-                self._is_subscribed = True
-            job_ids = []
-            message = self._pubsub.get_message(timeout=timeout_s)
-            while message is not None:
-                if message["type"] in ("message", "smessage"):
-                    job_ids.append(message["data"].decode())
-                message = self._pubsub.get_message(timeout=0)
-            return job_ids
-
-    def close(self) -> None:
-        """Give the connection back."""
-        self._pubsub.close()

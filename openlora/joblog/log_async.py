@@ -45,7 +45,11 @@ class AsyncJobLog:
         await self._run([core.discard_call(job_id)])
 
     async def cancel(self, job_id: str) -> bool:
-        """Mark an open job and tell the workers; False where there is no such open job."""
+        """Mark an open job, for its worker to see; False where there is no such open job.
+
+        Workers need no message: each append is answered with the mark, and for a job that
+        produces nothing yet they ask twice a second.
+        """
         return bool((await self._run([core.cancel_call(job_id)]))[0])
 
     async def renew_leases(self, job_ids: Iterable[str], lease_ms: int) -> None:

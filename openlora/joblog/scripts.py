@@ -45,8 +45,9 @@ APPEND     KEYS job1, log1, …, channel, open
            → {status, length, cancelled, …}, three integers for each chunk
 RETIRE     KEYS job, log             ARGV seconds
            Shortens the life of an ended job. → 1 | 0
-CANCEL     KEYS job, channel         ARGV job ID
-           Marks an open job and tells the workers. → 1 marked, 0 not open
+CANCEL     KEYS job
+           Marks an open job; its worker learns it from the next append or claim. → 1 marked,
+           0 not open
 RENEW      KEYS job1, …              ARGV lease ms
            Open jobs that have a lease get a new one. → number renewed
 READ       KEYS job, log
@@ -231,11 +232,9 @@ return 1
 )
 
 CANCEL = Script(
-    _PUBLISH
-    + """
+    """
 if redis.call('HGET', KEYS[1], 'state') ~= 'open' then return 0 end
 redis.call('HSET', KEYS[1], 'cancel', 1)
-publish(KEYS[2], ARGV[1])
 return 1
 """
 )

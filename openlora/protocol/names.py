@@ -64,11 +64,6 @@ def events_channel(shard: int) -> str:
     return f"openlora:{{{shard:02x}}}:events"
 
 
-def control_channel(shard: int) -> str:
-    """Pub/sub channel of the shard towards workers: job IDs that were cancelled."""
-    return f"openlora:{{{shard:02x}}}:control"
-
-
 def worker_key(worker_id: str) -> str:
     """String with a time to live: the worker's newest heartbeat as JSON."""
     return f"openlora:worker:{worker_id}"

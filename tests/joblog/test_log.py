@@ -81,19 +81,3 @@ def test_heartbeats_show_for_a_few_seconds_and_go_when_removed(log: JobLog) -> N
     assert log._redis.smembers(names.WORKERS_KEY) == {b"w1"}
     log.remove_heartbeat("w1")
     assert log._redis.exists(names.WORKERS_KEY, names.worker_key("w1")) == 0
-
-
-def test_cancels_of_all_shards_reach_the_listener(log: JobLog) -> None:
-    job_ids = _store(log, *(a_job(shard) for shard in (0, 9, 255)))
-    control = log.control()
-    while not log._redis.pubsub_shardchannels():
-        control.poll(0.1)
-    for job_id in job_ids:
-        assert log._run([core.cancel_call(job_id)]) == [1]
-    heard: list[str] = []
-    while len(heard) < 3:
-        heard += control.poll(1)
-    assert heard == job_ids
-    assert control.poll(0) == []
-    control.close()
-    assert all(claim.cancelled for claim in log.claim(job_ids, "w"))
