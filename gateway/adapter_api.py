@@ -10,7 +10,7 @@ from pathlib import Path
 import msgspec
 
 from gateway.system import Gateway
-from openlora.adapters.peft_format import AdapterInfo
+from openlora.adapters.peft_format import AdapterInfo, inspect_adapter
 from openlora.adapters.store import AdapterStore
 from openlora.errors import AdapterFailed, InvalidRequest
 from openlora.protocol.status import AdapterRecord
@@ -107,6 +107,8 @@ def _directory(source: str) -> Path:
 
 
 def _store(root: Path, source: Path, hidden_sizes: set[int]) -> AdapterInfo:
-    info = AdapterStore(root).put(source)
-    check_hidden_size(info.tensors, hidden_sizes)
-    return info
+    check_hidden_size(inspect_adapter(source).tensors, hidden_sizes)
+    try:
+        return AdapterStore(root).put(source)
+    except OSError as error:
+        raise AdapterFailed(f"{source} cannot be copied into the store {root}: {error}") from error

@@ -57,8 +57,8 @@ class Connection:
         self._outbox = Outbox()
         self._followers: dict[str, Follower] = {}
         self._tasks: set[asyncio.Task[None]] = set()
-        self.sent_at = time.monotonic()
-        """When the sender last got rid of something; far back with a full outbox: a dead client."""
+        self._sending_since: float | None = None
+        self._abandoned = asyncio.get_running_loop().create_future()
 
     async def run(self) -> None:
         """Returns when the connection is closed; its jobs then have one lease time left."""
@@ -66,7 +66,8 @@ class Connection:
         sender = asyncio.create_task(self._send_frames())
         receiver = asyncio.create_task(self._receive_frames())
         try:
-            await asyncio.wait((sender, receiver), return_when=asyncio.FIRST_COMPLETED)
+            waits = (sender, receiver, self._abandoned)
+            await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
             for task in (receiver, sender):
                 if task.done() and (error := task.exception()) and not _is_disconnect(error):
                     raise error
@@ -75,6 +76,15 @@ class Connection:
             sender.cancel()
             self._metrics.connections.dec()
             await self._leave()
+
+    def stalled_s(self) -> float:
+        """For how long the client has not taken what is being sent to it."""
+        return 0.0 if self._sending_since is None else time.monotonic() - self._sending_since
+
+    def abandon(self) -> None:
+        """Ends ``run`` although the client says nothing."""
+        if not self._abandoned.done():
+            self._abandoned.set_result(None)
 
     async def _receive_frames(self) -> None:
         while True:
@@ -98,9 +108,10 @@ class Connection:
         while True:
             await outbox.wait()
             frames = outbox.take()
+            self._sending_since = time.monotonic()
             for frame in frames:
                 await send({"type": "websocket.send", "text": frame})
-            self.sent_at = time.monotonic()
+            self._sending_since = None
             self._metrics.frames_sent += len(frames)
             if outbox.lagging and not outbox.frames:
                 follower = next(iter(outbox.lagging))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import socket
 import sys
 from collections.abc import Callable
 from types import FrameType
@@ -13,6 +14,7 @@ import uvicorn
 from gateway.config import GatewayConfig
 from gateway.server import build_app
 from gateway.system import Gateway
+from openlora.errors import SetupError
 from producer.publisher import Publisher
 from producer.topics import TopicKeeper
 
@@ -57,19 +59,18 @@ def run(config: GatewayConfig) -> int:
     logging.basicConfig(
         level=config.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s"
     )
+    listener = _listen(config.host, config.port)
     with asyncio.Runner(loop_factory=_loop_factory()) as runner:
-        return runner.run(_serve(config))
+        return runner.run(_serve(config, listener))
 
 
-async def _serve(config: GatewayConfig) -> int:
+async def _serve(config: GatewayConfig, listener: socket.socket) -> int:
     topics = TopicKeeper(config.kafka, config.partitions)
     topics.ensure()
     gateway = Gateway(config, topics, Publisher(config.kafka))
     server = Server(
         uvicorn.Config(
             build_app(gateway),
-            host=config.host,
-            port=config.port,
             http="httptools",
             ws="websockets-sansio",
             ws_max_size=MAX_MESSAGE_BYTES,
@@ -80,8 +81,20 @@ async def _serve(config: GatewayConfig) -> int:
         ),
         gateway,
     )
-    await server.serve()
+    log.info("listening on %s port %d", *listener.getsockname()[:2])
+    await server.serve([listener])
     return 0
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        return socket.create_server((host, port), family=family, backlog=2048)
+    except OSError as error:
+        raise SetupError(
+            f"cannot listen on {host} port {port}: {error.strerror}; stop what uses it, or choose "
+            "another with --port"
+        ) from error
 
 
 def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:

@@ -75,7 +75,7 @@ class WebsocketDoor:
         await receive()
         subprotocol = SUBPROTOCOL if SUBPROTOCOL in offered else None
         await send({"type": "websocket.accept", "subprotocol": subprotocol})
-        await self._gateway.connection(receive, send, tenant).run()
+        await self._gateway.serve(receive, send, tenant)
 
 
 def error_response(error: OpenLoRAError) -> Response:

@@ -10,29 +10,35 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import secrets
+import socket
 import time
 from collections.abc import Coroutine
 from typing import Any
 
 from starlette.types import Receive, Send
 
+from gateway.broker_watch import BrokerWatch
 from gateway.config import GatewayConfig
 from gateway.connection import Connection
 from gateway.directory import AdapterDirectory
 from gateway.intake import Intake
 from gateway.metrics import Metrics
 from gateway.relay import Relay
-from openlora.errors import Overloaded, SetupError
+from openlora.errors import Overloaded
 from openlora.joblog import AsyncJobLog, async_redis_client
 from openlora.protocol.names import SHARD_COUNT
 from producer.publisher import Publisher
+from producer.sweeper import Sweeper
 from producer.topics import TopicKeeper
 
 log = logging.getLogger(__name__)
 
 _DRAIN_CHECK_S = 0.1
-_BROKER_CHECK_S = 2.0
+_STALL_CHECK_S = 5.0
+STALL_S = 60.0
+"""A client that took nothing for so long is treated as gone; it can resume its jobs."""
 
 
 class Gateway:
@@ -42,8 +48,7 @@ class Gateway:
         self.config = config
         self.metrics = Metrics()
         self.publisher = publisher
-        self._topics = topics
-        self._broker_answers = True
+        self.broker = BrokerWatch(topics)
         self.redis = async_redis_client(config.redis)
         self.job_log = AsyncJobLog(self.redis)
         self.directory = AdapterDirectory(self.redis)
@@ -58,6 +63,9 @@ class Gateway:
             shard=shard,
             lease_ms=lease_ms,
         )
+        owner = f"{socket.gethostname()}:{os.getpid()}:{secrets.token_hex(4)}"
+        self._sweeper = Sweeper(self.job_log, publisher, self.broker, owner)
+        self._connections: set[Connection] = set()
         self._tasks: list[asyncio.Task[None]] = []
 
     def start(self) -> None:
@@ -66,13 +74,15 @@ class Gateway:
             self.directory.run(),
             self.relay.run(),
             self.relay.renew_leases(),
-            self._watch_broker(),
+            self.broker.run(),
+            self._sweeper.run(),
+            self._drop_stalled(),
         ):
             self._run(work)
 
     async def waiting_for(self) -> list[str]:
         """What is missing before a request can be answered: kafka, redis, worker, or nothing."""
-        missing = [] if self._broker_answers else ["kafka"]
+        missing = [] if self.broker.answers else ["kafka"]
         if self.intake.draining:
             missing.append("another gateway: this one is draining")
         try:
@@ -82,19 +92,6 @@ class Gateway:
         if not any(heartbeat.ready for heartbeat in heartbeats):
             missing.append("worker")
         return missing
-
-    async def _watch_broker(self) -> None:
-        """Asks the broker for its topics now and then; makes them again if it lost them."""
-        while True:
-            await asyncio.sleep(_BROKER_CHECK_S)
-            try:
-                await asyncio.to_thread(self._topics.ensure)
-            except SetupError as error:
-                if self._broker_answers:
-                    log.warning("%s; asked again every %g s", error.message, _BROKER_CHECK_S)
-                self._broker_answers = False
-            else:
-                self._broker_answers = True
 
     async def drain(self) -> None:
         """Refuses new jobs and waits until the streams have ended, or the drain timeout is over."""
@@ -112,15 +109,15 @@ class Gateway:
     async def stop(self) -> None:
         """Closes everything; connections are closed already."""
         await asyncio.to_thread(self.publisher.close)
-        self._topics.close()
+        await asyncio.to_thread(self.broker.close)
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         await self.redis.aclose()
 
-    def connection(self, receive: Receive, send: Send, tenant: str) -> Connection:
-        """The runner of one accepted websocket."""
-        return Connection(
+    async def serve(self, receive: Receive, send: Send, tenant: str) -> None:
+        """Runs one accepted websocket until it is closed."""
+        connection = Connection(
             receive,
             send,
             tenant=tenant,
@@ -129,6 +126,20 @@ class Gateway:
             relay=self.relay,
             metrics=self.metrics,
         )
+        self._connections.add(connection)
+        try:
+            await connection.run()
+        finally:
+            self._connections.discard(connection)
+
+    async def _drop_stalled(self) -> None:
+        """Gives up clients that do not read: their jobs would hold an engine for nobody."""
+        while True:
+            await asyncio.sleep(_STALL_CHECK_S)
+            for connection in [*self._connections]:
+                if connection.stalled_s() > STALL_S:
+                    log.warning("a client took nothing for %g s and is given up", STALL_S)
+                    connection.abandon()
 
     def _run(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.create_task(work)
