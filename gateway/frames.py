@@ -6,6 +6,7 @@ is assembled from a prefix made once per stream instead of encoded from an objec
 
 from __future__ import annotations
 
+import json
 import re
 from json.encoder import encode_basestring
 from typing import Any
@@ -68,21 +69,16 @@ def decode_client_frame(text: str) -> ClientFrame:
     except msgspec.ValidationError as error:
         raise _explained(text, str(error)) from error
     except (msgspec.DecodeError, UnicodeError) as error:
-        raise BadFrame(f"the frame is not JSON: {error}; send one JSON object", None) from error
+        reason = f"the frame is not JSON: {error}; send one JSON object"
+        raise BadFrame(reason, _request_id(_lenient(text))) from error
 
 
 def _explained(text: str, reason: str) -> BadFrame:
     """msgspec's reason gives the path; this adds the value found there and the request's ID."""
-    try:
-        frame = msgspec.json.decode(text)
-    except (msgspec.DecodeError, RecursionError):
-        # a number out of range or nesting without end: typed decoding stopped before it
-        frame = None
-    if not isinstance(frame, dict):
+    frame = _lenient(text)
+    if frame is None:
         return BadFrame(f"{reason}; send one JSON object with a type", None)
-    request_id = frame.get("request_id")
-    if not isinstance(request_id, str) or len(request_id) > MAX_REQUEST_ID_CHARS:
-        request_id = None
+    request_id = _request_id(frame)
     match = _PATH.search(reason)
     if match is None:
         return BadFrame(f"{reason} in the {str(frame.get('type'))[:32]!r} frame", request_id)
@@ -93,6 +89,23 @@ def _explained(text: str, reason: str) -> BadFrame:
     return BadFrame(f"{path} is {_shown(_value_at(frame, match[1]))}: {problem}", request_id)
 
 
+def _lenient(text: str) -> dict[str, Any] | None:
+    """The frame as Python reads it, NaN and Infinity too: only to say what is wrong with it."""
+    try:
+        frame = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    return frame if isinstance(frame, dict) else None
+
+
+def _request_id(frame: dict[str, Any] | None) -> str | None:
+    """The ID an error can be sent under; a lone surrogate could not be encoded."""
+    request_id = None if frame is None else frame.get("request_id")
+    if not isinstance(request_id, str) or len(request_id) > MAX_REQUEST_ID_CHARS:
+        return None
+    return request_id if request_id.isprintable() else None
+
+
 def _value_at(value: Any, path: str) -> Any:
     for key, index in _PATH_STEP.findall(path):
         value = value[key] if key else value[int(index)]
@@ -100,7 +113,7 @@ def _value_at(value: Any, path: str) -> Any:
 
 
 def _shown(value: object) -> str:
-    shown = _encode(value).decode()
+    shown = json.dumps(value)
     if len(shown) > MAX_SHOWN_VALUE_CHARS:
         return shown[:MAX_SHOWN_VALUE_CHARS] + "…"
     return shown

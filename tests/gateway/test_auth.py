@@ -1,0 +1,59 @@
+"""API keys and origins."""
+
+from __future__ import annotations
+
+import pytest
+
+from gateway.auth import ApiKeys, check_origin, key_of
+from openlora.errors import Forbidden, SetupError, Unauthorized
+
+
+def test_without_keys_everybody_is_the_default_tenant() -> None:
+    keys = ApiKeys.parse("")
+    assert not keys.required
+    assert keys.tenant_of(None) == "default"
+    assert keys.tenant_of("whatever") == "default"
+
+
+def test_keys_name_their_tenants() -> None:
+    keys = ApiKeys.parse("plain, acme:one ,acme:two")
+    assert keys.tenant_of("plain") == "default"
+    assert keys.tenant_of("one") == keys.tenant_of("two") == "acme"
+
+
+@pytest.mark.parametrize("key", [None, "", "On", "one ", "acme:one", "ünknown", "\udcff"])
+def test_other_keys_are_refused_without_being_shown(key: str | None) -> None:
+    keys = ApiKeys.parse("acme:one")
+    with pytest.raises(Unauthorized) as caught:
+        keys.tenant_of(key)
+    assert "one" not in caught.value.message.replace("one that", "")
+
+
+def test_keys_are_not_kept_in_clear() -> None:
+    assert "s3cret" not in repr(ApiKeys.parse("acme:s3cret"))
+
+
+@pytest.mark.parametrize("text", ["acme:", ":qwe", "a b:qwe", "../x:qwe", "qw%65", "schlüssel"])
+def test_a_bad_entry_is_a_setup_error_that_names_its_place_only(text: str) -> None:
+    with pytest.raises(SetupError) as caught:
+        ApiKeys.parse(f"fine,{text}")
+    assert "entry 2" in caught.value.message
+    assert text not in caught.value.message
+
+
+def test_a_key_comes_from_the_header_or_a_subprotocol() -> None:
+    assert key_of("Bearer abc") == "abc"
+    assert key_of("bearer  abc ") == "abc"
+    assert key_of("Basic abc") is None
+    assert key_of(None, ["openlora.v1", "openlora.key.a%3Db"]) == "a=b"
+    assert key_of("Bearer header", ["openlora.key.other"]) == "header"
+    assert key_of(None) is None
+
+
+def test_pages_of_other_hosts_are_refused() -> None:
+    check_origin(None, "127.0.0.1:8000")
+    check_origin("http://127.0.0.1:8000", "127.0.0.1:8000")
+    check_origin("https://Chat.Example", "chat.example")
+    for origin in ("http://evil.example", "http://127.0.0.1:9000", "null", ""):
+        with pytest.raises(Forbidden):
+            check_origin(origin, "127.0.0.1:8000")

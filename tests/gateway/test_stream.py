@@ -1,0 +1,172 @@
+"""One stream: whatever is lost, repeated or begun anew, the client sees each token once, in order."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from gateway.stream import TokenStream
+from openlora.protocol.events import Chunk, End, Token
+
+JOB_ID = "07" + "a" * 24
+
+
+def chunk(first: int, texts: str, *, epoch: int = 1, end: bool = False, new: bool = False) -> Chunk:
+    tokens = tuple(Token(ord(text), text) for text in texts)
+    return Chunk(JOB_ID, epoch, first, tokens, End("stop") if end else None, new)
+
+
+def told(frames: list[str]) -> str:
+    """Frames in short: each token's text, "<" for restarted, "." for done; indices checked."""
+    short = ""
+    index: int | None = None
+    for text in frames:
+        frame: dict[str, Any] = json.loads(text)
+        if frame["type"] == "token":
+            assert index is None or frame["index"] == index
+            index = frame["index"] + 1
+            short += frame["text"]
+        elif frame["type"] == "restarted":
+            index = 0
+            short += "<"
+        else:
+            short += "."
+    return short
+
+
+def test_chunks_in_order_are_passed_on_and_repeats_dropped() -> None:
+    stream, frames = TokenStream("r", JOB_ID), list[str]()
+    assert stream.feed(chunk(0, "ab"), frames)
+    assert stream.feed(chunk(0, "ab"), frames)
+    assert stream.feed(chunk(1, "bc"), frames)
+    assert stream.feed(chunk(3, "d", end=True), frames)
+    assert stream.feed(chunk(3, "d", end=True), frames)
+    assert told(frames) == "abcd."
+    assert stream.end is not None
+
+
+def test_behind_a_gap_nothing_is_passed_on() -> None:
+    stream, frames = TokenStream("r", JOB_ID), list[str]()
+    assert stream.feed(chunk(0, "a"), frames)
+    assert not stream.feed(chunk(2, "c"), frames)
+    assert told(frames) == "a"
+
+
+def test_a_new_claim_in_mid_stream_asks_for_the_log() -> None:
+    stream, frames = TokenStream("r", JOB_ID), list[str]()
+    stream.feed(chunk(0, "ab"), frames)
+    assert not stream.feed(chunk(2, "c", epoch=2), frames)
+    log = (chunk(0, "ab"), chunk(2, "c", epoch=2))
+    stream.meet_log(log, frames)
+    for logged in log:
+        stream.feed_logged(logged, frames)
+    assert stream.feed(chunk(3, "d", epoch=2), frames)
+    assert told(frames) == "abcd"
+
+
+def test_chunks_of_a_fenced_worker_are_dropped() -> None:
+    stream, frames = TokenStream("r", JOB_ID), list[str]()
+    stream.feed(chunk(0, "a", epoch=2), frames)
+    assert stream.feed(chunk(1, "z", epoch=1), frames)
+    assert told(frames) == "a"
+
+
+def test_a_restart_begins_at_index_0_and_is_said_once() -> None:
+    stream, frames = TokenStream("r", JOB_ID), list[str]()
+    stream.feed(chunk(0, "abc"), frames)
+    assert stream.feed(chunk(0, "x", epoch=5, new=True), frames)
+    assert stream.feed(chunk(0, "x", epoch=5, new=True), frames)
+    assert stream.feed(chunk(1, "y", epoch=5, end=True), frames)
+    assert told(frames) == "abc<xy."
+
+
+def test_a_restart_whose_first_chunk_was_missed_is_found_in_the_log() -> None:
+    stream, frames = TokenStream("r", JOB_ID), list[str]()
+    stream.feed(chunk(0, "abc"), frames)
+    assert not stream.feed(chunk(3, "z", epoch=5), frames)
+    log = (chunk(0, "x", epoch=5, new=True), chunk(1, "yyz", epoch=5))
+    stream.meet_log(log, frames)
+    for logged in log:
+        stream.feed_logged(logged, frames)
+    assert told(frames) == "abc<xyyz"
+
+
+def test_a_log_lost_and_empty_restarts_a_resumed_stream_once() -> None:
+    stream, frames = TokenStream("r", JOB_ID, 18), list[str]()
+    stream.meet_log((), frames)
+    assert stream.feed(chunk(0, "x", epoch=3, new=True), frames)
+    assert told(frames) == "<x"
+
+
+def test_a_restart_before_the_first_token_needs_no_frame() -> None:
+    stream, frames = TokenStream("r", JOB_ID), list[str]()
+    assert stream.feed(chunk(0, "x", epoch=3, new=True), frames)
+    assert told(frames) == "x"
+
+
+def test_an_end_without_tokens_is_done() -> None:
+    stream, frames = TokenStream("r", JOB_ID), list[str]()
+    assert stream.feed(chunk(0, "", end=True), frames)
+    assert told(frames) == "."
+
+
+@st.composite
+def histories(draw: st.DrawFn) -> tuple[list[list[Chunk]], list[str]]:
+    """The log after each append, and the text of each run; a run may lose its log."""
+    logs: list[list[Chunk]] = [[]]
+    runs: list[str] = []
+    epoch = 0
+    for run in range(draw(st.integers(1, 3))):
+        text = draw(st.text("abcdefgh", min_size=1, max_size=12))
+        log: list[Chunk] = []
+        position = 0
+        new = run > 0
+        epoch += 1
+        while position < len(text):
+            if log and draw(st.booleans()):
+                epoch += 1
+            size = draw(st.integers(1, 4))
+            part = text[position : position + size]
+            last = run == 99
+            log = [*log, chunk(position, part, epoch=epoch, new=new, end=last)]
+            logs.append(log)
+            new = False
+            position += len(part)
+        runs.append(text)
+    final = logs[-1]
+    ended = Chunk(JOB_ID, epoch, len(runs[-1]), (), End("stop"))
+    logs.append([*final, ended])
+    return logs, runs
+
+
+@given(histories(), st.data())
+def test_over_any_losses_the_last_run_arrives_whole(
+    history: tuple[list[list[Chunk]], list[str]], data: st.DataObject
+) -> None:
+    logs, runs = history
+    stream, frames = TokenStream("r", JOB_ID), list[str]()
+    for log in logs[1:]:
+        fate = data.draw(st.sampled_from(["kept", "kept", "twice", "lost"]))
+        if fate == "lost":
+            continue
+        for _ in range(2 if fate == "twice" else 1):
+            if not stream.feed(log[-1], frames):
+                _read(stream, log, frames)
+    if stream.end is None:  # as after a reconnect
+        _read(stream, logs[-1], frames)
+    short = told(frames)
+    assert short.endswith(".")
+    assert short.count(".") == 1
+    seen = short[:-1].split("<")
+    assert seen[-1] == runs[-1]
+    # earlier runs were seen from their start, as far as they came
+    assert all(any(run.startswith(part) for run in runs) for part in seen)
+
+
+def _read(stream: TokenStream, log: list[Chunk], frames: list[str]) -> None:
+    stream.meet_log(tuple(log), frames)
+    for logged in log:
+        stream.feed_logged(logged, frames)
