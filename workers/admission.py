@@ -7,7 +7,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from openlora.adapters.store import AdapterStore
-
 from openlora.errors import (
     DeadlineExceeded,
     InvalidRequest,

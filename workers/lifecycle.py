@@ -34,8 +34,8 @@ from collections.abc import Callable
 from types import FrameType
 
 import redis
-from openlora.adapters.store import AdapterStore
 
+from openlora.adapters.store import AdapterStore
 from openlora.errors import Overloaded, SetupError
 from openlora.joblog import JobLog, redis_client
 from workers.admission import Admission
@@ -72,9 +72,16 @@ class Worker:
 
     def run(self) -> int:
         """Work until a signal; the exit status. Raises SetupError when it cannot start."""
-        config = self._config
         signal.signal(signal.SIGTERM, self._on_signal)
         signal.signal(signal.SIGINT, self._on_signal)
+        try:
+            return self._run()
+        except Stopped:
+            logger.warning("event=stopped_at_once next=other_workers_continue")
+            return 1
+
+    def _run(self) -> int:
+        config = self._config
         logger.info("event=start worker=%s model=%s next=engine", config.worker_id, config.model)
         engine = EngineClient(
             EngineSetup(
@@ -87,11 +94,11 @@ class Worker:
         )
         try:
             return self._run_with(engine)
-        except Stopped:
-            logger.warning("event=stopped_at_once next=other_workers_continue")
-            return 1
         finally:
-            engine.stop() if not self._stop_now.is_set() else engine.kill()
+            if self._stop_now.is_set():
+                engine.kill()
+            else:
+                engine.stop()
             logger.info("event=engine_stopped")
 
     def _run_with(self, engine: EngineClient) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from openlora.errors import InvalidRequest, SetupError
@@ -22,10 +23,8 @@ class PromptTokenizer:
     """
 
     def __init__(self, model: str) -> None:
-        from transformers import AutoTokenizer
-
         try:
-            self._tokenizer: Any = AutoTokenizer.from_pretrained(model)
+            self._tokenizer: Any = _load(model)
         except (OSError, ValueError, ImportError) as error:
             first_line = str(error).partition("\n")[0]
             raise SetupError(f"no usable tokenizer in {model}: {first_line}") from error
@@ -63,3 +62,18 @@ class PromptTokenizer:
         except TemplateError as error:
             raise InvalidRequest(f"the chat template refuses the messages: {error}") from error
         return cast(str, text)
+
+
+def _load(model: str) -> Any:
+    path = Path(model)
+    if (path / "tokenizer.json").is_file():
+        # All there is to know is in that file. AutoTokenizer would import torch to find out which
+        # class stands for it: seconds and 200 MB that the I/O process has no other use for.
+        from transformers import PreTrainedTokenizerFast
+
+        return PreTrainedTokenizerFast.from_pretrained(model)
+    from transformers import AutoTokenizer
+
+    if path.suffix == ".gguf":
+        return AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name)
+    return AutoTokenizer.from_pretrained(model)
