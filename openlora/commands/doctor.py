@@ -1,0 +1,175 @@
+"""What is installed, which backend each part will use, what is missing and how to get it.
+
+examples:
+  openlora doctor
+  openlora doctor --json
+
+The exit status is 1 where something that `openlora up` needs is missing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import importlib.util
+import os
+import platform
+import shutil
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from openlora import __version__
+from openlora.commands.checks import ENGINE_PACKAGES, SERVE_PACKAGES, missing_packages
+from openlora.commands.config import cache_dir, process_environment
+from openlora.errors import SetupError
+
+# Distribution names where they differ from the import name.
+_DISTRIBUTIONS = {"kafka": "kafka-python", "prometheus_client": "prometheus-client"}
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One line: ``state`` is "ok", "optional" (works without) or "missing"."""
+
+    part: str
+    state: str
+    detail: str
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Flags of ``openlora doctor``."""
+    parser.add_argument("--json", action="store_true", help="print JSON")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print the findings; returns the exit status."""
+    findings = [finding for check in CHECKS for finding in check()]
+    broken = [finding for finding in findings if finding.state == "missing"]
+    if args.json:
+        from openlora.commands.tables import print_json
+
+        print_json([asdict(finding) for finding in findings])
+        return 1 if broken else 0
+    width = max(len(finding.part) for finding in findings)
+    for finding in findings:
+        print(f"{finding.state:<9} {finding.part:<{width}}  {finding.detail}")
+    print()
+    print(
+        "missing: " + ", ".join(finding.part for finding in broken)
+        if broken
+        else "`openlora up` has all it needs."
+    )
+    return 1 if broken else 0
+
+
+def _python() -> list[Finding]:
+    return [
+        Finding("openlora", "ok", __version__),
+        Finding("python", "ok", f"{platform.python_version()} ({sys.executable})"),
+    ]
+
+
+def _packages() -> list[Finding]:
+    findings = []
+    for names, extra in ((ENGINE_PACKAGES, ""), (SERVE_PACKAGES, "[serve]")):
+        missing = missing_packages(names)
+        for name in names:
+            if name in missing:
+                findings.append(Finding(name, "missing", f"pip install 'openlora{extra}'"))
+            else:
+                version = importlib.metadata.version(_DISTRIBUTIONS.get(name, name))
+                findings.append(Finding(name, "ok", version))
+    return findings
+
+
+def _gpu() -> list[Finding]:
+    if missing_packages(["torch"]):
+        return []
+    import torch
+
+    if not torch.cuda.is_available():
+        build = torch.version.cuda
+        detail = (
+            "no GPU answers"
+            if build
+            else "this torch is a CPU build; on a machine with an NVIDIA GPU install the CUDA build"
+        )
+        return [Finding("gpu", "optional", detail)]
+    return [
+        Finding("gpu", "ok", f"{props.name}, {props.total_memory / 1e9:.0f} GB, CUDA "
+                f"{torch.version.cuda}, compute {props.major}.{props.minor}")
+        for props in map(torch.cuda.get_device_properties, range(torch.cuda.device_count()))
+    ]  # fmt: skip
+
+
+def _backends() -> list[Finding]:
+    if missing_packages(["torch"]):
+        return []
+    import torch
+
+    if not torch.cuda.is_available():
+        return [
+            Finding("attention", "ok", "torch, on the CPU"),
+            Finding("lora", "ok", "torch, on the CPU"),
+        ]
+    triton = "missing" if missing_packages(["triton"]) else "ok"
+    detail = "pip install triton" if triton == "missing" else "Triton kernels of this project"
+    flash = importlib.util.find_spec("flash_attn") is not None
+    return [
+        Finding("lora", triton, detail),
+        Finding("attention", triton, "flash-attn is installed" if flash else detail),
+    ]
+
+
+def _servers() -> list[Finding]:
+    from openlora.local import embedded_broker, embedded_redis
+
+    # The folder is only named here: nothing is started.
+    folder = cache_dir(process_environment()) / "doctor"
+    findings = []
+    for name, make in (("embedded broker", embedded_broker), ("embedded redis", embedded_redis)):
+        try:
+            findings.append(Finding(name, "ok", make(folder).spec.argv[0]))
+        except SetupError as error:
+            findings.append(
+                Finding(name, "missing", f"{error.message} (or give --kafka and --redis)")
+            )
+    return findings
+
+
+def _demo_model() -> list[Finding]:
+    from openlora.demo.model import find_gguf
+
+    try:
+        return [Finding("demo model", "ok", str(find_gguf()))]
+    except SetupError as error:
+        return [Finding("demo model", "optional", error.message)]
+
+
+def _machine() -> list[Finding]:
+    findings = [Finding("cores", "ok", str(os.cpu_count()))]
+    if not missing_packages(["psutil"]):
+        import psutil
+
+        memory = psutil.virtual_memory()
+        state = "ok" if memory.available > 2e9 else "missing"
+        findings.append(
+            Finding("memory", state, f"{memory.available / 1e9:.1f} GB free of "
+                    f"{memory.total / 1e9:.1f} GB (the demo model needs about 2 GB)")
+        )  # fmt: skip
+    home = Path.home()
+    findings.append(Finding("disk", "ok", f"{shutil.disk_usage(home).free / 1e9:.0f} GB free"))
+    return findings
+
+
+CHECKS: tuple[Callable[[], list[Finding]], ...] = (
+    _python,
+    _packages,
+    _gpu,
+    _backends,
+    _servers,
+    _demo_model,
+    _machine,
+)

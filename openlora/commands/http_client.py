@@ -1,0 +1,75 @@
+"""HTTP calls of the command line to a running system; its errors come back as the error tree."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import httpx
+
+from openlora.commands.config import ClientConfig
+from openlora.errors import OpenLoRAError, SetupError, error_from_code
+
+# Adding an adapter copies and hashes its files before it answers.
+_TIMEOUT_S = 120.0
+
+
+class HttpClient:
+    """JSON over HTTP to ``config.url``.
+
+    Raises (all calls):
+        SetupError: nothing answers there, or something that is no OpenLoRA gateway.
+        OpenLoRAError: what the gateway answered, as its own class.
+    """
+
+    def __init__(self, config: ClientConfig) -> None:
+        self._config = config
+
+    def get(self, path: str) -> Any:
+        """The JSON that ``GET path`` answers with."""
+        return self._call("GET", path)
+
+    def post(self, path: str, body: object) -> Any:
+        """The JSON that ``POST path`` answers with."""
+        return self._call("POST", path, body)
+
+    def delete(self, path: str) -> Any:
+        """What ``DELETE path`` answers with; None for an empty body."""
+        return self._call("DELETE", path)
+
+    def _call(self, method: str, path: str, body: object = None) -> Any:
+        url = self._config.url + path
+        try:
+            response = httpx.request(
+                method, url, json=body, headers=self._config.headers, timeout=_TIMEOUT_S
+            )
+        except httpx.HTTPError as error:
+            raise unreachable(self._config.url, str(error)) from error
+        try:
+            content = response.json() if response.content else None
+        except ValueError as error:
+            raise _foreign(url, response) from error
+        if response.is_success:
+            return content
+        raise _error_of(url, response, content)
+
+
+def unreachable(url: str, reason: str) -> SetupError:
+    """Nothing answers at ``url``."""
+    return SetupError(
+        f"no OpenLoRA answers at {url} ({reason or 'no connection'}); start one with "
+        "`openlora up`, or name it with --url or OPENLORA_URL"
+    )
+
+
+def _error_of(url: str, response: httpx.Response, content: Any) -> OpenLoRAError:
+    try:
+        error = content["error"]
+        return error_from_code(
+            error["code"], error["message"], retry_after_ms=error.get("retry_after_ms")
+        )
+    except (KeyError, TypeError):
+        return _foreign(url, response)
+
+
+def _foreign(url: str, response: httpx.Response) -> SetupError:
+    return SetupError(f"{url} answered {response.status_code}, but not as an OpenLoRA gateway does")
