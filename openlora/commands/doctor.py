@@ -16,13 +16,13 @@ import os
 import platform
 import shutil
 import sys
+import tempfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from openlora import __version__
 from openlora.commands.checks import ENGINE_PACKAGES, SERVE_PACKAGES, missing_packages
-from openlora.commands.config import cache_dir, process_environment
 from openlora.errors import SetupError
 
 # Distribution names where they differ from the import name.
@@ -126,16 +126,16 @@ def _backends() -> list[Finding]:
 def _servers() -> list[Finding]:
     from openlora.local import embedded_broker, embedded_redis
 
-    # The folder is only named here: nothing is started.
-    folder = cache_dir(process_environment()) / "doctor"
     findings = []
-    for name, make in (("embedded broker", embedded_broker), ("embedded redis", embedded_redis)):
-        try:
-            findings.append(Finding(name, "ok", make(folder).spec.argv[0]))
-        except SetupError as error:
-            findings.append(
-                Finding(name, "missing", f"{error.message} (or give --kafka and --redis)")
-            )
+    # Nothing is started: a server that is only described still wants to see its folder.
+    with tempfile.TemporaryDirectory() as folder:
+        for name, make in (("embedded Kafka", embedded_broker), ("embedded Redis", embedded_redis)):
+            try:
+                findings.append(Finding(name, "ok", make(Path(folder)).spec.argv[0]))
+            except SetupError as error:
+                findings.append(
+                    Finding(name, "missing", f"{error.message} (or give --kafka and --redis)")
+                )
     return findings
 
 
