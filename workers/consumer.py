@@ -11,37 +11,34 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from kafka import KafkaConsumer
-from kafka.consumer.subscription_state import ConsumerRebalanceListener
-from kafka.errors import (
-    AuthorizationError,
-    KafkaConnectionError,
-    KafkaError,
-    KafkaTimeoutError,
-)
+from kafka.errors import AuthorizationError, KafkaError
 from kafka.structs import OffsetAndMetadata, TopicPartition
 
-from openlora.errors import SetupError
-from openlora.protocol.names import BATCH_TOPIC, JOB_TOPICS, JOBS_TOPIC, WORKER_GROUP
+from openlora.protocol.names import BATCH_TOPIC, JOB_TOPICS, JOBS_TOPIC
 from openlora.protocol.status import PartitionStatus
 from workers.assignor import SamePartitionsAssignor
 from workers.budgets import Budgets
+from workers.kafka_client import connect_consumer
 from workers.offsets import SPAN_LIMIT, Offsets, Partition, Position
+from workers.partition_report import report_partitions
+from workers.rebalance import Assigned, Rebalances
 
-SESSION_TIMEOUT_MS = 6_000
-HEARTBEAT_INTERVAL_MS = 1_000
-FETCH_MAX_WAIT_MS = 20
-"""The embedded broker does not wake a waiting fetch, so this is what a job waits there at most."""
 POLL_TIMEOUT_MS = 25
 MAX_FETCHED = 128
 """Most messages taken at once, so that a backlog does not hold up the ends of running jobs."""
 COMMIT_INTERVAL_S = 0.1
+COMMIT_ANSWER_S = 5.0
+"""A commit that was not answered in this time counts as lost."""
 STATUS_INTERVAL_S = 0.5
 ERROR_PAUSE_S = 0.5
+IDLE_AFTER_S = 30.0
+IDLE_PAUSE_S = 0.08
+"""Fetching 50 times a second costs a tenth of a core. A worker that got no job for a while fetches
+10 times a second; the next job waits up to that much longer, those after it do not."""
 LEAVE_TIMEOUT_MS = 3_000
 
 logger = logging.getLogger("workers.consumer")
@@ -90,6 +87,7 @@ class JobConsumer:
         self._retire = retire
         self._on_failure = on_failure
         self._assignor = SamePartitionsAssignor()
+        self._rebalances = Rebalances()
         self._offsets = Offsets()
         self._ended: deque[_Ended] = deque()  # appended by the loop, drained here
         self._committing: list[_Ended] = []
@@ -97,37 +95,18 @@ class JobConsumer:
         self._paused: set[TopicPartition] = set()
         self._stopping = threading.Event()
         self._commit_due = 0.0
-        self._commit_in_flight = False
+        self._last_fetch = time.monotonic()
+        self._commit_answer_due = 0.0  # until then one commit is under way
         self._status_due = 0.0
         self._consumer: Any = None
         self._thread = threading.Thread(target=self._run, name="kafka-consumer", daemon=True)
 
     def connect(self, timeout_ms: int) -> None:
         """Reach the broker. Raises SetupError when it does not answer in ``timeout_ms``."""
-        try:
-            self._consumer = KafkaConsumer(
-                bootstrap_servers=self._servers.split(","),
-                client_id=self._client_id,
-                group_id=WORKER_GROUP,
-                enable_auto_commit=False,
-                auto_offset_reset="earliest",
-                fetch_max_wait_ms=FETCH_MAX_WAIT_MS,
-                session_timeout_ms=SESSION_TIMEOUT_MS,
-                heartbeat_interval_ms=HEARTBEAT_INTERVAL_MS,
-                partition_assignment_strategy=[self._assignor],
-                bootstrap_timeout_ms=timeout_ms,
-                allow_auto_create_topics=False,
-                metadata_max_age_ms=10_000,
-                reconnect_backoff_max_ms=1_000,
-                metrics_enabled=False,
-            )
-        except (KafkaConnectionError, KafkaTimeoutError) as error:
-            raise SetupError(
-                f"no Kafka broker answers at {self._servers} ({error}); "
-                "start one or set --kafka / OPENLORA_KAFKA"
-            ) from error
-        listener = _Listener(self)
-        self._consumer.subscribe(topics=JOB_TOPICS, listener=listener)
+        self._consumer = connect_consumer(
+            self._servers, self._client_id, self._assignor, timeout_ms
+        )
+        self._consumer.subscribe(topics=JOB_TOPICS, listener=self._rebalances)
 
     def start(self) -> None:
         """Join the group and begin to fetch."""
@@ -167,6 +146,7 @@ class JobConsumer:
             self._close()
 
     def _poll_once(self) -> None:
+        self._apply_rebalances()
         self._take_ended()
         self._apply_pauses()
         now = time.monotonic()
@@ -174,7 +154,7 @@ class JobConsumer:
             self._commit(now)
         if now >= self._status_due:
             self._status_due = now + STATUS_INTERVAL_S
-            self.status = tuple(self._statuses())
+            self.status = tuple(report_partitions(self._consumer, self._offsets, self._paused))
         room = self._budgets.room(self._held[JOBS_TOPIC], self._held[BATCH_TOPIC])
         try:
             records = self._consumer.poll(POLL_TIMEOUT_MS, max_records=min(room, MAX_FETCHED))
@@ -185,9 +165,13 @@ class JobConsumer:
             self._stopping.wait(ERROR_PAUSE_S)
             return
         if records:
+            self._last_fetch = now
             self._deliver(self._take(records))
+        elif now - self._last_fetch > IDLE_AFTER_S:
+            self._stopping.wait(IDLE_PAUSE_S)
 
     def _take(self, records: dict[TopicPartition, Sequence[Any]]) -> list[Fetched]:
+        self._apply_rebalances()  # what was assigned during this poll may have been fetched in it
         fetched = []
         for partition, messages in records.items():
             for message in messages:
@@ -217,22 +201,20 @@ class JobConsumer:
         if wanted == self._paused:
             return
         pause, resume = wanted - self._paused, self._paused - wanted
-        self._consumer.pause(*pause)
-        self._consumer.resume(*(p for p in resume if (p.topic, p.partition) in self._owned()))
+        assignment = self._consumer.assignment()
+        self._consumer.pause(*(pause & assignment))
+        self._consumer.resume(*(resume & assignment))
         self._paused = wanted
-
-    def _owned(self) -> frozenset[Partition]:
-        return frozenset(self._offsets.partitions())
 
     def _commit(self, now: float) -> None:
         self._commit_due = now + COMMIT_INTERVAL_S
         pending = self._offsets.to_commit()
-        if pending and not self._commit_in_flight:
-            self._commit_in_flight = True
+        if pending and now >= self._commit_answer_due:
+            self._commit_answer_due = now + COMMIT_ANSWER_S
             self._consumer.commit_async(_kafka_offsets(pending), callback=self._on_commit)
 
     def _on_commit(self, offsets: dict[TopicPartition, Any], answer: object) -> None:
-        self._commit_in_flight = False
+        self._commit_answer_due = 0.0
         if isinstance(answer, Exception):
             logger.info("event=commit_failed error=%r next=retry", answer)
             return
@@ -252,48 +234,25 @@ class JobConsumer:
         if retired:
             self._retire([ended.job_id for ended in retired if ended.job_id is not None])
 
-    def _statuses(self) -> Iterable[PartitionStatus]:
-        for partition in sorted(self._offsets.partitions()):
-            kafka_partition = TopicPartition(*partition)
-            if kafka_partition not in self._consumer.assignment():
+    def _apply_rebalances(self) -> None:
+        for event in self._rebalances.take():
+            names = event.partitions
+            self._paused.difference_update(TopicPartition(*name) for name in names)
+            if isinstance(event, Assigned):
+                self._offsets.assign(names)
+                logger.info("event=partitions_assigned partitions=%s next=fetch", names)
                 continue
-            high_water = self._consumer.highwater(kafka_partition)
-            if high_water is None:  # not fetched from yet, so the position may be unknown too
-                yield PartitionStatus(*partition, committed=0, position=0, high_water=-1)
-                continue
-            position = self._consumer.position(kafka_partition)
-            committed = self._offsets.committed_offset(partition)
-            if committed is None:
-                committed = self._offsets.first_open(partition)
-            yield PartitionStatus(
-                topic=partition[0],
-                partition=partition[1],
-                committed=position if committed is None else committed,
-                position=position,
-                high_water=max(high_water, position),
-                paused=kafka_partition in self._paused,
+            # Nothing is committed here: what ended a moment ago is skipped by the new owner's
+            # claim. Running jobs go on until that claim fences them.
+            self._offsets.revoke(names)
+            if event.lost:
+                self._assignor.forget()
+            logger.info(
+                "event=partitions_revoked lost=%s partitions=%s next=run_on", event.lost, names
             )
 
-    def on_assigned(self, partitions: Iterable[TopicPartition]) -> None:
-        """Kafka gave us these (on top of what we have)."""
-        names = sorted((p.topic, p.partition) for p in partitions)
-        self._offsets.assign(names)
-        self._paused.difference_update(TopicPartition(*name) for name in names)
-        logger.info("event=partitions_assigned partitions=%s next=fetch", names)
-
-    def on_revoked(self, partitions: Iterable[TopicPartition], *, lost: bool) -> None:
-        """Kafka took these away. Their running jobs go on until the new owner's claim fences them.
-
-        Nothing is committed here: what ended a moment ago is skipped by the new owner's claim.
-        """
-        names = sorted((p.topic, p.partition) for p in partitions)
-        self._offsets.revoke(names)
-        self._paused.difference_update(TopicPartition(*name) for name in names)
-        if lost:
-            self._assignor.forget()
-        logger.info("event=partitions_revoked lost=%s partitions=%s next=run_on", lost, names)
-
     def _close(self) -> None:
+        self._apply_rebalances()
         self._take_ended()
         pending = self._offsets.to_commit()
         try:
@@ -307,20 +266,6 @@ class JobConsumer:
         except KafkaError as error:
             logger.info("event=leave_failed error=%r next=session_timeout", error)
         logger.info("event=left_group")
-
-
-class _Listener(ConsumerRebalanceListener):  # type: ignore[misc]
-    def __init__(self, consumer: JobConsumer) -> None:
-        self._consumer = consumer
-
-    def on_partitions_assigned(self, assigned: Iterable[TopicPartition]) -> None:
-        self._consumer.on_assigned(assigned)
-
-    def on_partitions_revoked(self, revoked: Iterable[TopicPartition]) -> None:
-        self._consumer.on_revoked(revoked, lost=False)
-
-    def on_partitions_lost(self, lost: Iterable[TopicPartition]) -> None:
-        self._consumer.on_revoked(lost, lost=True)
 
 
 def _kafka_offsets(offsets: dict[Partition, int]) -> dict[TopicPartition, Any]:

@@ -1,0 +1,51 @@
+"""The settings of the worker's Kafka consumer, and its first connection."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from kafka import KafkaConsumer
+from kafka.errors import KafkaConnectionError, KafkaTimeoutError
+
+from openlora.errors import SetupError
+from openlora.protocol.names import WORKER_GROUP
+from workers.assignor import SamePartitionsAssignor
+
+SESSION_TIMEOUT_MS = 6_000
+HEARTBEAT_INTERVAL_MS = 1_000
+FETCH_MAX_WAIT_MS = 20
+"""The embedded broker does not wake a waiting fetch, so this is what a job waits there at most."""
+METADATA_MAX_AGE_MS = 10_000
+RECONNECT_BACKOFF_MAX_MS = 1_000
+
+
+def connect_consumer(
+    bootstrap_servers: str, client_id: str, assignor: SamePartitionsAssignor, timeout_ms: int
+) -> Any:
+    """A ``KafkaConsumer`` of the workers' group that has reached its broker, not subscribed yet.
+
+    Raises:
+        SetupError: no broker answers within ``timeout_ms``, or the address is none.
+    """
+    try:
+        return KafkaConsumer(
+            bootstrap_servers=bootstrap_servers.split(","),
+            client_id=client_id,
+            group_id=WORKER_GROUP,
+            enable_auto_commit=False,
+            auto_offset_reset="earliest",
+            fetch_max_wait_ms=FETCH_MAX_WAIT_MS,
+            session_timeout_ms=SESSION_TIMEOUT_MS,
+            heartbeat_interval_ms=HEARTBEAT_INTERVAL_MS,
+            partition_assignment_strategy=[assignor],
+            bootstrap_timeout_ms=timeout_ms,
+            allow_auto_create_topics=False,  # brokers would choose another number of partitions
+            metadata_max_age_ms=METADATA_MAX_AGE_MS,
+            reconnect_backoff_max_ms=RECONNECT_BACKOFF_MAX_MS,
+            metrics_enabled=False,
+        )
+    except (KafkaConnectionError, KafkaTimeoutError, OSError, ValueError) as error:
+        raise SetupError(
+            f"no Kafka broker answers at {bootstrap_servers} ({error}); "
+            "start one or set --kafka / OPENLORA_KAFKA"
+        ) from error

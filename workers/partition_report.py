@@ -1,0 +1,41 @@
+"""How far the owned partitions are, for the heartbeat."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+from typing import Any
+
+from kafka.structs import TopicPartition
+
+from openlora.protocol.status import PartitionStatus
+from workers.offsets import Offsets
+
+
+def report_partitions(
+    consumer: Any, offsets: Offsets, paused: Collection[TopicPartition]
+) -> Iterator[PartitionStatus]:
+    """One status per owned partition, from what is known without asking the broker.
+
+    ``high_water`` is -1 where nothing was fetched yet. The broker's end offsets are not used: the
+    embedded broker answers wrongly there, while the high water of a fetch is right everywhere.
+    """
+    assignment = consumer.assignment()
+    for partition in sorted(offsets.partitions()):
+        kafka_partition = TopicPartition(*partition)
+        if kafka_partition not in assignment:
+            continue  # just revoked; the event is on its way
+        high_water = consumer.highwater(kafka_partition)
+        if high_water is None:
+            yield PartitionStatus(*partition, committed=0, position=0, high_water=-1)
+            continue
+        position = consumer.position(kafka_partition)
+        committed = offsets.committed_offset(partition)
+        if committed is None:
+            committed = offsets.first_open(partition)
+        yield PartitionStatus(
+            *partition,
+            committed=position if committed is None else committed,
+            position=position,
+            high_water=max(high_water, position),
+            paused=kafka_partition in paused,
+        )
