@@ -173,6 +173,9 @@ class Connection:
             raise JobNotFound(f"job {job_id!r} is not known; it never was, or its log has expired")
         _check_after(view, after)
         follower.leased = view.job.leased
+        if follower.leased:
+            # what the gateway that lost the client left of the lease may be over in a moment
+            await self._relay.renew([job_id])
         self._accept(follower, view.job)
         follower.missed = False
         if follower.catch_up(view, whole=True):

@@ -103,7 +103,7 @@ def _request_id(frame: dict[str, Any] | None) -> str | None:
     request_id = None if frame is None else frame.get("request_id")
     if not isinstance(request_id, str) or len(request_id) > MAX_REQUEST_ID_CHARS:
         return None
-    return request_id if request_id.isprintable() else None
+    return request_id if request_id.encode(errors="ignore").decode() == request_id else None
 
 
 def _value_at(value: Any, path: str) -> Any:

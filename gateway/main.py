@@ -14,6 +14,7 @@ import uvicorn
 from gateway.config import GatewayConfig
 from gateway.server import build_app
 from gateway.system import Gateway
+from gateway.ws_protocol import WebSocketProtocol
 from openlora.errors import SetupError
 from producer.publisher import Publisher
 from producer.topics import TopicKeeper
@@ -72,7 +73,7 @@ async def _serve(config: GatewayConfig, listener: socket.socket) -> int:
         uvicorn.Config(
             build_app(gateway),
             http="httptools",
-            ws="websockets-sansio",
+            ws=WebSocketProtocol,
             ws_max_size=MAX_MESSAGE_BYTES,
             ws_per_message_deflate=False,
             log_config=None,

@@ -16,9 +16,10 @@ import httpx
 
 from openlora.joblog import JobLog, redis_client
 from openlora.local import free_port
+from openlora.protocol.codec import decode_job
 from openlora.protocol.events import Chunk, End, Token
 from openlora.protocol.jobs import Job
-from openlora.protocol.names import JOB_TOPICS, open_jobs_key, shard_of
+from openlora.protocol.names import job_key
 from openlora.protocol.status import Heartbeat
 
 READY_TIMEOUT_S = 30.0
@@ -94,9 +95,6 @@ def _wait_until_up(gateway: RunningGateway) -> None:
     raise RuntimeError(f"the gateway did not come up:\n{gateway.log_text()}")
 
 
-Script = Callable[[Job], list[tuple[str, ...]]]
-
-
 def echo_script(job: Job) -> list[str]:
     """Answers with the words of the last message, or of the prompt."""
     text = job.prompt if job.prompt is not None else (job.messages or ())[-1].content
@@ -104,11 +102,22 @@ def echo_script(job: Job) -> list[str]:
     return [word if i == 0 else " " + word for i, word in enumerate(words)]
 
 
+@dataclass
+class ScriptedJob:
+    """One job that the scripted worker is at."""
+
+    job: Job
+    epoch: int
+    texts: list[str]
+    index: int
+
+
 class ScriptedWorker:
     """Claims every open job it finds in Redis and answers it with ``script``'s texts.
 
-    A token takes ``token_s``; a cancel, or a lease that ran out, ends the job as a worker would.
-    It is a thread of the test, with a heartbeat, and speaks to Redis through ``JobLog`` alone.
+    Every ``token_s`` each job gets ``tokens_per_chunk`` tokens; a cancel, or a lease that ran out,
+    ends the job as a worker would. It is a thread of the test, has a heartbeat, and speaks to Redis
+    through ``JobLog``; only the jobs, which a worker gets from Kafka, it takes from the log's list.
     """
 
     def __init__(
@@ -117,30 +126,46 @@ class ScriptedWorker:
         *,
         script: Callable[[Job], list[str]] = echo_script,
         token_s: float = 0.0,
+        tokens_per_chunk: int = 1,
         hidden_size: int = 64,
     ) -> None:
         self._client = redis_client(redis_url)
         self.log = JobLog(self._client)
-        self.script = script
-        self.token_s = token_s
         self.jobs: list[Job] = []
+        self.running: dict[str, ScriptedJob] = {}
+        self._script = script
+        self._token_s = token_s
+        self._tokens_per_chunk = tokens_per_chunk
         self._hidden_size = hidden_size
-        self._running: dict[str, tuple[Job, int, list[str], int]] = {}
         self._stop = threading.Event()
+        self._may_run = threading.Event()
+        self._may_run.set()
         self._thread = threading.Thread(target=self._run, name="scripted-worker")
 
     def __enter__(self) -> ScriptedWorker:
-        self.beat()
+        self._beat()
         self._thread.start()
         return self
 
     def __exit__(self, *_: object) -> None:
         self._stop.set()
+        self._may_run.set()
         self._thread.join()
+        # what is left would be taken up by the next test's worker
+        for job_id, work in self.running.items():
+            self.log.append([Chunk(job_id, work.epoch, work.index, end=End("cancelled"))])
+        self.log.remove_heartbeat("scripted-0")
         self._client.close()
 
-    def beat(self) -> None:
-        """Writes a heartbeat of a ready worker."""
+    def pause(self) -> None:
+        """No claims and no tokens until ``resume``."""
+        self._may_run.clear()
+
+    def resume(self) -> None:
+        """Goes on."""
+        self._may_run.set()
+
+    def _beat(self) -> None:
         now_ms = time.time_ns() // 1_000_000
         self.log.write_heartbeat(
             Heartbeat(
@@ -163,51 +188,47 @@ class ScriptedWorker:
     def _run(self) -> None:
         last_beat = time.monotonic()
         while not self._stop.is_set():
+            self._may_run.wait()
             if time.monotonic() - last_beat > 1:
-                self.beat()
+                self._beat()
                 last_beat = time.monotonic()
             self._claim_new()
             self._step()
-            self._stop.wait(max(self.token_s, 0.002))
+            self._stop.wait(max(self._token_s, 0.002))
 
     def _claim_new(self) -> None:
-        # what a worker gets from Kafka, taken from the log's own list of open jobs
-        keys = self._client.keys(open_jobs_key(0).replace("{00}", "{*}"))
-        for key in keys:
+        for key in self._client.keys("openlora:{*}:open"):
             for raw in self._client.zrange(key, 0, -1):
-                job_id = raw.decode()
-                if job_id not in self._running:
-                    self._claim(job_id)
+                if raw.decode() not in self.running:
+                    self._claim(raw.decode())
 
     def _claim(self, job_id: str) -> None:
-        stored = self._client.hget(f"openlora:{{{job_id[:2]}}}:job:{job_id}", "job")
+        stored = self._client.hget(job_key(job_id), "job")
         if stored is None:
             return
-        from openlora.protocol.codec import decode_job
-
         job = decode_job(stored)
         claim = self.log.claim([job_id], "scripted-0")[0]
         if claim.status == "claimed":
             done = sum(len(chunk.tokens) for chunk in claim.chunks)
             self.jobs.append(job)
-            self._running[job_id] = (job, claim.epoch, self.script(job), done)
+            self.running[job_id] = ScriptedJob(job, claim.epoch, self._script(job), done)
 
     def _step(self) -> None:
-        chunks = []
-        for job_id, (job, epoch, texts, index) in self._running.items():
-            last = index + 1 >= len(texts)
-            end = None
-            if last:
-                end = End("stop", prompt_tokens=3, completion_tokens=len(texts), ttft_ms=5.0)
-            chunks.append(Chunk(job_id, epoch, index, (Token(index, texts[index]),), end))
-            self._running[job_id] = (job, epoch, texts, index + 1)
+        chunks = [self._next_chunk(job_id, work) for job_id, work in self.running.items()]
         for chunk, result in zip(chunks, self.log.append(chunks), strict=True):
             if chunk.end is not None or result.status in ("fenced", "gone"):
-                del self._running[chunk.job_id]
+                del self.running[chunk.job_id]
             elif result.cancelled:
-                del self._running[chunk.job_id]
-                end = End("cancelled", prompt_tokens=3, completion_tokens=chunk.first_index + 1)
-                self.log.append([Chunk(chunk.job_id, chunk.epoch, chunk.first_index + 1, end=end)])
+                del self.running[chunk.job_id]
+                index = chunk.first_index + len(chunk.tokens)
+                end = End("cancelled", prompt_tokens=3, completion_tokens=index)
+                self.log.append([Chunk(chunk.job_id, chunk.epoch, index, end=end)])
 
-
-__all__ = ["JOB_TOPICS", "RunningGateway", "ScriptedWorker", "running_gateway", "shard_of"]
+    def _next_chunk(self, job_id: str, work: ScriptedJob) -> Chunk:
+        first = work.index
+        work.index = min(first + self._tokens_per_chunk, len(work.texts))
+        tokens = tuple(Token(i, work.texts[i]) for i in range(first, work.index))
+        end = None
+        if work.index == len(work.texts):
+            end = End("stop", prompt_tokens=3, completion_tokens=work.index, ttft_ms=5.0)
+        return Chunk(job_id, work.epoch, first, tokens, end)

@@ -1,4 +1,4 @@
-"""One stream: whatever is lost, repeated or begun anew, the client sees each token once, in order."""
+"""One stream: over any loss, repeat or restart the client sees each token once, in order."""
 
 from __future__ import annotations
 
