@@ -1,4 +1,4 @@
-"""How many jobs a worker holds at once, and which topics pause. Pure."""
+"""How many jobs a worker holds at once, and which topics wait. Pure."""
 
 from __future__ import annotations
 
@@ -18,17 +18,11 @@ class Budgets:
     interactive: int
     batch: int
 
-    def paused_topics(self, interactive: int, batch: int) -> frozenset[str]:
-        """The topics to fetch nothing from, given the jobs held of each kind."""
+    def full_topics(self, interactive: int, batch: int) -> frozenset[str]:
+        """The topics to take nothing from, given the jobs held of each kind."""
         paused = set()
         if interactive >= self.interactive:
             paused.add(JOBS_TOPIC)
         if batch >= self.batch or 2 * interactive >= self.interactive:
             paused.add(BATCH_TOPIC)
         return frozenset(paused)
-
-    def room(self, interactive: int, batch: int) -> int:
-        """Messages the next fetch may bring; at least 1, as a paused topic brings none."""
-        paused = self.paused_topics(interactive, batch)
-        left = {JOBS_TOPIC: self.interactive - interactive, BATCH_TOPIC: self.batch - batch}
-        return max(1, min((left[topic] for topic in left.keys() - paused), default=1))

@@ -28,8 +28,10 @@ from workers.partition_report import report_partitions
 from workers.rebalance import Assigned, Rebalances
 
 POLL_TIMEOUT_MS = 25
-MAX_FETCHED = 128
-"""Most messages taken at once, so that a backlog does not hold up the ends of running jobs."""
+TAKE_ALL = 1 << 30
+"""Whatever a fetch brought is taken at once, and what exceeds the budgets waits here: records that
+kafka-python itself holds for a paused partition may never come out again after the resume (3.0.12
+puts them back only if its slot for the next partition is None, and it often is an empty one)."""
 COMMIT_INTERVAL_S = 0.1
 COMMIT_ANSWER_S = 5.0
 """A commit that was not answered in this time counts as lost."""
@@ -91,6 +93,7 @@ class JobConsumer:
         self._offsets = Offsets()
         self._ended: deque[_Ended] = deque()  # appended by the loop, drained here
         self._committing: list[_Ended] = []
+        self._backlog: dict[str, deque[Fetched]] = {topic: deque() for topic in JOB_TOPICS}
         self._held = dict.fromkeys(JOB_TOPICS, 0)
         self._paused: set[TopicPartition] = set()
         self._stopping = threading.Event()
@@ -148,16 +151,18 @@ class JobConsumer:
     def _poll_once(self) -> None:
         self._apply_rebalances()
         self._take_ended()
+        self._deliver_backlog()
         self._apply_pauses()
         now = time.monotonic()
         if now >= self._commit_due:
             self._commit(now)
         if now >= self._status_due:
             self._status_due = now + STATUS_INTERVAL_S
-            self.status = tuple(report_partitions(self._consumer, self._offsets, self._paused))
-        room = self._budgets.room(self._held[JOBS_TOPIC], self._held[BATCH_TOPIC])
+            self.status = tuple(
+                report_partitions(self._consumer, self._offsets, self._paused, self._undelivered())
+            )
         try:
-            records = self._consumer.poll(POLL_TIMEOUT_MS, max_records=min(room, MAX_FETCHED))
+            records = self._consumer.poll(POLL_TIMEOUT_MS, max_records=TAKE_ALL)
         except AuthorizationError:
             raise
         except KafkaError as error:
@@ -166,22 +171,45 @@ class JobConsumer:
             return
         if records:
             self._last_fetch = now
-            self._deliver(self._take(records))
+            self._take(records)
         elif now - self._last_fetch > IDLE_AFTER_S:
             self._stopping.wait(IDLE_PAUSE_S)
 
-    def _take(self, records: dict[TopicPartition, Sequence[Any]]) -> list[Fetched]:
+    def _take(self, records: dict[TopicPartition, Sequence[Any]]) -> None:
         self._apply_rebalances()  # what was assigned during this poll may have been fetched in it
-        fetched = []
         for partition, messages in records.items():
+            backlog = self._backlog[partition.topic]
             for message in messages:
                 position = self._offsets.take(
                     (partition.topic, partition.partition), message.offset
                 )
                 if position is not None:
-                    self._held[partition.topic] += 1
-                    fetched.append(Fetched(position, message.key, message.value or b""))
-        return fetched
+                    backlog.append(Fetched(position, message.key, message.value or b""))
+        self._deliver_backlog()
+
+    def _deliver_backlog(self) -> None:
+        """Hand over what the budgets allow; interactive first."""
+        batch = []
+        for topic in JOB_TOPICS:
+            backlog = self._backlog[topic]
+            while backlog and topic not in self._full_topics():
+                fetched = backlog.popleft()
+                if self._offsets.owns(fetched.position):
+                    self._held[topic] += 1
+                    batch.append(fetched)
+        if batch:
+            self._deliver(batch)
+
+    def _full_topics(self) -> frozenset[str]:
+        return self._budgets.full_topics(self._held[JOBS_TOPIC], self._held[BATCH_TOPIC])
+
+    def _undelivered(self) -> dict[Partition, int]:
+        """Per partition, the offset of the first message that waits here."""
+        return {
+            fetched.position.partition: fetched.position.offset
+            for backlog in self._backlog.values()
+            for fetched in reversed(backlog)
+        }
 
     def _take_ended(self) -> None:
         while self._ended:
@@ -192,7 +220,7 @@ class JobConsumer:
             self._offsets.end(ended.position)
 
     def _apply_pauses(self) -> None:
-        topics = self._budgets.paused_topics(self._held[JOBS_TOPIC], self._held[BATCH_TOPIC])
+        topics = self._full_topics() | {topic for topic, rest in self._backlog.items() if rest}
         wanted = {
             TopicPartition(*partition)
             for partition in self._offsets.partitions()

@@ -15,6 +15,8 @@ SESSION_TIMEOUT_MS = 6_000
 HEARTBEAT_INTERVAL_MS = 1_000
 FETCH_MAX_WAIT_MS = 20
 """The embedded broker does not wake a waiting fetch, so this is what a job waits there at most."""
+FETCH_MAX_BYTES = 8 << 20
+"""What one fetch may bring into memory, beyond the budgets."""
 METADATA_MAX_AGE_MS = 10_000
 RECONNECT_BACKOFF_MAX_MS = 1_000
 
@@ -34,6 +36,7 @@ def connect_consumer(
             group_id=WORKER_GROUP,
             enable_auto_commit=False,
             auto_offset_reset="earliest",
+            fetch_max_bytes=FETCH_MAX_BYTES,
             fetch_max_wait_ms=FETCH_MAX_WAIT_MS,
             session_timeout_ms=SESSION_TIMEOUT_MS,
             heartbeat_interval_ms=HEARTBEAT_INTERVAL_MS,

@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 from kafka.structs import TopicPartition
 
 from openlora.protocol.status import PartitionStatus
-from workers.offsets import Offsets
+from workers.offsets import Offsets, Partition
 
 
 def report_partitions(
-    consumer: Any, offsets: Offsets, paused: Collection[TopicPartition]
+    consumer: Any,
+    offsets: Offsets,
+    paused: Collection[TopicPartition],
+    undelivered: Mapping[Partition, int],
 ) -> Iterator[PartitionStatus]:
     """One status per owned partition, from what is known without asking the broker.
 
     ``high_water`` is -1 where nothing was fetched yet. The broker's end offsets are not used: the
     embedded broker answers wrongly there, while the high water of a fetch is right everywhere.
+    ``undelivered``: where messages were fetched but not handed on, the first one's offset; that is
+    the position then, since a job before the position counts as one that gets claimed.
     """
     assignment = consumer.assignment()
     for partition in sorted(offsets.partitions()):
@@ -28,7 +33,9 @@ def report_partitions(
         if high_water is None:
             yield PartitionStatus(*partition, committed=0, position=0, high_water=-1)
             continue
-        position = consumer.position(kafka_partition)
+        position = undelivered.get(partition)
+        if position is None:
+            position = consumer.position(kafka_partition)
         committed = offsets.committed_offset(partition)
         if committed is None:
             committed = offsets.first_open(partition)

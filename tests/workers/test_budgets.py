@@ -1,4 +1,4 @@
-"""Batch pauses first, and room never lets one fetch go far over a budget."""
+"""Batch waits first."""
 
 from __future__ import annotations
 
@@ -14,24 +14,13 @@ BUDGETS = st.builds(Budgets, interactive=st.integers(1, 600), batch=st.integers(
 
 def test_what_pauses_when():
     budgets = Budgets(interactive=8, batch=4)
-    assert budgets.paused_topics(0, 0) == set()
-    assert budgets.paused_topics(0, 4) == {BATCH_TOPIC}
-    assert budgets.paused_topics(4, 0) == {BATCH_TOPIC}
-    assert budgets.paused_topics(8, 0) == {BATCH_TOPIC, JOBS_TOPIC}
+    assert budgets.full_topics(0, 0) == set()
+    assert budgets.full_topics(0, 4) == {BATCH_TOPIC}
+    assert budgets.full_topics(4, 0) == {BATCH_TOPIC}
+    assert budgets.full_topics(8, 0) == {BATCH_TOPIC, JOBS_TOPIC}
 
 
 @given(BUDGETS, HELD, HELD)
 def test_interactive_never_pauses_alone(budgets, interactive, batch):
-    paused = budgets.paused_topics(interactive, batch)
-    assert JOBS_TOPIC not in paused or BATCH_TOPIC in paused
-
-
-@given(BUDGETS, HELD, HELD)
-def test_a_fetch_fits_into_the_smallest_budget_that_is_not_paused(budgets, interactive, batch):
-    room = budgets.room(interactive, batch)
-    paused = budgets.paused_topics(interactive, batch)
-    assert room >= 1
-    if JOBS_TOPIC not in paused:
-        assert interactive + room <= budgets.interactive
-    if BATCH_TOPIC not in paused:
-        assert batch + room <= budgets.batch
+    full = budgets.full_topics(interactive, batch)
+    assert JOBS_TOPIC not in full or BATCH_TOPIC in full
