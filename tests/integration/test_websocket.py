@@ -121,9 +121,8 @@ def words(count: int) -> str:
 
 def metric(gateway: RunningGateway, name: str) -> float:
     lines = httpx.get(f"{gateway.url}/metrics").text.splitlines()
-    return next(
-        float(line.split()[-1]) for line in lines if line.startswith(f"openlora_gateway_{name} ")
-    )
+    start = f"openlora_gateway_{name} "
+    return next(float(line.removeprefix(start)) for line in lines if line.startswith(start))
 
 
 def hang_up(socket: ClientConnection) -> None:
