@@ -13,7 +13,9 @@ class Detokenizer:
 
     The texts of all tokens and of ``flush`` joined are what the tokenizer decodes from the output
     as a whole. A token whose bytes do not complete a character has text ""; the character comes
-    with the token that completes it.
+    with the token that completes it. (One exception: a tokenizer with byte fallback replaces a
+    whole run of byte tokens by � where its last ones are not UTF-8. Characters of the run that
+    were complete before that stay as they were shown.)
 
     Args:
         tokenizer: the model's.
