@@ -39,6 +39,7 @@ class EngineClient:
         self._setup = setup
         self._splitter = FrameSplitter()
         self._decode = msgspec.msgpack.Decoder(StepOutputs).decode
+        self._early: list[bytes] = []  # frames that came together with the first one
         self._known_adapters: set[str] = set()
         self._register: list[tuple[str, str]] = []
         self._start: list[Start] = []
@@ -74,6 +75,7 @@ class EngineClient:
         answer = msgspec.msgpack.decode(bodies[0], type=ModelFacts | SetupFailed)
         if isinstance(answer, SetupFailed):
             raise SetupError(answer.message)
+        self._early = bodies[1:]
         self.sock.setblocking(False)
         return answer
 
@@ -118,7 +120,10 @@ class EngineClient:
             data = b""
         if not data:
             raise EngineGone(self._process.wait())
-        return [self._decode(body) for body in self._splitter.feed(data)]
+        bodies = self._splitter.feed(data)
+        if self._early:
+            bodies, self._early = self._early + bodies, []
+        return [self._decode(body) for body in bodies]
 
     def stop(self) -> None:
         """End the process: it leaves when its socket closes, or is killed after a while."""

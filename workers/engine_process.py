@@ -16,7 +16,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Protocol, cast
 
 import msgspec
@@ -97,7 +97,7 @@ class EngineServer:
                     self._apply(self._decode(body))
             outputs = self._take_failed()
             if self._engine.has_work():
-                outputs += [self._output(token) for token in self._engine.step()]
+                outputs += self._outputs(self._engine.step())
             stalled = not outputs
             self._send(tuple(outputs), force_load=False)
 
@@ -133,21 +133,25 @@ class EngineServer:
         failed, self._failed = self._failed, []
         return failed
 
-    def _output(self, token: TokenOutput) -> Output:
-        ticket = self._ticket_of[token.request_id]
-        error = token.error
-        if token.finish_reason is not None or error is not None:
-            del self._ticket_of[token.request_id]
-            del self._id_of[ticket]
-        return Output(
-            ticket,
-            token.index,
-            token.token_id,
-            token.finish_reason,
-            token.logprob,
-            token.top_logprobs,
-            None if error is None else Fault(error.code, error.message),
-        )
+    def _outputs(self, tokens: Iterable[TokenOutput]) -> Iterator[Output]:
+        ticket_of = self._ticket_of
+        for token in tokens:
+            ticket = ticket_of.get(token.request_id)
+            if ticket is None:
+                continue  # aborted while its token was on its way through the device
+            error = token.error
+            if token.finish_reason is not None or error is not None:
+                del ticket_of[token.request_id]
+                del self._id_of[ticket]
+            yield Output(
+                ticket,
+                token.index,
+                token.token_id,
+                token.finish_reason,
+                token.logprob,
+                token.top_logprobs,
+                None if error is None else Fault(error.code, error.message),
+            )
 
     def _send(self, outputs: tuple[Output, ...], *, force_load: bool) -> None:
         """Blocks while the I/O process does not read: that is the engine's backpressure."""
