@@ -81,13 +81,16 @@ def generate(
     try:
         for request in requests:
             output = _start(request, tokenizer, engine.model_info.eos_token_ids)
-            outputs[engine.add(request)] = output
+            request_id = engine.add(request)
+            outputs[request_id] = output
+            if output.has_ended:
+                engine.abort(request_id)
     except OpenLoRAError:
         for request_id in outputs:
             engine.abort(request_id)
         raise
     others: list[TokenOutput] = []
-    num_done = 0
+    num_done = sum(output.has_ended for output in outputs.values())
     while num_done < len(outputs):
         step = engine.step()
         if not step:
@@ -109,8 +112,8 @@ def _start(request: Request, tokenizer: Tokenizer | None, eos_token_ids: Sequenc
     if tokenizer is not None:
         output.detokenizer = Detokenizer(tokenizer, eos_token_ids)
         output.checker = StopChecker(request.params, eos_token_ids)
-        for token_id in request.output_token_ids:
-            output.feed(token_id)
+        if "stop" in [output.feed(token_id) for token_id in request.output_token_ids]:
+            output.end("stop", None)
     elif request.params.stop:
         raise InvalidRequest(
             f"stop strings {request.params.stop!r} need a tokenizer, and there is no "

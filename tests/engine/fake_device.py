@@ -169,5 +169,5 @@ def fake_engine(
         write_adapter=device.write,
         steps_ahead=steps_ahead,
     )
-    config = EngineConfig(model="fake", block_size=block_size, **settings)
+    config = EngineConfig(**{"model": "fake", "block_size": block_size} | settings)
     return Engine(config, parts=parts), device

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -71,7 +73,7 @@ def test_a_stop_string_that_the_last_text_completes_is_not_shown():
 )
 def test_shown_text_is_the_output_up_to_the_first_stop_string(text, cuts, stop):
     edges = [0, *sorted(min(cut, len(text)) for cut in cuts), len(text)]
-    pieces = [text[a:b] for a, b in zip(edges, edges[1:], strict=False)]
+    pieces = [text[a:b] for a, b in itertools.pairwise(edges)]
     shown, rest, reason, num_fed = run(pieces, stop)
     seen = "".join(pieces[:num_fed])
     if reason is None:
