@@ -1,0 +1,149 @@
+"""The cases of ``bench decode`` on dummy weights: batches of distinct adapters, and a zipf mix."""
+
+from __future__ import annotations
+
+import argparse
+import random
+from collections.abc import Iterable
+from pathlib import Path
+
+from openlora.adapters.lora_set import PAGE_RANK
+from openlora.bench.measure import WARM_TOKENS, RowWriter, make_requests, run_batch
+from openlora.bench.random_adapters import write_adapter
+from openlora.engine import Engine, EngineConfig, Request
+from openlora.engine.build import choose_device
+from openlora.models.dummy import DUMMY_CONFIGS
+from openlora.models.load import DTYPES
+
+_BLOCK_SIZE = 16
+_PREFILL_TOKENS = {"cpu": 2048, "cuda": 8192}
+"""Most tokens of one step: a CPU gains nothing from more, a GPU needs that many to be busy."""
+
+
+def decode_cases(args: argparse.Namespace, folder: Path) -> None:
+    """Every batch size with every number of distinct adapters that it can hold; a row each."""
+    rows = RowWriter(args.out)
+    engine = _engine(args, max(args.batch))
+    names = _adapters(args, folder, range(max(args.distinct)), engine.model_info.dtype)
+    for name in names:
+        engine.load_adapter(name, folder / name)
+    for batch in args.batch:
+        for distinct in args.distinct:
+            if distinct <= batch:
+                rows.write(_decode_row(args, engine, batch, names[:distinct]))
+    engine.close()
+
+
+def _decode_row(
+    args: argparse.Namespace, engine: Engine, batch: int, adapters: list[str]
+) -> dict[str, object]:
+    def requests(output_tokens: int) -> list[Request]:
+        return make_requests(
+            batch,
+            adapters,
+            prompt_tokens=args.prompt,
+            output_tokens=output_tokens,
+            vocab_size=engine.model_info.vocab_size,
+            seed=args.seed,
+        )
+
+    # Kernels are compiled and graphs captured in a run that is not counted.
+    run_batch(engine, requests(WARM_TOKENS))
+    short = run_batch(engine, requests(WARM_TOKENS))
+    long = run_batch(engine, requests(WARM_TOKENS + args.output))
+    step_s = (long.total_s - short.total_s) / args.output
+    return {
+        "case": "decode",
+        "model": args.shape,
+        "rank": args.rank,
+        "batch": batch,
+        "distinct": len(adapters),
+        "prompt": args.prompt,
+        "output": args.output,
+        "lora": args.lora,
+        "gpu_adapters": args.gpu_adapters,
+        "step_ms": step_s * 1e3,
+        "decode_tok_s": batch / step_s,
+        "ttft_batch_ms": min(short.first_s, long.first_s) * 1e3,
+    }
+
+
+def zipf_case(args: argparse.Namespace, folder: Path) -> None:
+    """All requests at once, adapters drawn zipf(1.0) from a pool; loading is part of the time."""
+    pool = range(args.zipf_pool)
+    weights = [1 / (rank + 1) for rank in pool]
+    drawn = random.Random(args.seed).choices(pool, weights, k=args.requests)
+    engine = _engine(args, max(args.batch))
+    # Those that nobody asks for need no file.
+    for name in _adapters(args, folder, sorted(set(drawn)), engine.model_info.dtype):
+        engine.register_adapter(name, folder / name)
+    requests = make_requests(
+        args.requests,
+        [_name(number) for number in drawn],
+        prompt_tokens=args.prompt,
+        output_tokens=args.output,
+        vocab_size=engine.model_info.vocab_size,
+        seed=args.seed,
+    )
+    warm = make_requests(
+        max(args.batch),
+        [],
+        prompt_tokens=args.prompt,
+        output_tokens=WARM_TOKENS,
+        vocab_size=engine.model_info.vocab_size,
+        seed=args.seed,
+    )
+    run_batch(engine, warm)
+    seconds = run_batch(engine, requests).total_s
+    engine.close()
+    RowWriter(args.out).write(
+        {
+            "case": "zipf",
+            "requests": args.requests,
+            "pool": args.zipf_pool,
+            "adapters": len(set(drawn)),
+            "seconds": seconds,
+            "out_tok_s": args.requests * args.output / seconds,
+        }
+    )
+
+
+def _adapters(
+    args: argparse.Namespace, folder: Path, numbers: Iterable[int], dtype: str
+) -> list[str]:
+    """Write the adapters of these numbers under ``folder``; returns their names."""
+    names = []
+    for number in numbers:
+        write_adapter(
+            folder / _name(number),
+            DUMMY_CONFIGS[args.shape],
+            rank=args.rank,
+            seed=args.seed + number,
+            dtype=DTYPES[dtype],
+        )
+        names.append(_name(number))
+    return names
+
+
+def _name(number: int) -> str:
+    return f"adapter-{number}"
+
+
+def _engine(args: argparse.Namespace, max_num_seqs: int) -> Engine:
+    """An engine with exactly the adapter pages that the case names, and KV for a whole batch."""
+    pages = args.gpu_adapters * -(-args.rank // PAGE_RANK) if args.lora == "on" else 0
+    tokens = args.prompt + WARM_TOKENS + args.output + 1
+    return Engine(
+        EngineConfig(
+            model=args.shape,
+            load_format="dummy",
+            device=args.device,
+            dtype=args.dtype,
+            block_size=_BLOCK_SIZE,
+            num_kv_blocks=max_num_seqs * -(-tokens // _BLOCK_SIZE),
+            adapter_pages=(pages, pages, pages, pages),
+            max_num_seqs=max_num_seqs,
+            max_num_batched_tokens=max(max_num_seqs, _PREFILL_TOKENS[choose_device(args.device)]),
+            enable_prefix_caching=False,
+        )
+    )
