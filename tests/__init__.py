@@ -1,4 +1,4 @@
-"""Tests. Without a GPU, Triton kernels run in Triton's interpreter, chosen before torch loads it."""
+"""Tests. Without a GPU, Triton's kernels run in its interpreter: chosen before torch loads it."""
 
 import os
 from pathlib import Path

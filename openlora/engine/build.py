@@ -104,13 +104,30 @@ def build_parts(config: EngineConfig, progress: Progress | None = None) -> Engin
         *(info.model, info.device, info.dtype, info.attention_backend),
         *(num_blocks, config.block_size, num_pages),
     )
+    runner: Runner
+    steps_ahead = 0
+    if device == "cuda":
+        # Not at the top: it needs Triton, which a machine without a GPU may lack.
+        from openlora.engine.cuda_runner import CudaRunner
+
+        runner = CudaRunner(
+            model,
+            pages,
+            kv_cache,
+            max_num_seqs=config.max_num_seqs,
+            max_model_len=info.max_model_len,
+        )
+        steps_ahead = 1
+    else:
+        runner = ModelRunner(model, pages, kv_cache)
     return EngineParts(
-        runner=ModelRunner(model, pages, kv_cache),
+        runner=runner,
         model_info=info,
         num_blocks=num_blocks,
         pool=PagePool(num_pages),
         load_adapter=lambda path: load_adapter(path, model.config, model.dtype),
         write_adapter=pages.write,
+        steps_ahead=steps_ahead,
         num_load_threads=max(1, min(4, (os.cpu_count() or 1) // 2)),
     )
 
@@ -134,7 +151,7 @@ def _model_info(
         eos_token_ids=tuple(model.config.eos_token_ids),
         dtype=str(model.dtype).removeprefix("torch."),
         device=str(model.device),
-        attention_backend=model.attention_backend,
+        attention_backend="triton" if model.device.type == "cuda" else model.attention_backend,
     )
 
 

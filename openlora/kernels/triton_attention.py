@@ -1,3 +1,4 @@
+# ruff: noqa: ANN001, ANN202 - Triton kernels take pointers and compile-time constants.
 """Attention over the paged KV cache in Triton: split-KV decode, and prefill of chunks.
 
 Both pack the query heads that share a KV head into one tile (grouped-query attention), so that K
@@ -104,7 +105,7 @@ def _decode_kernel(
                 top = tl.full([BLOCK_G], float("-inf"), dtype=tl.float32)
                 total = tl.zeros([BLOCK_G], dtype=tl.float32)
                 acc = tl.zeros([BLOCK_G, BLOCK_D], dtype=tl.float32)
-                for other in range(0, num_splits):
+                for other in range(num_splits):
                     part = (pair * SPLITS + other) * GROUP + heads
                     lse = tl.load(
                         partial_lse_ptr + part,
@@ -168,7 +169,8 @@ def decode_attention(
     context_lens: torch.Tensor,
     scale: float,
     scratch: DecodeScratch,
-) -> torch.Tensor:
+    out: torch.Tensor,
+) -> None:
     """Softmax(q Kᵀ · scale) V of one query per sequence over its cached positions.
 
     Args:
@@ -178,13 +180,10 @@ def decode_attention(
         context_lens: int32 [rows]; 0 leaves that row of the result unwritten (padding).
         scale: usually 1/√head_dim.
         scratch: for at least as many rows; not shared by launches that may overlap.
-
-    Returns:
-        A new [rows, num_heads · head_dim] of q's dtype.
+        out: [rows, num_heads · head_dim] of q's dtype, contiguous; written.
     """
     rows, num_heads, head_dim = q.shape
     _, _, num_kv_heads, block_size, _ = kv_cache.shape
-    out = q.new_empty(rows, num_heads * head_dim)
     group = num_heads // num_kv_heads
     if rows:
         _decode_kernel[(rows, num_kv_heads, scratch.splits)](
@@ -212,7 +211,6 @@ def decode_attention(
             num_warps=4,
             num_stages=3,
         )
-    return out
 
 
 @triton.jit
@@ -299,7 +297,8 @@ def prefill_attention(
     rows: torch.Tensor,
     tiles: torch.Tensor,
     scale: float,
-) -> torch.Tensor:
+    out: torch.Tensor,
+) -> None:
     """Causal attention of chunks of queries over their own sequence's cached positions.
 
     Args:
@@ -310,13 +309,10 @@ def prefill_attention(
         tiles: int32 [tiles, 2]: sequence, first token of the tile within its chunk; every chunk is
             cut into tiles of ``prefill_tile_tokens``.
         scale: usually 1/√head_dim.
-
-    Returns:
-        A new [tokens, num_heads · head_dim] of q's dtype, written where a tile covers it.
+        out: [tokens, num_heads · head_dim] of q's dtype, contiguous; written where a tile is.
     """
-    tokens, num_heads, head_dim = q.shape
+    _, num_heads, head_dim = q.shape
     _, _, num_kv_heads, block_size, _ = kv_cache.shape
-    out = q.new_empty(tokens, num_heads * head_dim)
     group = num_heads // num_kv_heads
     block_g = triton.next_power_of_2(group)
     wide = q.dtype == torch.float32
@@ -343,4 +339,3 @@ def prefill_attention(
             num_warps=8,
             num_stages=1 if wide else 2,
         )
-    return out

@@ -1,3 +1,4 @@
+# ruff: noqa: ANN001, ANN202 - Triton kernels take pointers and compile-time constants.
 """SGMV in Triton: the LoRA deltas of a batch that mixes adapters, in two launches a site.
 
 For a chunk c of rows that share a LoRA set, and that set's pages p with weights w_p::
@@ -133,7 +134,7 @@ def _expand_kernel(
     items_ptr = plan_ptr + tl.load(header + 1)
     num_chunks = tl.load(header + 2)
     chunks_ptr = plan_ptr + tl.load(header + 3)
-    weights_ptr = (plan_ptr + tl.load(header + 4)).to(tl.pointer_type(tl.float32))
+    weights_ptr = (plan_ptr + tl.load(header + 4)).to(tl.pointer_type(tl.float32), bitcast=True)
     ranks = tl.arange(0, RANK)
     rows = tl.arange(0, BLOCK_M)
     columns = tl.arange(0, BLOCK_N)
@@ -162,8 +163,8 @@ def _expand_kernel(
                 for split in tl.static_range(SPLITS):
                     h += tl.load(h_in + split * h_split_stride + h_row + ranks)
                 total += tl.sum(b.to(tl.float32) * (h * weight)[:, None], axis=0)
-            y = tl.load(y_start + n, mask=in_block, other=0.0)
-            tl.store(y_start + n, (y.to(tl.float32) + total).to(y.dtype), mask=in_block)
+            base = tl.load(y_start + n, mask=in_block, other=0.0)
+            tl.store(y_start + n, (base.to(tl.float32) + total).to(base.dtype), mask=in_block)
         else:
             acc = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
             in_chunk = rows[:, None] < num_rows

@@ -74,7 +74,8 @@ def test_decode(heads: tuple[int, int, int], splits: int, dtype: torch.dtype) ->
     context_lens = torch.tensor([*lens, 0], dtype=torch.int32, device=DEVICE)
     tables = torch.cat([case.tables, case.tables[:1]])
     for _ in range(2):
-        out = decode_attention(q, case.cache, tables, context_lens, heads[2] ** -0.5, scratch)
+        out = torch.full((len(lens) + 1, heads[0] * heads[2]), float("nan")).to(DEVICE, dtype)
+        decode_attention(q, case.cache, tables, context_lens, heads[2] ** -0.5, scratch, out)
         assert not scratch.arrived.any()
     for row, length in enumerate(lens):
         expected = case.expected(row, q[row : row + 1], length - 1)
@@ -101,13 +102,15 @@ def test_prefill_of_chunks_behind_cached_positions(
         rows.append((first, count, starts[row]))
         tiles += [(row, at) for at in range(0, count, prefill_tile_tokens(*heads[:2]))]
         first += count
-    out = prefill_attention(
+    out = torch.full((sum(counts), heads[0] * heads[2]), float("nan")).to(DEVICE, dtype)
+    prefill_attention(
         q,
         case.cache,
         case.tables,
         torch.tensor(rows, dtype=torch.int32, device=DEVICE),
         torch.tensor(tiles, dtype=torch.int32, device=DEVICE),
         heads[2] ** -0.5,
+        out,
     )
     for row, (begin, count, start) in enumerate(rows):
         expected = case.expected(row, q[begin : begin + count], start)

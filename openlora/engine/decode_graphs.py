@@ -1,0 +1,233 @@
+"""CUDA graphs of the decode step: one per batch bucket with LoRA, one without, captured lazily.
+
+A graph reads everything that changes from step to step out of persistent buffers: tokens,
+positions, slots, block tables and the SGMV plan with its work counts. So it serves any mix of
+adapters, ranks and weights; only the number of rows is rounded up, with rows that write nothing.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from openlora.adapters.page_tensors import PageTensors
+from openlora.engine.cuda_ops import (
+    AttentionBinding,
+    CudaOps,
+    LoRABinding,
+    decode_tiles,
+    scratch_elements,
+)
+from openlora.engine.drawn_tokens import DrawnTokens, PinnedRing
+from openlora.engine.kv_cache import KVCache
+from openlora.engine.step_inputs import StepInputs
+from openlora.kernels.sampling import greedy
+from openlora.kernels.sgmv_plan import SGMVPlan, max_plan_ints
+from openlora.kernels.triton_attention import DecodeScratch, decode_splits
+from openlora.kernels.triton_fused import take_tokens
+from openlora.models.llama import LlamaModel
+
+logger = logging.getLogger(__name__)
+
+PAGES_PER_ROW = 32
+"""Room in a graph's LoRA buffers: 8 adapters of rank 64 for every row."""
+_FIELDS = 5
+"""Ints a row takes in the upload: token, source, position, slot, context length."""
+
+
+def buckets(max_rows: int) -> tuple[int, ...]:
+    """Batch sizes that graphs are captured for: rounding up costs at most a third."""
+    sizes = [1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024]
+    return (*(size for size in sizes if size < max_rows), max_rows)
+
+
+@dataclass(frozen=True, slots=True)
+class _Graph:
+    graph: torch.cuda.CUDAGraph
+    logits: torch.Tensor
+    token_ids: torch.Tensor
+
+
+class DecodeGraphs:
+    """Runs steps of one token per row.
+
+    Args:
+        model, pages, kv_cache: what the step computes with.
+        drawn: the tokens that feed the next step.
+        max_rows: most rows of a step.
+        max_model_len: longest context.
+    """
+
+    def __init__(
+        self,
+        model: LlamaModel,
+        pages: PageTensors,
+        kv_cache: KVCache,
+        drawn: DrawnTokens,
+        *,
+        max_rows: int,
+        max_model_len: int,
+    ) -> None:
+        self._model = model
+        self._kv_layers = kv_cache.layers
+        self._drawn = drawn
+        self._max_rows = max_rows
+        self._buckets = buckets(max_rows)
+        device = model.device
+        max_blocks = -(-max_model_len // kv_cache.block_size)
+        self._max_model_len = max_model_len
+        processors = torch.cuda.get_device_properties(device).multi_processor_count
+        self._processors = processors
+        self._pages = [site.layers for site in pages.sites]
+        self._tiles = decode_tiles(self._pages, processors)
+        self._h_rows = max_rows * PAGES_PER_ROW
+
+        def zeros(*shape: int) -> torch.Tensor:
+            return torch.zeros(shape, dtype=torch.int32, device=device)
+
+        self._fields = zeros(_FIELDS, max_rows)
+        self._dense_tables = zeros(max_rows * max_blocks)
+        self._block_tables = zeros(max_rows, max_blocks)
+        self._plan = zeros(max_plan_ints(max_rows, PAGES_PER_ROW))
+        self._h = torch.empty(
+            scratch_elements(self._pages, self._tiles, self._h_rows), device=device
+        )
+        self._no_tiles = zeros(0, 2)
+        self._uploads = PinnedRing(_FIELDS * max_rows + max_rows * max_blocks)
+        self._plan_uploads = PinnedRing(self._plan.numel())
+        self._uploaded_plan: SGMVPlan | None = None
+        self._side = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self._memory = torch.cuda.graph_pool_handle()
+        self._graphs: dict[tuple[int, bool], _Graph] = {}
+
+    @property
+    def chunk_rows(self) -> int:
+        """``chunk_rows`` of the plans this takes."""
+        return self._tiles[0].chunk_rows
+
+    def fits(self, num_rows: int, plan: SGMVPlan) -> bool:
+        """Whether the persistent buffers hold such a step."""
+        return (
+            num_rows <= self._max_rows
+            and plan.h_rows <= self._h_rows
+            and plan.data.size <= self._plan.numel()
+        )
+
+    def run(self, inputs: StepInputs, plan: SGMVPlan) -> tuple[torch.Tensor, torch.Tensor]:
+        """Launch one step.
+
+        Returns:
+            Logits [bucket, vocab] and greedy tokens [bucket], rows in order, padding behind; both
+            are overwritten by later steps.
+        """
+        num_rows = len(inputs.token_ids)
+        bucket = next(size for size in self._buckets if size >= num_rows)
+        graph = self._graph(bucket, not plan.is_empty)
+        self._upload(inputs, bucket)
+        if not plan.is_empty and plan is not self._uploaded_plan:
+            self._upload_plan(plan)
+        graph.graph.replay()
+        return graph.logits, graph.token_ids
+
+    def _graph(self, bucket: int, has_lora: bool) -> _Graph:
+        graph = self._graphs.get((bucket, has_lora))
+        if graph is None:
+            started = time.perf_counter()
+            graph = self._graphs[bucket, has_lora] = self._capture(bucket, has_lora)
+            logger.info(
+                "captured the decode graph of %d rows %s LoRA in %.0f ms",
+                bucket,
+                "with" if has_lora else "without",
+                (time.perf_counter() - started) * 1000,
+            )
+        return graph
+
+    def _capture(self, bucket: int, has_lora: bool) -> _Graph:
+        ops = self._ops(bucket, has_lora)
+        # Rows of padding alone: the warm-up compiles and allocates, and writes no KV.
+        self._fields.zero_()
+        self._fields[1].fill_(-1)
+        self._fields[3].fill_(-1)
+        if has_lora:
+            self._plan.zero_()
+            self._uploaded_plan = None
+        self._forward(bucket, ops)
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        # Other threads load adapters meanwhile; what they allocate is no part of the capture.
+        with torch.cuda.graph(graph, pool=self._memory, capture_error_mode="thread_local"):
+            logits, token_ids = self._forward(bucket, ops)
+        return _Graph(graph, logits, token_ids)
+
+    def _forward(self, bucket: int, ops: CudaOps) -> tuple[torch.Tensor, torch.Tensor]:
+        tokens = take_tokens(self._fields[0, :bucket], self._fields[1, :bucket], self._drawn.tokens)
+        logits = self._model.logits(self._model.forward(tokens, ops), ops)
+        return logits, greedy(logits)
+
+    def _ops(self, bucket: int, has_lora: bool) -> CudaOps:
+        config = self._model.config
+        splits = decode_splits(bucket, config.num_kv_heads, self._processors, self._max_model_len)
+        scratch = DecodeScratch(
+            bucket,
+            config.num_heads,
+            config.num_kv_heads,
+            config.head_dim,
+            splits,
+            self._model.device,
+        )
+        lora = LoRABinding(
+            plan=self._plan,
+            pages=self._pages,
+            h=self._h,
+            h_rows=self._h_rows,
+            tiles=self._tiles,
+            side=self._side,
+        )
+        return CudaOps(
+            config=config,
+            positions=self._fields[2, :bucket],
+            slots=self._fields[3, :bucket],
+            inv_freq=self._model.rope_inv_freq,
+            kv_layers=self._kv_layers,
+            attention_binding=AttentionBinding(
+                num_decodes=bucket,
+                block_tables=self._block_tables,
+                context_lens=self._fields[4, :bucket],
+                scratch=scratch,
+                spans=self._no_tiles,
+                tiles=self._no_tiles,
+            ),
+            lora=lora if has_lora else None,
+        )
+
+    def _upload(self, inputs: StepInputs, bucket: int) -> None:
+        num_rows, width = inputs.block_tables.shape
+        num_fields = _FIELDS * self._max_rows
+        buffer = self._uploads.take()
+        host = buffer.numpy()
+        fields = host[:num_fields].reshape(_FIELDS, self._max_rows)
+        fields[:, :bucket] = ((0,), (-1,), (0,), (-1,), (0,))
+        fields[0, :num_rows] = inputs.token_ids
+        fields[1, :num_rows] = inputs.sources
+        fields[2, :num_rows] = inputs.positions
+        fields[3, :num_rows] = inputs.slots
+        fields[4, :num_rows] = inputs.context_lens
+        size = num_rows * width
+        host[num_fields : num_fields + size] = inputs.block_tables.reshape(-1)
+        self._fields.view(-1).copy_(buffer[:num_fields], non_blocking=True)
+        dense = self._dense_tables[:size]
+        dense.copy_(buffer[num_fields : num_fields + size], non_blocking=True)
+        self._uploads.sent(buffer)
+        self._block_tables[:num_rows, :width].copy_(dense.view(num_rows, width))
+
+    def _upload_plan(self, plan: SGMVPlan) -> None:
+        buffer = self._plan_uploads.take()
+        size = plan.data.size
+        np.copyto(buffer.numpy()[:size], plan.data)
+        self._plan[:size].copy_(buffer[:size], non_blocking=True)
+        self._plan_uploads.sent(buffer)
+        self._uploaded_plan = plan

@@ -1,0 +1,136 @@
+"""The engine on a GPU: graphs, eager steps and steps ahead give what transformers + PEFT give."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from openlora.engine import Engine, EngineConfig, Request, SamplingParams
+from tests.engine.tiny_model import (
+    VOCAB_SIZE,
+    Reference,
+    assert_same_tokens,
+    make_adapters,
+    make_tiny_model,
+)
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU"),
+]
+
+NUM_TOKENS = 12
+MIXES: list[dict[str, float]] = [
+    {},
+    {"r4": 1.0},
+    {"r8": 1.0},
+    {"r16": 1.0},
+    {"r64": 1.0},
+    {"rs": 1.0},
+    {"r16": 0.6, "rs": 0.4},
+    {"r4": 1.5, "r64": -0.5, "r8": 0.25},
+    {"r16": 1.0},
+]
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    root = tmp_path_factory.mktemp("tiny")
+    make_tiny_model(root / "model")
+    return root / "model", make_adapters(root / "model", root / "adapters")
+
+
+@pytest.fixture(scope="module")
+def prompts() -> list[list[int]]:
+    generator = torch.Generator().manual_seed(5)
+    lengths = [1, 15, 16, 17, 33, 40, 63, 64, 65]
+    return [torch.randint(3, VOCAB_SIZE, (n,), generator=generator).tolist() for n in lengths]
+
+
+def make_engine(tiny, dtype: str = "float32", **settings: object) -> Engine:
+    model, adapters = tiny
+    config = {
+        "num_kv_blocks": 200,
+        "adapter_pages": (16, 16, 16, 16),
+        "max_num_seqs": 9,
+        "max_num_batched_tokens": 2048,
+        **settings,
+    }
+    engine = Engine(EngineConfig(str(model), device="cuda", dtype=dtype, **config))
+    for name, path in adapters.items():
+        engine.load_adapter(name, path)
+    return engine
+
+
+def requests_of(prompts: list[list[int]], params: SamplingParams) -> list[Request]:
+    return [
+        Request(prompt_token_ids=prompt, adapters=mix, params=params)
+        for prompt, mix in zip(prompts, MIXES, strict=True)
+    ]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"max_num_batched_tokens": 24}, {"num_kv_blocks": 20}, {"max_num_seqs": 3}],
+    ids=["whole", "chunked", "preempted", "few seats"],
+)
+def test_greedy_equals_transformers_and_peft(tiny, prompts, settings) -> None:
+    reference = Reference(*tiny)
+    engine = make_engine(tiny, **settings)
+    params = SamplingParams(max_tokens=NUM_TOKENS, temperature=0, ignore_eos=True)
+    completions = engine.generate(requests_of(prompts, params))
+    for completion, prompt, mix in zip(completions, prompts, MIXES, strict=True):
+        assert_same_tokens(completion.token_ids, reference.greedy(prompt, mix, NUM_TOKENS), mix)
+    engine.check_integrity()
+
+
+def test_noise_and_penalties_do_not_depend_on_steps_ahead(tiny, prompts) -> None:
+    params = SamplingParams(
+        max_tokens=NUM_TOKENS, temperature=0.8, seed=7, top_k=20, repetition_penalty=1.2, logprobs=2
+    )
+    together = make_engine(tiny).generate(requests_of(prompts, params))
+    engine = make_engine(tiny)
+    for request, expected in zip(requests_of(prompts, params), together, strict=True):
+        (alone,) = engine.generate([request])
+        assert alone.token_ids == expected.token_ids
+        assert alone.logprobs == pytest.approx(expected.logprobs, abs=1e-3)
+
+
+def test_repeats_are_bit_equal_and_base_batches_launch_no_lora(tiny, prompts) -> None:
+    engine = make_engine(tiny, dtype="bfloat16", enable_prefix_caching=False)
+    params = SamplingParams(max_tokens=NUM_TOKENS, temperature=0, logprobs=1, ignore_eos=True)
+    base = [Request(prompt_token_ids=prompt, params=params) for prompt in prompts]
+    graphs = engine._runner._graphs._graphs
+    engine.generate(base)
+    assert graphs
+    assert all(not has_lora for _, has_lora in graphs)
+    first = engine.generate(requests_of(prompts, params))
+    assert any(has_lora for _, has_lora in graphs)
+    second = engine.generate(requests_of(prompts, params))
+    assert [c.token_ids for c in first] == [c.token_ids for c in second]
+    assert [c.logprobs for c in first] == [c.logprobs for c in second]
+
+
+@torch.inference_mode()
+def test_replay_equals_eager_bit_for_bit(tiny, prompts, monkeypatch) -> None:
+    engine = make_engine(tiny, dtype="bfloat16")
+    graphs = engine._runner._graphs
+    run, compared = graphs.run, []
+
+    def run_both(inputs, plan):
+        logits, token_ids = run(inputs, plan)
+        replayed = logits.clone()
+        bucket = logits.shape[0]
+        # The same buffers again, outside the graph: KV of the step is written over with itself.
+        tokens_before = graphs._drawn.tokens.clone()
+        eager, _ = graphs._forward(bucket, graphs._ops(bucket, not plan.is_empty))
+        rows = len(inputs.token_ids)
+        assert torch.equal(eager[:rows], replayed[:rows])
+        assert torch.equal(graphs._drawn.tokens, tokens_before)
+        compared.append(rows)
+        return logits, token_ids
+
+    monkeypatch.setattr(graphs, "run", run_both)
+    params = SamplingParams(max_tokens=NUM_TOKENS, temperature=0, ignore_eos=True)
+    engine.generate(requests_of(prompts, params))
+    assert len(compared) >= NUM_TOKENS - 2
