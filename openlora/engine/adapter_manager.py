@@ -1,17 +1,15 @@
-"""Which adapters are on the device: loading, LRU residency, and when a page may be used again.
+"""Adapters by name, from registration to the LoRA set of a request.
 
     registered ──wanted──▶ loading (background thread) ──▶ staged (host) ──acquire──▶ resident
          ▲                        └─ failed: its requests end      ▲                     │
          └─────────────────── evicted, or unregistered ────────────┴─────────────────────┘
 
-Everything but ``load`` itself happens on the engine thread. Pages are pinned while a running
-sequence uses them and until the last launched step that names them is done: the pages of a slot
-that an old step's metadata still names are never given to another adapter.
+Everything but ``load`` itself happens on the engine thread. A key stands for one registration of
+a name: requests hold keys, so that a name that changes its meaning changes nothing for them.
 """
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import Enum, auto
@@ -20,6 +18,7 @@ from pathlib import Path
 from openlora.adapters.lora_set import SITES, LoRASet
 from openlora.adapters.pages import PagePool, SitePages, join_lora_set
 from openlora.engine.adapter_loads import AdapterLoads, Loaded
+from openlora.engine.residency import ResidentAdapters
 from openlora.engine.scheduler import Wait
 from openlora.engine.sequence import Sequence
 from openlora.errors import AdapterFailed, OpenLoRAError, UnknownAdapter
@@ -32,7 +31,6 @@ class _State(Enum):
     COLD = auto()
     LOADING = auto()
     STAGED = auto()
-    RESIDENT = auto()
 
 
 @dataclass(slots=True, eq=False)
@@ -40,7 +38,7 @@ class _Adapter:
     key: str
     name: str
     path: Path
-    state: _State = _State.COLD
+    state: _State = _State.COLD  # of its host copy; in pages or not is residency's
     loaded: Loaded | None = None  # in host memory while staged
     content: str = ""  # known after its first load
     page_counts: tuple[int, ...] = ()  # known after its first load
@@ -67,18 +65,18 @@ class AdapterManager:
         *,
         num_threads: int = 2,
     ) -> None:
-        self.room_epoch = 0
-        self._pool = pool
-        self._write = write
+        self._resident = ResidentAdapters(pool, write)
         self._loads = AdapterLoads(load, num_threads)
         self._by_name: dict[str, _Adapter] = {}
         self._by_key: dict[str, _Adapter] = {}
         self._num_registered = 0
         self._wanted: dict[str, None] = {}  # keys to load, in the order of the requests
         self._staged: dict[str, None] = {}
-        self._lru: dict[str, None] = {}  # resident keys, the longest unused first
-        self._completed_step = 0
-        self._late_unpins: deque[tuple[int, tuple[str, ...]]] = deque()
+
+    @property
+    def room_epoch(self) -> int:
+        """Changes whenever a sequence that was told ``NO_ROOM`` should ask again."""
+        return self._resident.room_epoch
 
     def register(self, name: str, path: Path) -> None:
         """Make ``name`` mean the adapter at ``path`` for requests from now on; reads nothing."""
@@ -125,6 +123,15 @@ class AdapterManager:
         self._start_loads()
         return tuple((adapter.key, weight) for adapter, weight in found)
 
+    def load_now(self, sequence_id: int, name: str) -> str:
+        """As ``retain`` for one adapter, ahead of all others; returns its key."""
+        adapter = self._by_name[name]
+        adapter.users.add(sequence_id)
+        if adapter.state is _State.COLD and not self._has_pages(adapter):
+            self._wanted.pop(adapter.key, None)
+            self._load(adapter)
+        return adapter.key
+
     def drop(self, sequence_id: int, adapters: Iterable[tuple[str, float]]) -> None:
         """The sequence has ended and was released; ``adapters`` as ``retain`` gave them."""
         for key, _ in adapters:
@@ -133,7 +140,7 @@ class AdapterManager:
             if not adapter.users:
                 self._wanted.pop(key, None)
                 if adapter.state is _State.STAGED:
-                    self._unstage(adapter, _State.COLD)
+                    self._unstage(adapter)
             self._discard_if_unused(adapter)
         self._start_loads()
 
@@ -162,23 +169,21 @@ class AdapterManager:
     def acquire(self, sequence: Sequence) -> LoRASet | Wait:
         """Pin the pages of all adapters of the sequence, or of none."""
         adapters = [self._by_key[key] for key, _ in sequence.adapters]
-        cold = [a for a in adapters if a.state in (_State.COLD, _State.LOADING)]
-        if cold:
-            for adapter in cold:
+        missing = [a for a in adapters if a.state is not _State.STAGED and not self._has_pages(a)]
+        if missing:
+            for adapter in missing:
                 self._want(adapter)
             self._start_loads()
             return Wait.LOADING
         pinned: list[str] = []
-        for adapter in sorted(adapters, key=lambda a: a.state is not _State.RESIDENT):
-            if adapter.state is not _State.RESIDENT and not self._make_resident(adapter):
+        # Those that are resident first: pinned, they are not evicted for the others.
+        for adapter in sorted(adapters, key=self._has_pages, reverse=True):
+            if not self.make_resident(adapter.key):
                 for key in pinned:
-                    self._pool.unpin(key)
+                    self._resident.unpin(key)
                 return Wait.NO_ROOM
-            self._pool.pin(adapter.key)
+            self._resident.pin(adapter.key)
             pinned.append(adapter.key)
-        for adapter in adapters:
-            self._lru.pop(adapter.key)
-            self._lru[adapter.key] = None
         self._start_loads()
         return self._join(sequence)
 
@@ -186,27 +191,31 @@ class AdapterManager:
         """Unpin what ``acquire`` pinned, as soon as no launched step names it."""
         keys = tuple(key for key, _ in sequence.adapters)
         if keys:
-            self._late_unpins.append((sequence.last_step, keys))
-            self._unpin_completed()
+            self._discard_unused(self._resident.unpin_after(sequence.last_step, keys))
 
     def complete(self, step: int) -> None:
         """Step number ``step`` and all before it are done on the device."""
-        self._completed_step = step
-        self._unpin_completed()
+        self._discard_unused(self._resident.complete(step))
 
     def is_loading(self, key: str) -> bool:
         """Whether a load of the adapter is under way or queued."""
         return key in self._wanted or self._by_key[key].state is _State.LOADING
 
     def make_resident(self, key: str) -> bool:
-        """Put a staged adapter into pages ahead of any request; False where there is no room."""
+        """Put a staged adapter into pages, if it is not there; False where there is no room."""
         adapter = self._by_key[key]
-        return adapter.state is _State.RESIDENT or self._make_resident(adapter)
+        if self._has_pages(adapter):
+            return True
+        assert adapter.loaded is not None
+        if not self._resident.place(key, adapter.loaded, lambda k: bool(self._by_key[k].users)):
+            return False
+        self._unstage(adapter)
+        return True
 
     @property
     def resident(self) -> tuple[str, ...]:
         """Names of the adapters in pages, the longest unused first."""
-        return tuple(self._by_key[key].name for key in self._lru)
+        return tuple(self._by_key[key].name for key in self._resident.keys)
 
     def users_of(self, key: str) -> Iterable[int]:
         """IDs of the unfinished sequences with this adapter."""
@@ -218,25 +227,30 @@ class AdapterManager:
 
     def check_integrity(self) -> None:
         """Assert that states, pages and lists agree."""
-        self._pool.check_integrity()
-        resident = {a.key for a in self._by_key.values() if a.state is _State.RESIDENT}
+        self._resident.check_integrity()
         staged = {a.key for a in self._by_key.values() if a.state is _State.STAGED}
-        assert resident == self._lru.keys() == set(self._pool.owners())
         assert staged == self._staged.keys()
+        assert not any(key in staged for key in self._resident.keys)
+        assert all(key in self._by_key for key in self._resident.keys)
         assert all(self._by_key[key].state is _State.COLD for key in self._wanted)
         assert all(a.key in self._by_key for a in self._by_name.values())
 
+    def _has_pages(self, adapter: _Adapter) -> bool:
+        return adapter.key in self._resident
+
     def _want(self, adapter: _Adapter) -> None:
-        if adapter.state is _State.COLD:
+        if adapter.state is _State.COLD and not self._has_pages(adapter):
             self._wanted.setdefault(adapter.key)
 
     def _start_loads(self) -> None:
         while self._wanted and self._may_load():
             key = next(iter(self._wanted))
             del self._wanted[key]
-            adapter = self._by_key[key]
-            adapter.state = _State.LOADING
-            self._loads.start(key, adapter.path)
+            self._load(self._by_key[key])
+
+    def _load(self, adapter: _Adapter) -> None:
+        adapter.state = _State.LOADING
+        self._loads.start(adapter.key, adapter.path)
 
     def _may_load(self) -> bool:
         num_loading = self._loads.num_loading
@@ -244,7 +258,7 @@ class AdapterManager:
             return True
         # Parts of ensembles could fill the staging area, each waiting for its other part: where
         # nothing that runs will ever free pages, loading on is the only way forward.
-        return not num_loading and not any(self._pool.pins(key) for key in self._lru)
+        return not num_loading and not self._resident.any_pinned()
 
     def _stage(self, adapter: _Adapter, outcome: Loaded | OpenLoRAError) -> OpenLoRAError | None:
         if isinstance(outcome, OpenLoRAError):
@@ -261,11 +275,11 @@ class AdapterManager:
 
     def _check_fit(self, adapters: Collection[_Adapter]) -> AdapterFailed | None:
         counts = tuple(map(sum, zip(*(a.page_counts for a in adapters), strict=True)))
-        if not counts or self._pool.fits(counts):
+        if not counts or self._resident.fits(counts):
             return None
         needs = ", ".join(
             f"{site}: {count} of {have}"
-            for site, count, have in zip(SITES, counts, self._pool.num_pages, strict=True)
+            for site, count, have in zip(SITES, counts, self._resident.num_pages, strict=True)
         )
         names = " + ".join(repr(a.name) for a in adapters)
         return AdapterFailed(
@@ -273,61 +287,23 @@ class AdapterManager:
             "give the engine a larger adapter budget or use a smaller rank"
         )
 
-    def _make_resident(self, adapter: _Adapter) -> bool:
-        if not self._evict_for(adapter.page_counts):
-            return False
-        pages = self._pool.allocate(adapter.key, adapter.page_counts)
-        assert pages is not None
-        assert adapter.loaded is not None
-        self._write(pages, adapter.loaded)
-        self._unstage(adapter, _State.RESIDENT)
-        self._lru[adapter.key] = None
-        return True
-
-    def _evict_for(self, counts: Iterable[int]) -> bool:
-        """Evict unpinned adapters until ``counts`` pages are free; none where that cannot do."""
-        missing = [count - free for count, free in zip(counts, self._pool.num_free, strict=True)]
-        victims: list[_Adapter] = []
-        idle = [self._by_key[key] for key in self._lru if not self._pool.pins(key)]
-        # An adapter that queued requests wait for goes last, though long unused.
-        for adapter in sorted(idle, key=lambda a: bool(a.users)):
-            if max(missing) <= 0:
-                break
-            victims.append(adapter)
-            missing = [m - c for m, c in zip(missing, adapter.page_counts, strict=True)]
-        if max(missing) > 0:
-            return False
-        for adapter in victims:
-            self._evict(adapter)
-        return True
-
-    def _evict(self, adapter: _Adapter) -> None:
-        self._pool.free(adapter.key)
-        del self._lru[adapter.key]
-        adapter.state = _State.COLD
-
-    def _unstage(self, adapter: _Adapter, state: _State) -> None:
+    def _unstage(self, adapter: _Adapter) -> None:
         del self._staged[adapter.key]
-        adapter.loaded = None
-        adapter.state = state
+        adapter.loaded, adapter.state = None, _State.COLD
 
-    def _unpin_completed(self) -> None:
-        while self._late_unpins and self._late_unpins[0][0] <= self._completed_step:
-            _, keys = self._late_unpins.popleft()
-            for key in keys:
-                self._pool.unpin(key)
-                self.room_epoch += 1
+    def _discard_unused(self, keys: Iterable[str]) -> None:
+        for key in keys:
+            if key in self._by_key:
                 self._discard_if_unused(self._by_key[key])
 
     def _discard_if_unused(self, adapter: _Adapter) -> None:
         """Forget an adapter that no name and no sequence refers to any more."""
         if adapter.is_registered or adapter.users or adapter.state is _State.LOADING:
             return
-        if adapter.state is _State.RESIDENT:
-            if self._pool.pins(adapter.key):
+        if self._has_pages(adapter):
+            if self._resident.is_pinned(adapter.key):
                 return
-            self._evict(adapter)
-            self.room_epoch += 1
+            self._resident.evict(adapter.key)
         self._by_key.pop(adapter.key, None)
 
     def _join(self, sequence: Sequence) -> LoRASet:
@@ -336,7 +312,7 @@ class AdapterManager:
             (self._by_key[key].content, weight, key) for key, weight in sequence.adapters
         )
         return join_lora_set(
-            [(self._pool.pages(key), weight) for _, weight, key in parts],
+            [(self._resident.pages(key), weight) for _, weight, key in parts],
             key="+".join(f"{weight!r}*{content}" for content, weight, _ in parts),
         )
 

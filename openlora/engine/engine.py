@@ -10,7 +10,6 @@ that turns out to have ended then had one token too many computed, which is drop
 
 from __future__ import annotations
 
-import secrets
 from collections import deque
 from collections.abc import Callable
 from collections.abc import Sequence as Items
@@ -26,17 +25,11 @@ from openlora.engine.request import Completion, FinishReason, Request, TokenOutp
 from openlora.engine.scheduler import ScheduledRow, Scheduler
 from openlora.engine.sequence import Sequence, Status
 from openlora.engine.stats import EngineStats, ModelInfo
-from openlora.engine.step import (
-    PENDING_TOKEN,
-    PendingStep,
-    RowSampling,
-    SampledToken,
-    StepRow,
-)
+from openlora.engine.step import PendingStep, SampledToken
+from openlora.engine.step_rows import step_row
 from openlora.engine.stop_checker import token_stop
 from openlora.engine.validation import check_request
 from openlora.errors import InternalError, OpenLoRAError
-from openlora.sampling_params import SEED_LIMIT
 
 _PRELOAD = 0
 """Stands for ``load_adapter`` among the users of an adapter; requests count from 1."""
@@ -115,17 +108,7 @@ class Engine:
         request_id = self._num_added + 1
         adapters = self._adapters.retain(request_id, request.adapters)
         self._num_added = request_id
-        prompt, params = list(request.prompt_token_ids), request.params
-        sequence = Sequence(
-            sequence_id=request_id,
-            token_ids=prompt + list(request.output_token_ids),
-            num_prompt_tokens=len(prompt),
-            max_output_tokens=min(params.max_tokens, self.model_info.max_model_len - len(prompt)),
-            params=params,
-            seed=params.seed if params.seed is not None else secrets.randbelow(SEED_LIMIT),
-            priority=request.priority,
-            adapters=adapters,
-        )
+        sequence = Sequence.of_request(request_id, request, adapters, self.model_info.max_model_len)
         too_large = self._adapters.oversize(sequence)
         if too_large is not None:
             self._adapters.drop(request_id, adapters)
@@ -200,14 +183,13 @@ class Engine:
             AdapterFailed: its files are unusable, or it does not fit the page pool.
         """
         self._adapters.register(name, Path(path))
-        adapters = self._adapters.retain(_PRELOAD, {name: 1.0})
-        key = adapters[0][0]
+        key = self._adapters.load_now(_PRELOAD, name)
         failure: OpenLoRAError | None = None
         while failure is None and self._adapters.is_loading(key):
             failure = self._take_loads(_PRELOAD_WAIT_S).get(key)
         if failure is None:
             self._adapters.make_resident(key)
-        self._adapters.drop(_PRELOAD, adapters)
+        self._adapters.drop(_PRELOAD, ((key, 1.0),))
         if failure is not None:
             self._adapters.unregister(name)
             raise failure
@@ -221,8 +203,10 @@ class Engine:
         self._adapters.unregister(name)
 
     def wait_for_adapters(self, timeout_s: float) -> None:
-        """Where adapters are loading, wait until one has ended, at most ``timeout_s``."""
-        self._take_loads(timeout_s)
+        """Where nothing can run before an adapter is loaded, wait for one up to ``timeout_s``."""
+        can_run = self._scheduler.running or self._scheduler.num_waiting or self._in_flight
+        if not can_run and not self._outputs:
+            self._take_loads(timeout_s)
 
     def stats(self) -> EngineStats:
         """A snapshot of queues, pools and counters."""
@@ -266,36 +250,11 @@ class Engine:
 
     def _launch(self, rows: list[ScheduledRow]) -> None:
         self._num_steps += 1
-        pending = self._runner.launch([self._step_row(row) for row in rows])
+        pending = self._runner.launch([step_row(row, self._blocks.block_size) for row in rows])
         for row in rows:
             row.sequence.last_step = self._num_steps
             row.sequence.num_pending_tokens += row.samples
         self._in_flight.append(_Launched(self._num_steps, rows, pending))
-
-    def _step_row(self, row: ScheduledRow) -> StepRow:
-        sequence, end = row.sequence, row.start + row.num_tokens
-        token_ids = sequence.token_ids[row.start : end]
-        token_ids += [PENDING_TOKEN] * (row.num_tokens - len(token_ids))
-        sampling = None
-        if row.samples:
-            penalised = sequence.params.has_penalties
-            split = sequence.num_prompt_tokens
-            sampling = RowSampling(
-                params=sequence.params,
-                seed=sequence.seed,
-                output_index=sequence.num_tokens - split,
-                prompt_token_ids=sequence.token_ids[:split] if penalised else (),
-                output_token_ids=sequence.token_ids[split:] if penalised else (),
-            )
-        num_blocks = self._blocks.num_blocks_for(end)
-        return StepRow(
-            sequence_id=sequence.sequence_id,
-            token_ids=token_ids,
-            start=row.start,
-            block_table=sequence.block_table[:num_blocks],
-            lora_set=sequence.lora_set,
-            sampling=sampling,
-        )
 
     def _postprocess(self, launched: _Launched) -> None:
         tokens = launched.pending.wait()

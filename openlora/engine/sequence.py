@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import secrets
 from dataclasses import dataclass, field
 from enum import Enum, auto
 
 from openlora.adapters.lora_set import LoRASet
-from openlora.engine.request import Priority
-from openlora.sampling_params import SamplingParams
+from openlora.engine.request import Priority, Request
+from openlora.sampling_params import SEED_LIMIT, SamplingParams
 
 
 class Status(Enum):
@@ -66,6 +67,27 @@ class Sequence:
     num_preemptions: int = 0  # set by the scheduler
     lora_set: LoRASet = LoRASet.EMPTY  # set by the scheduler
     parked_at_step: int = -1  # set by the scheduler
+
+    @classmethod
+    def of_request(
+        cls,
+        sequence_id: int,
+        request: Request,
+        adapters: tuple[tuple[str, float], ...],
+        max_model_len: int,
+    ) -> Sequence:
+        """A new sequence; a missing seed is drawn."""
+        num_prompt_tokens, params = len(request.prompt_token_ids), request.params
+        return cls(
+            sequence_id=sequence_id,
+            token_ids=[*request.prompt_token_ids, *request.output_token_ids],
+            num_prompt_tokens=num_prompt_tokens,
+            max_output_tokens=min(params.max_tokens, max_model_len - num_prompt_tokens),
+            params=params,
+            seed=params.seed if params.seed is not None else secrets.randbelow(SEED_LIMIT),
+            priority=request.priority,
+            adapters=adapters,
+        )
 
     @property
     def num_tokens(self) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 
 import pytest
 from hypothesis import given, settings
@@ -276,6 +277,34 @@ def test_load_adapter_waits_until_it_is_resident_and_raises_what_is_wrong():
     assert engine.stats().resident_adapters == ()
     with pytest.raises(UnknownAdapter):
         engine.unload_adapter("rose")
+
+
+def test_load_adapter_does_not_wait_for_a_staging_area_that_only_steps_can_empty():
+    engine, _ = fake_engine(num_pages=(1, 1, 1, 1))
+    engine.load_adapter("first", "/adapters/first-1-1-1-1")
+    running = engine.add(request([1], n=50, first=1.0))
+    engine.step()
+    waiting = []
+    for number in range(12):
+        engine.register_adapter(f"n{number}", f"/adapters/n{number}-1-1-1-1")
+        waiting.append(engine.add(request([1], n=1, **{f"n{number}": 1.0})))
+    engine.load_adapter("late", "/adapters/late-1-1-1-1")
+    assert engine.stats().resident_adapters == ("first",)
+    outputs = drain(engine)
+    assert len(outputs[running]) + 1 == 50
+    assert all(len(outputs[i]) == 1 for i in waiting)
+
+
+def test_waiting_for_adapters_does_not_hold_up_what_can_run():
+    engine, _ = fake_engine(max_num_batched_tokens=4, max_num_seqs=1)
+    engine.register_adapter("rose", "/adapters/rose-1-1-1-1")
+    engine.add(request([1] * 60, n=1))
+    engine.add(request([1], rose=1.0))
+    assert engine.step() == []
+    start = time.monotonic()
+    engine.wait_for_adapters(30)
+    assert time.monotonic() - start < 5
+    drain(engine)
 
 
 def test_an_unloaded_or_replaced_adapter_serves_the_requests_that_have_it():

@@ -70,7 +70,6 @@ class Reference:
     """transformers + PEFT, one request at a time, without any cache."""
 
     def __init__(self, model_dir: Path, adapters: Mapping[str, Path]) -> None:
-        torch.set_num_threads(1)
         base = LlamaForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
         first, *others = adapters.items()
         self._model = PeftModel.from_pretrained(base, first[1], adapter_name=first[0])

@@ -1,0 +1,136 @@
+"""Which adapters are in device pages: least recently used ones go, ones in use stay."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+
+from openlora.adapters.pages import PagePool, SitePages
+from openlora.engine.adapter_loads import Loaded
+
+
+class ResidentAdapters:
+    """Puts adapters into pages and takes them out. Keys name adapters; engine thread only.
+
+    An adapter is pinned while a running sequence uses it and until the last launched step that
+    names its pages is done; only then can its pages go to another one.
+
+    Args:
+        pool: the page pool's book-keeper.
+        write: copies an adapter in host memory into its pages.
+
+    Attributes:
+        room_epoch: changes whenever an adapter may have become evictable.
+    """
+
+    def __init__(self, pool: PagePool, write: Callable[[SitePages, Loaded], None]) -> None:
+        self.room_epoch = 0
+        self._pool = pool
+        self._write = write
+        self._lru: dict[str, None] = {}  # the longest unused first
+        self._completed_step = 0
+        self._late_unpins: deque[tuple[int, tuple[str, ...]]] = deque()
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._lru
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """All that are in pages, the longest unused first."""
+        return tuple(self._lru)
+
+    @property
+    def num_pages(self) -> Sequence[int]:
+        """Pages of each site, free or not."""
+        return self._pool.num_pages
+
+    def fits(self, counts: Sequence[int]) -> bool:
+        """Whether ``counts`` pages of each site could be had if nobody had any."""
+        return self._pool.fits(counts)
+
+    def pages(self, key: str) -> SitePages:
+        """The pages of an adapter that is resident."""
+        return self._pool.pages(key)
+
+    def is_pinned(self, key: str) -> bool:
+        """Whether the adapter's pages are in use."""
+        return self._pool.pins(key) > 0
+
+    def any_pinned(self) -> bool:
+        """Whether any pages are in use."""
+        return any(self._pool.pins(key) for key in self._lru)
+
+    def place(self, key: str, loaded: Loaded, is_wanted: Callable[[str], bool]) -> bool:
+        """Write an adapter into pages, evicting others for it; False where too many are in use.
+
+        Args:
+            is_wanted: whether queued requests wait for an adapter; such go last, however long
+                they have been unused.
+        """
+        if not self._make_room(loaded.page_counts, is_wanted):
+            return False
+        pages = self._pool.allocate(key, loaded.page_counts)
+        assert pages is not None
+        self._write(pages, loaded)
+        self._lru[key] = None
+        return True
+
+    def evict(self, key: str) -> None:
+        """Take an adapter's pages from it; it must not be pinned."""
+        self._pool.free(key)
+        del self._lru[key]
+        self.room_epoch += 1
+
+    def pin(self, key: str) -> None:
+        """Keep an adapter's pages in place, and count it as used now."""
+        self._pool.pin(key)
+        self._lru[key] = self._lru.pop(key)
+
+    def unpin(self, key: str) -> None:
+        """Take back one ``pin`` that no launched step has relied on."""
+        self._pool.unpin(key)
+
+    def unpin_after(self, step: int, keys: tuple[str, ...]) -> list[str]:
+        """Take back one ``pin`` of each key once step number ``step`` is done.
+
+        Returns:
+            As ``complete``.
+        """
+        self._late_unpins.append((step, keys))
+        return self.complete(self._completed_step)
+
+    def complete(self, step: int) -> list[str]:
+        """Step number ``step`` and all before it are done on the device.
+
+        Returns:
+            The keys whose pins were taken back.
+        """
+        self._completed_step = step
+        unpinned: list[str] = []
+        while self._late_unpins and self._late_unpins[0][0] <= step:
+            unpinned += self._late_unpins.popleft()[1]
+        for key in unpinned:
+            self._pool.unpin(key)
+            self.room_epoch += 1
+        return unpinned
+
+    def check_integrity(self) -> None:
+        """Assert that pages and the order of use name the same adapters."""
+        self._pool.check_integrity()
+        assert self._lru.keys() == set(self._pool.owners())
+
+    def _make_room(self, counts: Iterable[int], is_wanted: Callable[[str], bool]) -> bool:
+        """Evict what is not pinned until ``counts`` pages are free; nothing where that fails."""
+        missing = [count - free for count, free in zip(counts, self._pool.num_free, strict=True)]
+        victims: list[str] = []
+        idle = [key for key in self._lru if not self._pool.pins(key)]
+        for key in sorted(idle, key=is_wanted):
+            if max(missing) <= 0:
+                break
+            victims.append(key)
+            missing = [m - len(p) for m, p in zip(missing, self._pool.pages(key), strict=True)]
+        if max(missing) > 0:
+            return False
+        for key in victims:
+            self.evict(key)
+        return True
