@@ -202,10 +202,17 @@ class Engine:
         """
         self._adapters.unregister(name)
 
-    def wait_for_adapters(self, timeout_s: float) -> None:
-        """Where nothing can run before an adapter is loaded, wait for one up to ``timeout_s``."""
+    def only_waits_for_adapters(self) -> bool:
+        """Whether ``step`` has nothing to do before an adapter is loaded.
+
+        A step that returns no token is no sign of it: it may have computed a part of a prompt.
+        """
         can_run = self._scheduler.running or self._scheduler.num_waiting or self._in_flight
-        if not can_run and not self._outputs:
+        return not can_run and not self._outputs and self._scheduler.num_parked > 0
+
+    def wait_for_adapters(self, timeout_s: float) -> None:
+        """Where ``only_waits_for_adapters``, wait until one is loaded, at most ``timeout_s``."""
+        if self.only_waits_for_adapters():
             self._take_loads(timeout_s)
 
     def stats(self) -> EngineStats:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import threading
 import time
 
 import pytest
@@ -17,7 +18,14 @@ from openlora.errors import (
     PromptTooLong,
     UnknownAdapter,
 )
-from tests.engine.fake_device import EOS, NAN_TOKEN, VOCAB_SIZE, expected_tokens, fake_engine
+from tests.engine.fake_device import (
+    EOS,
+    NAN_TOKEN,
+    VOCAB_SIZE,
+    expected_tokens,
+    fake_engine,
+    load_fake,
+)
 
 ADAPTERS = ("rose-1-1-1-1", "fern-2-1-0-0", "moss-1-0-0-2", "reed-4-4-4-4", "iris-0-0-2-2")
 
@@ -304,6 +312,27 @@ def test_waiting_for_adapters_does_not_hold_up_what_can_run():
     start = time.monotonic()
     engine.wait_for_adapters(30)
     assert time.monotonic() - start < 5
+    assert not engine.only_waits_for_adapters()
+    drain(engine)
+    assert not engine.only_waits_for_adapters()
+
+
+def test_an_engine_that_only_waits_for_an_adapter_says_so(monkeypatch):
+    gate = threading.Event()
+
+    def slow_load(path):
+        assert gate.wait(30)
+        return load_fake(path)
+
+    monkeypatch.setattr("tests.engine.fake_device.load_fake", slow_load)
+    engine, _ = fake_engine()
+    engine.register_adapter("rose", "/adapters/rose-1-1-1-1")
+    engine.add(request([1], rose=1.0))
+    assert engine.step() == []
+    assert engine.only_waits_for_adapters()
+    gate.set()
+    engine.wait_for_adapters(30)
+    assert not engine.only_waits_for_adapters()
     drain(engine)
 
 
