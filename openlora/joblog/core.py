@@ -105,19 +105,23 @@ def store_call(job: Job, lease_ms: int) -> Call:
 
 
 def published_call(job_id: str, topic: str, partition: int, offset: int) -> Call:
+    """The broker has the job there."""
     return Call(scripts.PUBLISHED, [names.job_key(job_id)], [f"{topic}:{partition}:{offset}"])
 
 
 def discard_call(job_id: str) -> Call:
+    """The job will not run; a tombstone stays for an hour."""
     keys = [*_job_keys(job_id), names.open_jobs_key(names.shard_of(job_id))]
     return Call(scripts.DISCARD, keys, [job_id, RETIRED_TTL_S])
 
 
 def claim_call(job_id: str, worker_id: str) -> Call:
+    """Take a job; ``decode_claim`` reads the reply."""
     return Call(scripts.CLAIM, _job_keys(job_id), [worker_id])
 
 
 def recreate_call(job: Job, above_epoch: int, worker_id: str) -> Call:
+    """Open a lost log anew, or claim it; ``decode_claim`` reads the reply."""
     keys = [*_job_keys(job.job_id), names.open_jobs_key(names.shard_of(job.job_id))]
     lease = RECREATED_LEASE_MS if job.leased else 0
     return Call(
@@ -128,6 +132,7 @@ def recreate_call(job: Job, above_epoch: int, worker_id: str) -> Call:
 
 
 def decode_claim(reply: Sequence[Any]) -> Claim:
+    """CLAIM's and RECREATE's reply."""
     status = reply[0]
     if status == b"missing":
         return Claim("missing")
@@ -164,6 +169,7 @@ def _append_call(chunks: Sequence[Chunk]) -> Call:
 
 
 def decode_append(reply: Sequence[int]) -> list[AppendResult]:
+    """APPEND's reply: one result for each chunk of its call, in order."""
     return [
         AppendResult(_STATUS[status], length, cancelled == 1)
         for status, length, cancelled in zip(reply[::3], reply[1::3], reply[2::3], strict=True)
@@ -171,15 +177,17 @@ def decode_append(reply: Sequence[int]) -> list[AppendResult]:
 
 
 def retire_call(job_id: str) -> Call:
+    """The job's offset is committed: keep its end for an hour only."""
     return Call(scripts.RETIRE, _job_keys(job_id), [RETIRED_TTL_S])
 
 
 def cancel_call(job_id: str) -> Call:
+    """Mark an open job."""
     return Call(scripts.CANCEL, [names.job_key(job_id)], [])
 
 
 def renew_calls(job_ids: Iterable[str], lease_ms: int) -> list[Call]:
-    """One call per delivery shard."""
+    """New leases for jobs that have one: one call per delivery shard."""
     by_shard: defaultdict[str, list[str]] = defaultdict(list)
     for job_id in job_ids:
         by_shard[job_id[:2]].append(names.job_key(job_id))
@@ -187,6 +195,7 @@ def renew_calls(job_ids: Iterable[str], lease_ms: int) -> list[Call]:
 
 
 def read_call(job_id: str) -> Call:
+    """A job and its whole log; ``decode_view`` reads the reply."""
     return Call(scripts.READ, _job_keys(job_id), [])
 
 
@@ -205,12 +214,17 @@ def decode_view(reply: Sequence[Any], after: int) -> JobView | None:
 
 
 def once_call(tenant: str, key: str, digest: str, job_id: str) -> Call:
+    """Claim an idempotency key; ``decode_once`` reads the reply."""
     name = names.idempotency_key(tenant, key)
     return Call(scripts.ONCE, [name], [f"{job_id} {digest}", IDEMPOTENCY_TTL_S])
 
 
 def decode_once(reply: bytes, key: str, digest: str, job_id: str) -> tuple[str, bool]:
-    """Raises InvalidRequest where the key was first used with another request."""
+    """The job that holds the key, and whether it is this one.
+
+    Raises:
+        InvalidRequest: the key was first used with another request.
+    """
     first_job_id, _, first_digest = reply.decode().partition(" ")
     if first_digest != digest:
         raise InvalidRequest(
@@ -220,10 +234,12 @@ def decode_once(reply: bytes, key: str, digest: str, job_id: str) -> tuple[str, 
 
 
 def release_call(tenant: str, key: str, job_id: str) -> Call:
+    """Free an idempotency key if this job holds it."""
     return Call(scripts.RELEASE, [names.idempotency_key(tenant, key)], [f"{job_id} "])
 
 
 def lead_call(owner: str, ttl_ms: int) -> Call:
+    """Take or keep the sweeper's lock."""
     return Call(scripts.LEAD, [names.SWEEPER_KEY], [owner, ttl_ms])
 
 

@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 import redis
+from redis.backoff import NoBackoff
+from redis.retry import Retry
 
 from openlora.errors import SetupError
 from openlora.local import ServerProcess, ServerSpec, embedded_broker, embedded_redis, free_port
@@ -35,8 +37,10 @@ def test_redis_wants_the_password_and_does_not_show_it(tmp_path: Path) -> None:
     password = 'with "quotes" and \\ and spaces'
     server = embedded_redis(tmp_path, password=password)
     with server:
-        with redis.Redis(port=server.spec.port) as client, pytest.raises(redis.AuthenticationError):
-            client.ping()
+        once = Retry(NoBackoff(), 0)
+        with redis.Redis(port=server.spec.port, retry=once) as client:
+            with pytest.raises(redis.AuthenticationError):
+                client.ping()
         with redis.Redis(port=server.spec.port, password=password) as client:
             assert client.ping()
         assert password.encode() not in Path(f"/proc/{server.pid}/cmdline").read_bytes()
