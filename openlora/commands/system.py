@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import http.client
 import json
-import os
 import shutil
 import sys
 from collections.abc import Mapping, Sequence
@@ -244,11 +243,12 @@ def _not_ready(url: str) -> list[str] | None:
 
 
 def _own_command() -> str:
-    """How to call this command line from the user's shell."""
-    script = Path(sys.argv[0])
-    if script.name != "openlora":
-        return "python -m openlora"
+    """How to call this command line from the user's shell, so that the line can be pasted."""
+    script = Path(sys.executable).with_name("openlora")
+    if not script.exists():
+        return f"{sys.executable} -m openlora"
     on_path = shutil.which("openlora")
     if on_path and Path(on_path).resolve() == script.resolve():
         return "openlora"
-    return os.path.relpath(script)
+    inside = script.is_relative_to(Path.cwd())
+    return str(script.relative_to(Path.cwd()) if inside else script)
