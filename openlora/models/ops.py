@@ -85,7 +85,8 @@ class TorchOps:
 
     def attention(self, qkv: torch.Tensor, layer: int) -> torch.Tensor:
         config = self.config
-        heads = qkv.view(qkv.shape[0], -1, config.head_dim)
+        num_heads = config.num_heads + 2 * config.num_kv_heads
+        heads = qkv.view(qkv.shape[0], num_heads, config.head_dim)
         kv_cache = self.kv_layers[layer]
         rope_and_write_kv(heads, self.cos, self.sin, kv_cache, self.slot_rows)
         return paged_attention(

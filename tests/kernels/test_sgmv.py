@@ -27,23 +27,23 @@ def make_pages(site, num_pages, dtype=torch.float32, layers=3, seed=0):
     return (a * 0.2).to(dtype)[:, 1], (b * 0.2).to(dtype)[:, 1]
 
 
-def expected(y, x, A, B, segments, block_slices):
+def expected(y, x, a, b, segments, block_slices):
     """y + Σ w · (x Aᵖ) Bᵖ, row by row in fp32."""
     y = y.float().clone()
-    block_out = B.shape[3]
+    block_out = b.shape[3]
     for segment in segments:
         for row in range(segment.start, segment.end):
             for page, weight in segment.pages:
-                shrunk = x[row].float() @ A[page].float()
+                shrunk = x[row].float() @ a[page].float()
                 for block, source in enumerate(block_slices):
-                    part = shrunk[source * RANK : (source + 1) * RANK] @ B[page, block].float()
+                    part = shrunk[source * RANK : (source + 1) * RANK] @ b[page, block].float()
                     y[row, block * block_out : (block + 1) * block_out] += weight * part
     return y
 
 
 def check(site, lens, pages_of, dtype=torch.float32, num_pages=6):
     """Run segments of ``lens`` rows with ``pages_of`` each (() is a gap of base rows)."""
-    A, B = make_pages(site, num_pages, dtype)
+    a, b = make_pages(site, num_pages, dtype)
     block_slices = SITES[site][2]
     segments, start = [], 0
     for length, pages in zip(lens, pages_of, strict=True):
@@ -51,14 +51,14 @@ def check(site, lens, pages_of, dtype=torch.float32, num_pages=6):
             segments.append(Segment(start, start + length, pages))
         start += length
     generator = torch.Generator().manual_seed(1)
-    x = torch.randn(start, A.shape[1], generator=generator).to(dtype)
-    y = torch.randn(start, B.shape[1] * B.shape[3], generator=generator).to(dtype)
-    want = expected(y, x, A, B, segments, block_slices)
-    plan = plan_lora(segments, A, B, block_slices)
+    x = torch.randn(start, a.shape[1], generator=generator).to(dtype)
+    y = torch.randn(start, b.shape[1] * b.shape[3], generator=generator).to(dtype)
+    want = expected(y, x, a, b, segments, block_slices)
+    plan = plan_lora(segments, a, b, block_slices)
     if plan is None:
         assert not segments
         return
-    sgmv(y, x, A, B, plan)
+    sgmv(y, x, a, b, plan)
     torch.testing.assert_close(y.float(), want, atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
 
 
@@ -104,34 +104,34 @@ def test_adapter_popularity(popularity):
 
 
 def test_rows_outside_segments_are_left_alone_and_no_segments_is_no_plan():
-    A, B = make_pages("o", 2)
-    assert plan_lora([], A, B, (0,)) is None
-    x = torch.randn(6, A.shape[1])
-    y = torch.randn(6, B.shape[3])
+    a, b = make_pages("o", 2)
+    assert plan_lora([], a, b, (0,)) is None
+    x = torch.randn(6, a.shape[1])
+    y = torch.randn(6, b.shape[3])
     before = y.clone()
-    sgmv(y, x, A, B, plan_lora([Segment(2, 4, ((1, 1.0),))], A, B, (0,)))
+    sgmv(y, x, a, b, plan_lora([Segment(2, 4, ((1, 1.0),))], a, b, (0,)))
     assert torch.equal(y[:2], before[:2])
     assert torch.equal(y[4:], before[4:])
     assert not torch.equal(y[2:4], before[2:4])
 
 
 def test_bags_and_products_agree(monkeypatch):
-    A, B = make_pages("qkv", 4)
+    a, b = make_pages("qkv", 4)
     segments = [Segment(0, 5, ((0, 1.0), (3, 0.5))), Segment(5, 6, ((2, 1.0),))]
-    x = torch.randn(6, A.shape[1])
+    x = torch.randn(6, a.shape[1])
     results = []
     for limit in (0, 100):
         monkeypatch.setattr(sgmv_module, "BAG_ROWS", limit)
         y = torch.zeros(6, 40)
-        sgmv(y, x, A, B, plan_lora(segments, A, B, SITES["qkv"][2]))
+        sgmv(y, x, a, b, plan_lora(segments, a, b, SITES["qkv"][2]))
         results.append(y)
     torch.testing.assert_close(*results, atol=1e-5, rtol=1e-5)
 
 
 def test_a_page_that_no_segment_names_may_hold_anything():
-    A, B = make_pages("qkv", 3)
-    A[1], B[1] = float("nan"), float("nan")
+    a, b = make_pages("qkv", 3)
+    a[1], b[1] = float("nan"), float("nan")
     segments = [Segment(0, 1, ((0, 1.0),)), Segment(1, 12, ((2, 1.0),))]
     y = torch.zeros(12, 40)
-    sgmv(y, torch.randn(12, A.shape[1]), A, B, plan_lora(segments, A, B, SITES["qkv"][2]))
+    sgmv(y, torch.randn(12, a.shape[1]), a, b, plan_lora(segments, a, b, SITES["qkv"][2]))
     assert y.isfinite().all()

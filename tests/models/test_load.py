@@ -68,7 +68,7 @@ def test_missing_unexpected_and_misshapen_tensors_are_named(saved):
     with pytest.raises(SetupError, match=r"up_proj.*\[40, 31\].*\[40, 32\]"):
         load_model(str(saved))
     edit(saved, lambda tensors: tensors.pop(name))
-    with pytest.raises(SetupError, match="up_proj.weight is missing"):
+    with pytest.raises(SetupError, match=r"up_proj\.weight is missing"):
         load_model(str(saved))
     edit(
         saved,
