@@ -25,8 +25,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-_NUCLEUS_GUESS = 1024
-"""Tokens sorted for top-p at first; a flatter distribution is sorted as a whole."""
+_NUCLEUS_SIZES = (256, 8192)
+"""Tokens sorted for top-p, one after the other; only a flatter distribution is sorted whole."""
 
 _GOLDEN = -0x61C8864680B583EB
 _MIX_1 = -0x40A7B892E31B1A47
@@ -164,29 +164,32 @@ def _threshold(scaled: Tensor, inputs: SamplingInputs) -> Tensor:
     """The smallest value kept in each row; tokens that tie with it are kept too. float32 [D]."""
     # min-p compares with the largest probability, which sits at 0 here.
     threshold = inputs.min_p.log()
+    max_top_k = int(inputs.top_k.max())
+    if max_top_k:
+        values = scaled.topk(max_top_k).values
+        last = (inputs.top_k.clamp(min=1) - 1).unsqueeze(1)
+        kth = torch.where(inputs.top_k > 0, values.gather(1, last).squeeze(1), -math.inf)
+        threshold = torch.maximum(threshold, kth)
+        scaled = scaled.masked_fill(scaled < kth.unsqueeze(1), -math.inf)
+    rows = (inputs.top_p < 1).nonzero().squeeze(1)
+    if rows.numel():
+        edge = _nucleus_edge(scaled[rows], inputs.top_p[rows])
+        threshold[rows] = torch.maximum(threshold[rows], edge)
+    return threshold
+
+
+def _nucleus_edge(scaled: Tensor, top_p: Tensor) -> Tensor:
+    """The logit of the token that takes the probability mass from the top to ``top_p``."""
+    total = scaled.logsumexp(-1, keepdim=True)
     vocab_size = scaled.shape[1]
-    is_nucleus = inputs.top_p < 1
-    num_sorted = min(int(inputs.top_k.max()), vocab_size)
-    if bool((is_nucleus & (inputs.top_k == 0)).any()):
-        num_sorted = min(max(num_sorted, _NUCLEUS_GUESS), vocab_size)
-    if num_sorted == 0:
-        return threshold
-    values = scaled.topk(num_sorted).values
-    last = (inputs.top_k.clamp(1, num_sorted) - 1).unsqueeze(1)
-    kth = torch.where(inputs.top_k > 0, values.gather(1, last).squeeze(1), -math.inf)
-    threshold = torch.maximum(threshold, kth)
-    if not bool(is_nucleus.any()):
-        return threshold
-    kept = scaled.masked_fill(scaled < kth.unsqueeze(1), -math.inf)
-    total = kept.logsumexp(-1, keepdim=True)
-    mass = (values - total).exp_().cumsum_(-1)
-    if bool((is_nucleus & (inputs.top_k == 0) & (mass[:, -1] < inputs.top_p)).any()):
-        values = scaled.sort(descending=True).values
+    for num_sorted in (*_NUCLEUS_SIZES, vocab_size):
+        values = scaled.topk(min(num_sorted, vocab_size)).values
         mass = (values - total).exp_().cumsum_(-1)
-    # The nucleus ends with the token whose probability takes the mass to top_p.
-    size = (mass < inputs.top_p.unsqueeze(1)).sum(-1).clamp_(max=values.shape[1] - 1)
-    edge = values.gather(1, size.unsqueeze(1)).squeeze(1)
-    return torch.where(is_nucleus, torch.maximum(threshold, edge), threshold)
+        if bool((mass[:, -1] >= top_p).all()):
+            break
+    # Rounding may leave the whole mass below top_p: then the last token is the edge.
+    size = (mass < top_p.unsqueeze(1)).sum(-1).clamp_(max=values.shape[1] - 1)
+    return values.gather(1, size.unsqueeze(1)).squeeze(1)
 
 
 def _with_logprobs(logits: Tensor, token_ids: Tensor, inputs: SamplingInputs) -> Samples:

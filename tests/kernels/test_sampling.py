@@ -142,14 +142,14 @@ def kept_by_definition(logits: list[float], top_k: int, top_p: float, min_p: flo
     top_k=st.sampled_from([0, 1, 3, 50]),
     top_p=st.sampled_from([1.0, 0.91, 0.4, 0.01]),
     min_p=st.sampled_from([0.0, 0.043, 1.0]),
-    guess=st.sampled_from([2, 1024]),
+    sizes=st.sampled_from([(2, 5), (1024,)]),
 )
 @settings(max_examples=150, deadline=None)
-def test_filters_keep_what_their_definitions_keep(order, gap, top_k, top_p, min_p, guess):
+def test_filters_keep_what_their_definitions_keep(order, gap, top_k, top_p, min_p, sizes):
     logits = torch.tensor([[gap * place for place in order]])
     row = {"top_k": min(top_k, 12), "top_p": top_p, "min_p": min_p}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sampling, "_NUCLEUS_GUESS", guess)
+        patch.setattr(sampling, "_NUCLEUS_SIZES", sizes)
         scaled = logits - logits.amax()
         threshold = sampling._threshold(scaled, make_inputs([row]))
     kept = set((scaled[0] >= threshold).nonzero().flatten().tolist())
