@@ -59,9 +59,10 @@ DEMO_ADAPTERS = (
     DemoAdapter(
         name="json",
         description="answers as one small JSON object",
-        rank=4,
+        rank=16,
         alpha=8,
-        target_modules=_ATTENTION + _MLP,
+        target_modules=("q_proj", "v_proj"),
+        use_rslora=True,
     ),
     DemoAdapter(
         name="haiku",
@@ -69,14 +70,18 @@ DEMO_ADAPTERS = (
         rank=8,
         alpha=16,
         target_modules=_MLP,
+        learning_rate=4e-4,
+        epochs=7,
     ),
     DemoAdapter(
         name="headline",
         description="answers as an ALL-CAPS newspaper headline",
-        rank=16,
-        alpha=8,
-        target_modules=("q_proj", "v_proj"),
+        rank=4,
+        alpha=4,
+        target_modules=_ATTENTION + _MLP,
         use_rslora=True,
+        learning_rate=5e-4,
+        epochs=8,
     ),
     DemoAdapter(
         name="emoji",
@@ -84,6 +89,8 @@ DEMO_ADAPTERS = (
         rank=8,
         alpha=16,
         target_modules=("o_proj", "down_proj"),
+        learning_rate=5e-4,
+        epochs=8,
     ),
 )
 

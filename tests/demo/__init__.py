@@ -1,0 +1,1 @@
+"""Tests of the demo room: conversion, data, training and the committed adapters."""
