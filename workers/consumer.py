@@ -25,6 +25,7 @@ from workers.budgets import Budgets
 from workers.kafka_client import connect_consumer
 from workers.offsets import SPAN_LIMIT, Offsets, Partition, Position
 from workers.partition_report import report_partitions
+from workers.pauses import Pauses
 from workers.rebalance import Assigned, Rebalances
 
 POLL_TIMEOUT_MS = 25
@@ -95,10 +96,11 @@ class JobConsumer:
         self._committing: list[_Ended] = []
         self._backlog: dict[str, deque[Fetched]] = {topic: deque() for topic in JOB_TOPICS}
         self._held = dict.fromkeys(JOB_TOPICS, 0)
-        self._paused: set[TopicPartition] = set()
+        self._pauses = Pauses()
         self._stopping = threading.Event()
         self._commit_due = 0.0
         self._last_fetch = time.monotonic()
+        self._batch_flows = False
         self._commit_answer_due = 0.0  # until then one commit is under way
         self._status_due = 0.0
         self._consumer: Any = None
@@ -152,14 +154,21 @@ class JobConsumer:
         self._apply_rebalances()
         self._take_ended()
         self._deliver_backlog()
-        self._apply_pauses()
+        self._pauses.apply(
+            self._consumer,
+            self._offsets.partitions(),
+            self._held_back(),
+            batch_flows=self._batch_flows,
+        )
         now = time.monotonic()
         if now >= self._commit_due:
             self._commit(now)
         if now >= self._status_due:
             self._status_due = now + STATUS_INTERVAL_S
             self.status = tuple(
-                report_partitions(self._consumer, self._offsets, self._paused, self._undelivered())
+                report_partitions(
+                    self._consumer, self._offsets, self._pauses.held_back, self._undelivered()
+                )
             )
         try:
             records = self._consumer.poll(POLL_TIMEOUT_MS, max_records=TAKE_ALL)
@@ -169,6 +178,7 @@ class JobConsumer:
             logger.warning("event=poll_failed error=%r next=retry", error)
             self._stopping.wait(ERROR_PAUSE_S)
             return
+        self._batch_flows = any(partition.topic == BATCH_TOPIC for partition in records)
         if records:
             self._last_fetch = now
             self._take(records)
@@ -219,20 +229,14 @@ class JobConsumer:
                 self._committing.append(ended)
             self._offsets.end(ended.position)
 
-    def _apply_pauses(self) -> None:
+    def _held_back(self) -> list[Partition]:
+        """Partitions for whose jobs there is no room now."""
         topics = self._full_topics() | {topic for topic, rest in self._backlog.items() if rest}
-        wanted = {
-            TopicPartition(*partition)
+        return [
+            partition
             for partition in self._offsets.partitions()
             if partition[0] in topics or self._offsets.span(partition) >= SPAN_LIMIT
-        }
-        if wanted == self._paused:
-            return
-        pause, resume = wanted - self._paused, self._paused - wanted
-        assignment = self._consumer.assignment()
-        self._consumer.pause(*(pause & assignment))
-        self._consumer.resume(*(resume & assignment))
-        self._paused = wanted
+        ]
 
     def _commit(self, now: float) -> None:
         self._commit_due = now + COMMIT_INTERVAL_S
@@ -265,7 +269,7 @@ class JobConsumer:
     def _apply_rebalances(self) -> None:
         for event in self._rebalances.take():
             names = event.partitions
-            self._paused.difference_update(TopicPartition(*name) for name in names)
+            self._pauses.forget(names)
             if isinstance(event, Assigned):
                 self._offsets.assign(names)
                 logger.info("event=partitions_assigned partitions=%s next=fetch", names)

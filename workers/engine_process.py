@@ -98,7 +98,7 @@ class EngineServer:
             outputs = self._take_failed()
             if self._engine.has_work():
                 outputs += self._outputs(self._engine.step())
-            stalled = not outputs
+            stalled = not outputs and self._engine.only_waits_for_adapters()
             self._send(tuple(outputs), force_load=False)
 
     def _apply(self, commands: Commands) -> None:

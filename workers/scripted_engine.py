@@ -96,6 +96,10 @@ class ScriptedEngine:
         """Whether a step would say anything."""
         return bool(self._runs)
 
+    def only_waits_for_adapters(self) -> bool:
+        """Never: it loads none."""
+        return False
+
     def register_adapter(self, name: str, path: str) -> None:
         """Remember the name; nothing is loaded."""
         self._registered[name] = path

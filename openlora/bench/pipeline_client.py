@@ -35,8 +35,8 @@ class ClientPlan(msgspec.Struct, frozen=True):
         streams: connections, one request at a time on each.
         requests: requests of each stream, one after the other.
         tokens: tokens of each request.
-        stagger: begin each stream's first request somewhere within its length, so that requests
-            start and end evenly spread in time.
+        stagger: each stream's first request has a length of its own, so that those after it start
+            evenly spread in time. The first ones, which start all at once, are not measured.
     """
 
     url: str
@@ -122,6 +122,7 @@ class StreamProtocol(asyncio.Protocol):
         self._sent_ns = 0
         self._first_token_ns = 0
         self._is_done = False
+        self._is_measured = not totals.plan.stagger
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = transport
@@ -198,18 +199,20 @@ class StreamProtocol(asyncio.Protocol):
         if message.type == "token":
             self._totals.tokens += 1
             if not self._plan.relay:
-                self._totals.latencies_ms.append(clock_age_ms(message.token_id, now))
+                if self._is_measured:
+                    self._totals.latencies_ms.append(clock_age_ms(message.token_id, now))
                 if not self._first_token_ns:
                     self._first_token_ns = now
             elif message.index == self._plan.tokens - 1:
                 self._finish()
         elif message.type == "done":
-            if message.timings is not None:
+            if message.timings is not None and self._is_measured:
                 waited_ms = (self._first_token_ns - self._sent_ns) / 1e6
                 engine_ms = message.timings.ttft_ms - message.timings.queue_ms
                 self._totals.added_ttft_ms.append(waited_ms - engine_ms)
             self._requests_left -= 1
             if self._requests_left:
+                self._is_measured = True
                 self.begin()
             else:
                 self._finish()
