@@ -277,8 +277,10 @@ for (const button of document.querySelectorAll(".voice-button")) {
     const voice = await picker.choose(title, voices[lane], adapters);
     if (voice) voices[lane] = voice;
     showVoices();
-    button.focus();
   });
+}
+for (const button of document.querySelectorAll("[data-cancel]")) {
+  button.addEventListener("click", () => button.closest("dialog").close());
 }
 document.addEventListener("keydown", (event) => event.key === "Escape" && toggleHistory(false));
 window.addEventListener("online", () => server.link?.reconnectNow());
@@ -287,7 +289,7 @@ showExamples();
 showVoices();
 showHistory();
 loadAdapters().then(() => {
-  server.connect();
+  if (!server.needsKey) server.connect();
   const newest = history.conversations[0];
   const unfinished = newest?.turns.at(-1)?.answers.some((a) => a.state === "waiting" || a.state === "streaming");
   if (unfinished) openConversation(newest);

@@ -11,12 +11,14 @@ export class Server {
   constructor() {
     this.key = sessionStorage.getItem(KEY_STORAGE) ?? "";
     this.link = null;
+    this.needsKey = false;
   }
 
   async get(path) {
     const headers = this.key ? { Authorization: `Bearer ${this.key}` } : {};
     const response = await fetch(path, { headers });
-    if (response.status === 401) throw new Error("unauthorized");
+    this.needsKey = response.status === 401;
+    if (this.needsKey) throw new Error("unauthorized");
     if (!response.ok) throw new Error((await response.json()).error?.message ?? response.statusText);
     return response.json();
   }
@@ -49,7 +51,7 @@ export class Server {
     if (dialog.returnValue !== "use") return false;
     this.key = $("#key").value.trim();
     sessionStorage.setItem(KEY_STORAGE, this.key);
-    if (this.link) this.connect();
+    this.connect();
     return true;
   }
 

@@ -50,7 +50,7 @@ def running_gateway(
     kafka: str, redis_url: str, directory: Path, **environ: str
 ) -> Iterator[RunningGateway]:
     """Starts `python -m gateway`, waits until it answers, and ends it by SIGTERM."""
-    port = free_port()
+    port = int(environ.get("OPENLORA_PORT") or free_port())
     log_path = directory / f"gateway-{port}.log"
     settings = {
         "OPENLORA_PORT": str(port),
