@@ -1,0 +1,143 @@
+"""Outbox and follower: bounded memory, nothing lost, nothing before `accepted`."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from typing import Any
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from gateway.follower import MAX_QUEUED_FRAMES, Follower, Outbox
+from gateway.metrics import Metrics
+from gateway.stream import TokenStream
+from openlora.joblog import JobView
+from openlora.protocol.events import Chunk, End, Token
+from openlora.protocol.jobs import Job
+from openlora.sampling_params import SamplingParams
+
+JOB_ID = "07" + "a" * 24
+JOB = Job(JOB_ID, "t", 1, SamplingParams(seed=1), prompt="x")
+
+
+def chunks(count: int) -> list[Chunk]:
+    tokens = [Chunk(JOB_ID, 1, i, (Token(i, f"{i} "),)) for i in range(count)]
+    return [*tokens, Chunk(JOB_ID, 1, count, (), End("stop", completion_tokens=count))]
+
+
+def view(log: list[Chunk], after: int = -1) -> JobView:
+    newer = tuple(c for c in log if c.end or c.first_index + len(c.tokens) > after + 1)
+    return JobView(JOB, 1, newer, log[-1].end if log else None, False)
+
+
+def new_follower() -> Follower:
+    return Follower(TokenStream("r", JOB_ID), Outbox(), Metrics(), lambda: None)
+
+
+def drain(follower: Follower) -> list[dict[str, Any]]:
+    return [json.loads(frame) for frame in follower.outbox.take()]
+
+
+def indices(frames: list[dict[str, Any]]) -> list[int]:
+    return [frame["index"] for frame in frames if frame["type"] == "token"]
+
+
+def test_nothing_overtakes_accepted_and_what_came_before_is_read() -> None:
+    follower, log = new_follower(), chunks(3)
+    assert not follower.take(log[0])
+    assert follower.outbox.frames == []
+    follower.begin()
+    assert list(follower.outbox.lagging) == [follower]
+    follower.missed = False
+    follower.catch_up(view(log[:2]), whole=True)
+    assert indices(drain(follower)) == [0, 1]
+
+
+def test_a_follower_that_missed_nothing_reads_nothing() -> None:
+    follower = new_follower()
+    follower.begin()
+    assert not follower.outbox.lagging
+    assert follower.take(chunks(0)[0])
+
+
+def test_a_full_outbox_takes_no_more_tokens() -> None:
+    follower, log = new_follower(), chunks(3 * MAX_QUEUED_FRAMES)
+    follower.begin()
+    for chunk in log:
+        assert not follower.take(chunk)
+    assert len(follower.outbox.frames) == MAX_QUEUED_FRAMES
+    seen: list[int] = []
+    while follower.stream.end is None:
+        seen += indices(drain(follower))
+        assert follower in follower.outbox.lagging
+        del follower.outbox.lagging[follower]
+        follower.missed = False
+        follower.catch_up(view(log, follower.stream.next_index - 1), whole=False)
+        assert len(follower.outbox.frames) <= MAX_QUEUED_FRAMES + 1
+    seen += indices(drain(follower))
+    assert seen == [*range(3 * MAX_QUEUED_FRAMES)]
+
+
+def test_an_event_missed_while_the_log_is_read_leads_to_another_read() -> None:
+    follower, log = new_follower(), chunks(2)
+    follower.begin()
+    follower.lag()
+    del follower.outbox.lagging[follower]
+    follower.missed = False
+    old = view(log[:1])
+    follower.take(log[1])  # published after the log was read, before the answer is looked at
+    follower.catch_up(old, whole=True)
+    assert follower in follower.outbox.lagging
+
+
+@given(st.lists(st.sampled_from(["event", "lost", "drain", "read"]), max_size=60))
+def test_in_any_order_of_events_losses_and_reads_each_token_comes_once(steps: list[str]) -> None:
+    follower, log = new_follower(), chunks(60)
+    follower.begin()
+    frames: list[dict[str, Any]] = []
+    published = 0
+    for step in steps:
+        if step == "drain":
+            frames += drain(follower)
+        elif step == "read":
+            _read(follower, log[:published])
+        else:
+            if step == "event":
+                follower.take(log[published])
+            published += 1
+    follower.miss()  # as after a reconnect
+    _read(follower, log)
+    frames += drain(follower)
+    assert indices(frames) == [*range(60)]
+    assert frames[-1]["type"] == "done"
+
+
+def _read(follower: Follower, log: list[Chunk]) -> None:
+    if follower in follower.outbox.lagging:
+        del follower.outbox.lagging[follower]
+        follower.missed = False
+        follower.catch_up(view(log, follower.stream.next_index - 1), whole=False)
+
+
+def test_the_sender_waits_for_work_and_the_reader_for_room() -> None:
+    async def scenario() -> None:
+        outbox = Outbox()
+        sender = asyncio.create_task(outbox.wait())
+        await asyncio.sleep(0)
+        assert not sender.done()
+        outbox.put("x")
+        await sender
+        for _ in range(MAX_QUEUED_FRAMES):
+            outbox.put("x")
+        reader = asyncio.create_task(outbox.room())
+        await asyncio.sleep(0)
+        assert not reader.done()
+        assert len(outbox.take()) == MAX_QUEUED_FRAMES + 1
+        await reader
+        waiting = asyncio.create_task(outbox.wait())
+        await asyncio.sleep(0)
+        outbox.close()
+        await waiting
+
+    asyncio.run(scenario())

@@ -1,0 +1,67 @@
+"""Heartbeats and records as HTTP shows them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+import pytest
+
+from gateway.adapter_api import check_hidden_size
+from gateway.workers_view import model_fields, queue_depth, worker_fields
+from openlora.errors import AdapterFailed
+from openlora.protocol.status import AdapterRecord, Heartbeat, PartitionStatus
+
+
+def heartbeat(**fields: Any) -> Heartbeat:
+    known = {
+        "id": "w",
+        "pid": 1,
+        "engine_pid": 2,
+        "host": "h",
+        "device": "cpu",
+        "dtype": "float32",
+        "model": "/m",
+        "model_id": "tiny",
+        "max_model_len": 512,
+        "ready": True,
+        "started_ms": 5000,
+        "written_ms": 6000,
+    }
+    return msgspec.convert(known | fields, Heartbeat)
+
+
+def test_a_worker_shows_its_partitions_with_their_lag() -> None:
+    part = PartitionStatus("openlora.jobs", 3, committed=10, position=12, high_water=15)
+    (shown,) = worker_fields(heartbeat(partitions=(part,)))["partitions"]  # type: ignore[misc]
+    assert shown["lag"] == 5
+    assert shown["partition"] == 3
+
+
+def test_jobs_wait_at_workers_and_behind_what_was_fetched() -> None:
+    unknown = PartitionStatus("openlora.jobs", 1, committed=0, position=0, high_water=-1)
+    part = PartitionStatus("openlora.jobs", 3, committed=10, position=12, high_water=15)
+    assert queue_depth([heartbeat(waiting=2, partitions=(part, unknown)), heartbeat()]) == 5
+
+
+def test_models_are_each_base_once_then_the_adapters() -> None:
+    record = AdapterRecord("a", 2, "f" * 64, 8, (), "tiny", 1, "/x", 7000)
+    models = model_fields([heartbeat(), heartbeat(id="v", started_ms=3000)], [record])
+    assert [(m["id"], m["created"]) for m in models] == [("tiny", 3), ("a", 7)]
+
+
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [
+        ("base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight", (8, 96)),
+        ("base_model.model.model.layers.0.mlp.down_proj.lora_B.weight", (96, 8)),
+    ],
+)
+def test_an_adapter_of_another_hidden_size_is_refused_where_a_size_is_known(
+    name: str, shape: tuple[int, int]
+) -> None:
+    tensors = {name: ("F32", shape)}
+    check_hidden_size(tensors, {96})
+    check_hidden_size(tensors, set())
+    with pytest.raises(AdapterFailed, match="hidden size 96"):
+        check_hidden_size(tensors, {64})
