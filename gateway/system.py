@@ -84,7 +84,7 @@ class Gateway:
         """What is missing before a request can be answered: kafka, redis, worker, or nothing."""
         missing = [] if self.broker.answers else ["kafka"]
         if self.intake.draining:
-            missing.append("another gateway: this one is draining")
+            missing.append("gateway (this one is draining)")
         try:
             heartbeats = await self.job_log.heartbeats()
         except Overloaded:

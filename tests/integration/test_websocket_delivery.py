@@ -1,0 +1,182 @@
+"""Cancel, absence, resume, repetition and drain on real gateway processes."""
+
+from __future__ import annotations
+
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from websockets.exceptions import ConnectionClosed
+from websockets.sync.client import connect
+
+from tests.conftest import Broker
+from tests.gateway.client import (
+    GRACE_S,
+    generate,
+    hang_up,
+    receive,
+    receive_all,
+    receive_until_closed,
+    send,
+    text_of,
+    wait_for,
+    words,
+)
+from tests.gateway.running import RunningGateway, ScriptedWorker, running_gateway
+
+pytestmark = pytest.mark.services
+
+
+def test_cancel_stops_the_work_at_the_worker(
+    gateway: RunningGateway, slow_worker: ScriptedWorker
+) -> None:
+    with connect(gateway.ws_url) as socket:
+        generate(socket, "r", words(5000))
+        frames = [receive(socket) for _ in range(5)]
+        send(socket, type="cancel", request_id="r")
+        frames += receive_all(socket, "r")
+        assert frames[-1]["finish_reason"] == "cancelled"
+        assert len(frames) < 200
+        text_of(frames)
+    wait_for(lambda: not slow_worker.running)
+
+
+def test_the_job_of_a_client_that_left_ends_after_the_grace(
+    gateway: RunningGateway, slow_worker: ScriptedWorker
+) -> None:
+    with connect(gateway.ws_url) as socket:
+        generate(socket, "r", words(5000))
+        job_id = receive(socket)["job_id"]
+        # renewed for as long as the client stays
+        time.sleep(GRACE_S * 1.5)
+        assert job_id in slow_worker.running
+        hang_up(socket)
+    left = time.monotonic()
+    wait_for(lambda: job_id not in slow_worker.running)
+    assert time.monotonic() - left > GRACE_S * 0.6
+
+
+def test_a_batch_job_goes_on_without_its_client(
+    gateway: RunningGateway, slow_worker: ScriptedWorker
+) -> None:
+    with connect(gateway.ws_url) as socket:
+        generate(socket, "r", words(150), priority="batch")
+        job_id = receive(socket)["job_id"]
+        hang_up(socket)
+    wait_for(lambda: job_id in slow_worker.running)
+    wait_for(lambda: job_id not in slow_worker.running)
+    with connect(gateway.ws_url) as socket:
+        send(socket, type="resume", request_id="s", job_id=job_id)
+        assert text_of(receive_all(socket, "s")) == words(150)
+
+
+def test_a_stream_goes_on_at_another_gateway(
+    gateway: RunningGateway,
+    embedded_broker: Broker,
+    redis_address: str,
+    tmp_path: Path,
+    slow_worker: ScriptedWorker,
+) -> None:
+    with running_gateway(embedded_broker.bootstrap_servers, redis_address, tmp_path) as second:
+        with connect(gateway.ws_url) as socket:
+            generate(socket, "r", words(100))
+            frames = [receive(socket) for _ in range(20)]
+            hang_up(socket)
+        with connect(second.ws_url) as socket:
+            last = frames[-1]
+            send(socket, type="resume", request_id="s", job_id=last["job_id"], after=last["index"])
+            accepted, *rest = receive_all(socket, "s")
+            assert (accepted["type"], accepted["adapters"]) == ("accepted", [])
+            assert rest[0]["index"] == last["index"] + 1
+            assert text_of(frames + rest) == words(100)
+
+
+def test_a_resume_beyond_the_log_is_refused(
+    gateway: RunningGateway, worker: ScriptedWorker
+) -> None:
+    with connect(gateway.ws_url) as socket:
+        generate(socket, "r", "a b c")
+        job_id = receive_all(socket, "r")[0]["job_id"]
+        send(socket, type="resume", request_id="s", job_id=job_id, after=3)
+        error = receive(socket)
+        assert (error["code"], error["request_id"]) == ("invalid_request", "s")
+        assert "3 tokens" in error["message"]
+        send(socket, type="resume", request_id="s", job_id=job_id, after=1)
+        assert text_of(receive_all(socket, "s")) == " c"
+
+
+def test_an_idempotency_key_runs_a_request_once(
+    gateway: RunningGateway, worker: ScriptedWorker
+) -> None:
+    with connect(gateway.ws_url) as socket:
+        generate(socket, "r1", "a b", idempotency_key="k1")
+        first = receive_all(socket, "r1")
+        generate(socket, "r2", "a b", idempotency_key="k1")
+        second = receive_all(socket, "r2")
+        assert second[0]["job_id"] == first[0]["job_id"]
+        assert text_of(second) == "a b"
+        generate(socket, "r3", "another", idempotency_key="k1")
+        assert receive_all(socket, "r3")[-1]["code"] == "invalid_request"
+    assert len(worker.jobs) == 1
+
+
+def test_sigterm_lets_streams_end_then_closes_with_1012(
+    embedded_broker: Broker, redis_address: str, tmp_path: Path, slow_worker: ScriptedWorker
+) -> None:
+    with (
+        running_gateway(
+            embedded_broker.bootstrap_servers,
+            redis_address,
+            tmp_path,
+            OPENLORA_DRAIN_TIMEOUT_S="20",
+        ) as gateway,
+        connect(gateway.ws_url) as socket,
+    ):
+        generate(socket, "r", words(100))
+        frames = [receive(socket)]
+        gateway.process.send_signal(signal.SIGTERM)
+        wait_for(lambda: httpx.get(f"{gateway.url}/readyz").status_code == 503)
+        generate(socket, "late", "x")
+        late: list[dict[str, Any]] = []
+        while not frames or frames[-1]["type"] != "done":
+            frame = receive(socket)
+            (late if frame["request_id"] == "late" else frames).append(frame)
+        assert text_of(frames) == words(100)
+        assert [frame["code"] for frame in late] == ["overloaded"]
+        with pytest.raises(ConnectionClosed) as caught:
+            socket.recv(timeout=10)
+        assert caught.value.rcvd is not None
+        assert caught.value.rcvd.code == 1012
+        assert gateway.process.wait(10) == 0
+
+
+def test_a_stream_cut_off_by_the_drain_can_be_resumed(
+    gateway: RunningGateway,
+    embedded_broker: Broker,
+    redis_address: str,
+    tmp_path: Path,
+    slow_worker: ScriptedWorker,
+) -> None:
+    with (
+        running_gateway(
+            embedded_broker.bootstrap_servers,
+            redis_address,
+            tmp_path,
+            OPENLORA_DRAIN_TIMEOUT_S="0.3",
+        ) as leaving,
+        connect(leaving.ws_url) as socket,
+    ):
+        generate(socket, "r", words(200))
+        frames = [receive(socket)]
+        leaving.process.send_signal(signal.SIGTERM)
+        with pytest.raises(ConnectionClosed) as caught:
+            receive_until_closed(socket, frames)
+        assert caught.value.rcvd is not None
+        assert caught.value.rcvd.code == 1012
+    with connect(gateway.ws_url) as socket:
+        last = frames[-1]
+        send(socket, type="resume", request_id="s", job_id=last["job_id"], after=last["index"])
+        assert text_of(frames + receive_all(socket, "s")) == words(200)

@@ -1,0 +1,184 @@
+"""The websocket under bad input, floods, slow clients, wrong keys and without a broker."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from websockets.exceptions import ConnectionClosed, InvalidStatus
+from websockets.sync.client import connect
+
+from openlora.protocol.jobs import Job
+from tests.conftest import Broker
+from tests.gateway.client import (
+    generate,
+    metric,
+    receive,
+    receive_all,
+    send,
+    small_buffers,
+    text_of,
+    wait_for,
+    words,
+)
+from tests.gateway.running import RunningGateway, ScriptedWorker, running_gateway
+
+pytestmark = pytest.mark.services
+
+
+def test_bad_frames_get_errors_and_harm_nothing(
+    gateway: RunningGateway, slow_worker: ScriptedWorker
+) -> None:
+    bad: list[tuple[str | bytes, str, str | None]] = [
+        ("{", "invalid_request", None),
+        (b"\0\1", "invalid_request", None),
+        ("[" * 100_000, "invalid_request", None),
+        ('{"type":"sing","request_id":"b"}', "invalid_request", "b"),
+        ('{"type":"generate","request_id":"b"}', "invalid_request", "b"),
+        ('{"type":"generate","request_id":"b","messages":[]}', "invalid_request", "b"),
+        ('{"type":"generate","request_id":"b","prompt":"x","adapter":7}', "invalid_request", "b"),
+        (
+            '{"type":"generate","request_id":"b","prompt":"x","adapters":[{"id":"pirate",'
+            '"weight":1e999}]}',
+            "invalid_request",
+            "b",
+        ),
+        (
+            '{"type":"generate","request_id":"b","prompt":"x","adapter":"nobody"}',
+            "unknown_adapter",
+            "b",
+        ),
+        ('{"type":"generate","request_id":"good","prompt":"x"}', "invalid_request", "good"),
+        ('{"type":"cancel","request_id":"never"}', "invalid_request", "never"),
+        (
+            json.dumps({"type": "resume", "request_id": "b", "job_id": "0" * 26, "after": -1}),
+            "job_not_found",
+            "b",
+        ),
+        ("x" * (2 << 20), "payload_too_large", None),
+        ("x" * (10 << 20), "payload_too_large", None),
+        (b"x" * (10 << 20), "payload_too_large", None),
+    ]
+    with connect(gateway.ws_url, max_size=None) as socket:
+        generate(socket, "good", words(60))
+        frames = [receive(socket)]
+        for text, code, request_id in bad:
+            socket.send(text)
+            while (frame := receive(socket))["type"] != "error":
+                frames.append(frame)
+            assert (frame["code"], frame["request_id"]) == (code, request_id), text[:100]
+            assert frame["retriable"] is False
+        frames += receive_all(socket, "good")
+        assert text_of(frames) == words(60)
+
+
+def test_a_frame_over_16_mib_closes_the_connection_with_1009(gateway: RunningGateway) -> None:
+    with connect(gateway.ws_url) as socket:
+        socket.send("x" * ((16 << 20) + 1))
+        with pytest.raises(ConnectionClosed) as caught:
+            socket.recv(timeout=15)
+        assert caught.value.rcvd is not None
+        assert caught.value.rcvd.code == 1009
+
+
+def test_a_thousand_requests_on_one_connection(
+    gateway: RunningGateway, worker: ScriptedWorker
+) -> None:
+    with connect(gateway.ws_url) as socket:
+        for i in range(1000):
+            generate(socket, f"r{i}", "x y")
+        ends: dict[str, dict[str, Any]] = {}
+        while len(ends) < 1000:
+            frame = receive(socket)
+            if frame["type"] in ("done", "error"):
+                ends[frame["request_id"]] = frame
+        refused = [frame for frame in ends.values() if frame["type"] == "error"]
+        assert {frame["code"] for frame in refused} <= {"overloaded"}
+        assert all(frame["retry_after_ms"] > 0 for frame in refused)
+        assert 1000 - len(refused) >= 256
+        generate(socket, "after", "z")
+        assert text_of(receive_all(socket, "after")) == "z"
+
+
+def test_a_client_that_does_not_read_loses_nothing_and_slows_nobody(
+    gateway: RunningGateway, redis_address: str
+) -> None:
+    count = 4000
+    refilled_before = metric(gateway, "tokens_refilled_total")
+
+    def script(job: Job) -> list[str]:
+        return ["word " * 600] * (count if job.prompt == "much" else 50)
+
+    with (
+        ScriptedWorker(redis_address, script=script, tokens_per_chunk=20) as worker,
+        small_buffers(gateway) as connection,
+        connect(gateway.ws_url, sock=connection, max_queue=1) as slow,
+        connect(gateway.ws_url) as quick,
+    ):
+        generate(slow, "s", "much")
+        job_id = receive(slow)["job_id"]
+        wait_for(lambda: job_id in worker.running)
+        generate(quick, "q", "little")
+        started = time.monotonic()
+        receive_all(quick, "q")
+        assert time.monotonic() - started < 2
+        wait_for(lambda: job_id not in worker.running, 60)
+        frames = receive_all(slow, "s")
+        assert len(text_of(frames)) == count * 3000
+    assert metric(gateway, "tokens_refilled_total") - refilled_before > 100
+
+
+def test_without_a_broker_nothing_is_accepted(
+    fresh_broker: Broker, redis_address: str, tmp_path: Path, worker: ScriptedWorker
+) -> None:
+    worker.pause()
+    with running_gateway(fresh_broker.bootstrap_servers, redis_address, tmp_path) as gateway:
+        fresh_broker.server.stop()
+        with connect(gateway.ws_url) as socket:
+            generate(socket, "r", "x", idempotency_key="lost")
+            error = receive(socket)
+            assert (error["type"], error["code"]) == ("error", "overloaded")
+            assert error["retry_after_ms"] > 0
+        wait_for(lambda: "kafka" in httpx.get(f"{gateway.url}/readyz").json()["waiting_for"], 30)
+    worker.resume()
+    time.sleep(0.2)
+    assert worker.jobs == []
+
+
+def test_keys_are_checked_at_the_handshake(other_gateway: RunningGateway) -> None:
+    url = other_gateway.ws_url
+    for headers in ({}, {"Authorization": "Bearer nope"}):
+        with pytest.raises(InvalidStatus) as caught:
+            connect(url, additional_headers=headers)
+        assert caught.value.response.status_code == 401
+        assert json.loads(caught.value.response.body)["error"]["code"] == "unauthorized"
+    with connect(url, additional_headers={"Authorization": "Bearer one"}):
+        pass
+    with connect(url, subprotocols=["openlora.v1", "openlora.key.two"]) as socket:
+        assert socket.subprotocol == "openlora.v1"
+    assert "nope" not in other_gateway.log_text()
+
+
+def test_a_page_of_another_site_is_refused(gateway: RunningGateway) -> None:
+    with pytest.raises(InvalidStatus) as caught:
+        connect(gateway.ws_url, origin="http://evil.example")
+    assert caught.value.response.status_code == 403
+    with connect(gateway.ws_url, origin=gateway.url):
+        pass
+
+
+def test_another_tenants_job_is_not_found(
+    other_gateway: RunningGateway, worker: ScriptedWorker
+) -> None:
+    with connect(other_gateway.ws_url, additional_headers={"Authorization": "Bearer one"}) as one:
+        generate(one, "r", "secret", idempotency_key="k")
+        job_id = receive_all(one, "r")[0]["job_id"]
+    with connect(other_gateway.ws_url, additional_headers={"Authorization": "Bearer two"}) as two:
+        send(two, type="resume", request_id="s", job_id=job_id)
+        assert receive(two)["code"] == "job_not_found"
+        generate(two, "r", "mine", idempotency_key="k")
+        assert text_of(receive_all(two, "r")) == "mine"
