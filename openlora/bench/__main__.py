@@ -15,6 +15,8 @@ import argparse
 import importlib
 import sys
 
+from openlora.errors import OpenLoRAError
+
 # One module each, so that `decode` needs only the engine's packages.
 BENCHMARKS = {
     "decode": ("openlora.bench.decode", "time per decode step of the engine alone"),
@@ -48,7 +50,11 @@ def main() -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add_arguments(parser)
-    return run(parser.parse_args())
+    try:
+        return run(parser.parse_args())
+    except OpenLoRAError as error:
+        print(f"openlora bench: {error.message}", file=sys.stderr)
+        return 1
 
 
 if __name__ == "__main__":

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -136,3 +138,26 @@ def test_requests_share_adapters_in_turn_and_seeds_repeat():
 
 def test_memory_speed_is_plausible():
     assert 1e8 < read_bytes_per_s(torch.device("cpu"), num_bytes=1 << 24, repeats=2) < 1e12
+
+
+def test_the_module_needs_the_engine_s_packages_alone_and_tells_errors_in_a_line():
+    blocked = ("kafka", "redis", "msgspec", "starlette", "uvicorn", "websockets", "rich", "httpx")
+    code = (
+        "import runpy, sys\n"
+        f"sys.modules.update(dict.fromkeys({blocked!r}))\n"
+        "sys.argv = ['bench', 'decode', '--batch', '0']\n"
+        "runpy.run_module('openlora.bench', run_name='__main__')"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert done.stderr == "openlora bench: batch is 0; it must be at least 1\n"
+
+
+def test_a_case_runs_with_the_engine_s_packages_alone():
+    code = (
+        "import sys\n"
+        "sys.modules.update(dict.fromkeys(('kafka', 'redis', 'msgspec', 'starlette', 'rich')))\n"
+        "import openlora.bench.decode_cases, openlora.bench.decode_compare"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
