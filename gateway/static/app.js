@@ -274,9 +274,10 @@ for (const button of document.querySelectorAll(".voice-button")) {
     await loadAdapters();
     const lane = Number(button.dataset.lane);
     const title = $("#compare").checked ? `Voice ${"AB"[lane]}` : "Voice";
-    const voice = await picker.choose(title, voices[lane], adapters);
-    if (voice) voices[lane] = voice;
-    showVoices();
+    picker.choose(title, voices[lane], adapters, (voice) => {
+      voices[lane] = voice;
+      showVoices();
+    });
   });
 }
 for (const button of document.querySelectorAll("[data-cancel]")) {

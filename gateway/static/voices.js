@@ -40,7 +40,7 @@ export function voiceLabel(voice) {
   return label;
 }
 
-// The dialog in which a voice is put together. choose() resolves with it, or null if dismissed.
+// The dialog in which a voice is put together.
 export class VoicePicker {
   constructor(dialog) {
     this.dialog = dialog;
@@ -49,26 +49,25 @@ export class VoicePicker {
     this.heading = dialog.querySelector("h2");
     this.voice = [];
     dialog.querySelector("[data-base]").addEventListener("click", () => {
-      this.voice = [];
-      dialog.close("use");
+      this.onUse([]);
+      dialog.close();
     });
+    // not the dialog's close event: that comes later, and a question may be asked in between
+    dialog.querySelector("form").addEventListener("submit", () => this.onUse(this.voice));
     dialog.addEventListener("click", (event) => {
       if (event.target === dialog) dialog.close();
     });
   }
 
-  choose(title, voice, adapters) {
+  // onUse(voice): the person decided; not called if the dialog is dismissed
+  choose(title, voice, adapters, onUse) {
+    this.onUse = onUse;
     this.heading.textContent = title;
     this.voice = voice.map((part) => ({ ...part }));
     this.list.replaceChildren(...adapters.map((adapter) => this.row(adapter)));
     this.dialog.querySelector("[data-none]").hidden = adapters.length > 0;
     this.showPreview();
-    this.dialog.returnValue = "";
     this.dialog.showModal();
-    return new Promise((resolve) => {
-      const close = () => resolve(this.dialog.returnValue === "use" ? this.voice : null);
-      this.dialog.addEventListener("close", close, { once: true });
-    });
   }
 
   row(adapter) {
