@@ -97,13 +97,27 @@ class Reference:
             tokens.append(int(top.indices[0]))
         return Greedy(tokens[len(prompt) :], near_tie)
 
+    def greedy_given(
+        self, prompt: Sequence[int], tokens: Sequence[int], adapters: Mapping[str, float]
+    ) -> Greedy:
+        """The greedy token behind each part of ``tokens``: equal to them, if they are greedy."""
+        logits = self.logits([*prompt, *tokens], adapters)[len(prompt) - 1 : -1]
+        top = logits.topk(2)
+        gaps = (top.values[:, 0] - top.values[:, 1]).tolist()
+        near_tie = next((i for i, gap in enumerate(gaps) if gap < NEAR_TIE), None)
+        return Greedy(top.indices[:, 0].tolist(), near_tie)
+
     def _adapter_for(self, adapters: Mapping[str, float]) -> str:
+        # PEFT takes use_rslora of the joined adapter from the first one, and then scales the join
+        # by √r: name an adapter without rsLoRA first.
         names, weights = list(adapters), list(adapters.values())
         if weights == [1.0]:
             return names[0]
         joined = "_".join(f"{name}-{weight}" for name, weight in adapters.items()).replace(".", "d")
         if joined not in self._model.peft_config:
             self._model.add_weighted_adapter(names, weights, joined, combination_type="cat")
+            # Its dropout is new and would be in training mode.
+            self._model.eval()
         return joined
 
 
