@@ -9,7 +9,7 @@ import torch
 
 from openlora.kernels import triton_attention, triton_fused
 from openlora.kernels.linear import Linear
-from openlora.kernels.triton_sgmv import SGMVTiles, sgmv_expand, sgmv_shrink
+from openlora.kernels.triton_sgmv import SGMVTables, SGMVTiles, sgmv_expand, sgmv_shrink
 from openlora.models.config import ModelConfig
 from openlora.models.ops import LayerPages
 
@@ -19,20 +19,18 @@ class LoRABinding:
     """The LoRA work of a step.
 
     Attributes:
-        plan: a packed ``SGMVPlan`` on the device.
+        plan: the step's ``SGMVPlan`` on the device.
         pages: per site (A, B) of every layer.
         h: fp32 [elements], scratch between shrink and expand; see ``scratch_elements``.
         h_rows: rows of ``h`` in each split, at least the plan's.
         tiles: per site how the kernels are cut.
-        side: stream on which the shrink runs beside the base matmul; None: behind it.
     """
 
-    plan: torch.Tensor
+    plan: SGMVTables
     pages: Sequence[LayerPages]
     h: torch.Tensor
     h_rows: int
     tiles: Sequence[SGMVTiles]
-    side: torch.cuda.Stream | None
 
 
 def scratch_elements(pages: Sequence[LayerPages], tiles: Sequence[SGMVTiles], h_rows: int) -> int:
@@ -102,16 +100,9 @@ class CudaOps:
         tiles = lora.tiles[site]
         width = a.shape[2]
         h = lora.h[: tiles.splits * lora.h_rows * width].view(tiles.splits, lora.h_rows, width)
-        if lora.side is None:
-            out = linear(x)
-            sgmv_shrink(x, a, lora.plan, h, site=site, tiles=tiles)
-        else:
-            main = torch.cuda.current_stream()
-            lora.side.wait_stream(main)
-            with torch.cuda.stream(lora.side):
-                sgmv_shrink(x, a, lora.plan, h, site=site, tiles=tiles)
-            out = linear(x)
-            main.wait_stream(lora.side)
+        # Shrink first: it starts while the kernel that makes x drains, which a matmul cannot.
+        sgmv_shrink(x, a, lora.plan, h, site=site, tiles=tiles)
+        out = linear(x)
         sgmv_expand(h, b, lora.plan, out, site=site, tiles=tiles)
         return out
 
@@ -144,10 +135,13 @@ def decode_tiles(pages: Sequence[LayerPages], num_processors: int) -> tuple[SGMV
     return tuple(
         SGMVTiles(
             chunk_rows=16,
-            splits=16 if site[0][0].shape[1] > 8192 else 8,
+            # About one tile of 256 × 16 a program: all of its loads are under way at once.
+            splits=32 if site[0][0].shape[1] > 8192 else 16,
             block_k=256,
             block_n=256,
-            num_programs=num_processors * 8,
+            num_programs=num_processors * 16,
+            shrink_warps=2,
+            expand_warps=1,
         )
         for site in pages
     )

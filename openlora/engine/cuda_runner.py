@@ -23,12 +23,13 @@ from openlora.engine.decode_graphs import DecodeGraphs
 from openlora.engine.drawn_tokens import DrawnTokens, PendingTokens
 from openlora.engine.kv_cache import KVCache
 from openlora.engine.sampler import is_plain
+from openlora.engine.sgmv_plan import PlanLayout, SGMVPlan, build_plan
 from openlora.engine.step import StepRow
 from openlora.engine.step_inputs import StepInputs, decode_inputs, mixed_inputs, query_tiles
 from openlora.kernels.sampling import Samples
-from openlora.kernels.sgmv_plan import SGMVPlan, build_plan
 from openlora.kernels.triton_attention import DecodeScratch, decode_splits, prefill_tile_tokens
 from openlora.kernels.triton_fused import take_tokens
+from openlora.kernels.triton_sgmv import SGMVTables
 from openlora.models.llama import LlamaModel
 
 
@@ -163,13 +164,22 @@ class CudaRunner:
 
     def _bind_lora(self, plan: SGMVPlan) -> LoRABinding:
         size = scratch_elements(self._pages, self._tiles, plan.h_rows)
+        layout = PlanLayout(plan.num_chunks, plan.num_items)
+        packed = np.zeros((len(plan.items), layout.site_ints), np.int32)
+        layout.fill(plan, packed)
         return LoRABinding(
-            plan=self._to_device(plan.data),
+            plan=SGMVTables(
+                self._to_device(packed),
+                layout.items_at,
+                layout.max_chunks,
+                layout.max_items,
+                usual_chunks=layout.max_chunks,
+                usual_items=layout.max_items,
+            ),
             pages=self._pages,
             h=torch.empty(size, device=self._model.device),
             h_rows=plan.h_rows,
             tiles=self._tiles,
-            side=None,
         )
 
     def _upload(self, inputs: StepInputs) -> list[torch.Tensor]:

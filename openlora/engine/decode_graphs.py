@@ -11,7 +11,6 @@ import logging
 import time
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 
 from openlora.adapters.page_tensors import PageTensors
@@ -24,17 +23,20 @@ from openlora.engine.cuda_ops import (
 )
 from openlora.engine.drawn_tokens import DrawnTokens, PinnedRing
 from openlora.engine.kv_cache import KVCache
+from openlora.engine.sgmv_plan import PlanLayout, SGMVPlan
 from openlora.engine.step_inputs import StepInputs
 from openlora.kernels.sampling import greedy
-from openlora.kernels.sgmv_plan import SGMVPlan, max_plan_ints
 from openlora.kernels.triton_attention import DecodeScratch, decode_splits
 from openlora.kernels.triton_fused import take_tokens
+from openlora.kernels.triton_sgmv import SGMVTables
 from openlora.models.llama import LlamaModel
 
 logger = logging.getLogger(__name__)
 
 PAGES_PER_ROW = 32
 """Room in a graph's LoRA buffers: 8 adapters of rank 64 for every row."""
+USUAL_PAGES_PER_ROW = 4
+"""Pages a row that the launches have programs for: one adapter of rank 64."""
 _FIELDS = 5
 """Ints a row takes in the upload: token, source, position, slot, context length."""
 
@@ -92,7 +94,8 @@ class DecodeGraphs:
         self._fields = zeros(_FIELDS, max_rows)
         self._dense_tables = zeros(max_rows * max_blocks)
         self._block_tables = zeros(max_rows, max_blocks)
-        self._plan = zeros(max_plan_ints(max_rows, PAGES_PER_ROW))
+        self._layout = PlanLayout(max_rows, max_rows * PAGES_PER_ROW)
+        self._plan = zeros(4, self._layout.site_ints)
         self._h = torch.empty(
             scratch_elements(self._pages, self._tiles, self._h_rows), device=device
         )
@@ -100,7 +103,6 @@ class DecodeGraphs:
         self._uploads = PinnedRing(_FIELDS * max_rows + max_rows * max_blocks)
         self._plan_uploads = PinnedRing(self._plan.numel())
         self._uploaded_plan: SGMVPlan | None = None
-        self._side = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self._memory = torch.cuda.graph_pool_handle()
         self._graphs: dict[tuple[int, bool], _Graph] = {}
 
@@ -112,9 +114,7 @@ class DecodeGraphs:
     def fits(self, num_rows: int, plan: SGMVPlan) -> bool:
         """Whether the persistent buffers hold such a step."""
         return (
-            num_rows <= self._max_rows
-            and plan.h_rows <= self._h_rows
-            and plan.data.size <= self._plan.numel()
+            num_rows <= self._max_rows and plan.h_rows <= self._h_rows and self._layout.fits(plan)
         )
 
     def run(self, inputs: StepInputs, plan: SGMVPlan) -> tuple[torch.Tensor, torch.Tensor]:
@@ -180,12 +180,11 @@ class DecodeGraphs:
             self._model.device,
         )
         lora = LoRABinding(
-            plan=self._plan,
+            plan=self._tables(bucket),
             pages=self._pages,
             h=self._h,
             h_rows=self._h_rows,
             tiles=self._tiles,
-            side=self._side,
         )
         return CudaOps(
             config=config,
@@ -224,10 +223,21 @@ class DecodeGraphs:
         self._uploads.sent(buffer)
         self._block_tables[:num_rows, :width].copy_(dense.view(num_rows, width))
 
+    def _tables(self, bucket: int) -> SGMVTables:
+        layout = self._layout
+        return SGMVTables(
+            self._plan,
+            layout.items_at,
+            layout.max_chunks,
+            layout.max_items,
+            usual_chunks=bucket,
+            usual_items=bucket * USUAL_PAGES_PER_ROW,
+        )
+
     def _upload_plan(self, plan: SGMVPlan) -> None:
         buffer = self._plan_uploads.take()
-        size = plan.data.size
-        np.copyto(buffer.numpy()[:size], plan.data)
-        self._plan[:size].copy_(buffer[:size], non_blocking=True)
+        packed = buffer.view(self._plan.shape)
+        for site, used in enumerate(self._layout.fill(plan, packed.numpy())):
+            self._plan[site, :used].copy_(packed[site, :used], non_blocking=True)
         self._plan_uploads.sent(buffer)
         self._uploaded_plan = plan

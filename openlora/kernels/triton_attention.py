@@ -12,6 +12,13 @@ import torch
 import triton
 import triton.language as tl
 
+from openlora.kernels.triton_launch import (
+    gdc_launch_dependents,
+    gdc_wait,
+    launch_options,
+    overlaps_launches,
+)
+
 LOG2_E = 1.4426950408889634
 MIN_SPLIT = 128
 """Fewest positions worth a split of their own."""
@@ -40,10 +47,14 @@ def _decode_kernel(
     BLOCK_G: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     row = tl.program_id(0)
     kv_head = tl.program_id(1)
     split = tl.program_id(2)
+    if OVERLAP:
+        gdc_launch_dependents()
+        gdc_wait()
     context_len = tl.load(context_lens_ptr + row)
     # A short context is not worth splitting; the programs of splits it lacks end here.
     num_splits = min(SPLITS, tl.cdiv(context_len, MIN_SPLIT))
@@ -162,6 +173,16 @@ def decode_splits(rows: int, num_kv_heads: int, num_processors: int, max_model_l
     return max(1, min(wanted, 32, -(-max_model_len // MIN_SPLIT)))
 
 
+def _decode_tile(num_pairs: int, dtype: torch.dtype) -> tuple[int, int, int]:
+    """(positions a tile, warps, pipeline stages), measured on an H100.
+
+    Many (row, KV head) pairs hide each other's latency with small tiles; few need large ones.
+    """
+    if dtype == torch.float32:
+        return 32, 4, 2
+    return (32, 2, 4) if num_pairs > 256 else (128, 4, 2)
+
+
 def decode_attention(
     q: torch.Tensor,
     kv_cache: torch.Tensor,
@@ -185,6 +206,8 @@ def decode_attention(
     rows, num_heads, head_dim = q.shape
     _, _, num_kv_heads, block_size, _ = kv_cache.shape
     group = num_heads // num_kv_heads
+    overlap = overlaps_launches()
+    block_n, num_warps, num_stages = _decode_tile(rows * num_kv_heads, q.dtype)
     if rows:
         _decode_kernel[(rows, num_kv_heads, scratch.splits)](
             q,
@@ -207,9 +230,11 @@ def decode_attention(
             MIN_SPLIT=MIN_SPLIT,
             BLOCK_G=max(triton.next_power_of_2(group), 16),
             BLOCK_D=max(triton.next_power_of_2(head_dim), 16),
-            BLOCK_N=64,
-            num_warps=4,
-            num_stages=3,
+            BLOCK_N=block_n,
+            OVERLAP=overlap,
+            num_warps=num_warps,
+            num_stages=num_stages,
+            **launch_options(overlap),
         )
 
 
@@ -233,10 +258,14 @@ def _prefill_kernel(
     BLOCK_T: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     BLOCK_M: tl.constexpr = BLOCK_T * BLOCK_G
     tile = tl.program_id(0)
     kv_head = tl.program_id(1)
+    if OVERLAP:
+        gdc_launch_dependents()
+        gdc_wait()
     row = tl.load(tiles_ptr + tile * 2)
     first = tl.load(tiles_ptr + tile * 2 + 1)
     token_start = tl.load(rows_ptr + row * 3)
@@ -316,6 +345,7 @@ def prefill_attention(
     group = num_heads // num_kv_heads
     block_g = triton.next_power_of_2(group)
     wide = q.dtype == torch.float32
+    overlap = overlaps_launches()
     if tiles.shape[0]:
         _prefill_kernel[(tiles.shape[0], num_kv_heads)](
             q,
@@ -336,6 +366,8 @@ def prefill_attention(
             BLOCK_T=prefill_tile_tokens(num_heads, num_kv_heads),
             BLOCK_D=max(triton.next_power_of_2(head_dim), 16),
             BLOCK_N=32 if wide else 64,
+            OVERLAP=overlap,
             num_warps=8,
             num_stages=1 if wide else 2,
+            **launch_options(overlap),
         )

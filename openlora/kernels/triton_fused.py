@@ -7,6 +7,13 @@ import torch
 import triton
 import triton.language as tl
 
+from openlora.kernels.triton_launch import (
+    gdc_launch_dependents,
+    gdc_wait,
+    launch_options,
+    overlaps_launches,
+)
+
 
 @triton.jit
 def _rms_norm_kernel(
@@ -18,12 +25,16 @@ def _rms_norm_kernel(
     HIDDEN: tl.constexpr,
     BLOCK: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     columns = tl.arange(0, BLOCK)
     in_row = columns < HIDDEN
     start = tl.program_id(0).to(tl.int64) * HIDDEN
     # The weight comes from a cold line either way: asked for first, it arrives with x.
     weight = tl.load(weight_ptr + columns, mask=in_row, other=0.0)
+    if OVERLAP:
+        gdc_launch_dependents()
+        gdc_wait()
     x = tl.load(x_ptr + start + columns, mask=in_row, other=0.0)
     if HAS_RESIDUAL:
         residual = tl.load(residual_ptr + start + columns, mask=in_row, other=0.0)
@@ -59,6 +70,7 @@ def _launch_norm(
     rows, hidden = x.shape
     if rows:
         block = triton.next_power_of_2(hidden)
+        overlap = overlaps_launches()
         _rms_norm_kernel[(rows,)](
             x,
             x if residual is None else residual,
@@ -68,20 +80,30 @@ def _launch_norm(
             HIDDEN=hidden,
             BLOCK=block,
             HAS_RESIDUAL=residual is not None,
+            OVERLAP=overlap,
             num_warps=min(max(block // 512, 1), 8),
+            **launch_options(overlap),
         )
     return out
 
 
 @triton.jit
 def _silu_and_mul_kernel(
-    gate_up_ptr, out_ptr, num_elements, WIDTH: tl.constexpr, BLOCK: tl.constexpr
+    gate_up_ptr,
+    out_ptr,
+    num_elements,
+    WIDTH: tl.constexpr,
+    BLOCK: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     in_range = index < num_elements
     row = index // WIDTH
     # gate of element (row, column) lies at row · 2 · WIDTH + column, up a WIDTH behind it.
     at = index + row * WIDTH
+    if OVERLAP:
+        gdc_launch_dependents()
+        gdc_wait()
     gate = tl.load(gate_up_ptr + at, mask=in_range, other=0.0)
     up = tl.load(gate_up_ptr + at + WIDTH, mask=in_range, other=0.0)
     wide = gate.to(tl.float32)
@@ -99,8 +121,16 @@ def silu_and_mul(gate_up: torch.Tensor) -> torch.Tensor:
     out = gate_up.new_empty(rows, width)
     if rows:
         block = 1024
+        overlap = overlaps_launches()
         _silu_and_mul_kernel[(triton.cdiv(out.numel(), block),)](
-            gate_up, out, out.numel(), WIDTH=width, BLOCK=block, num_warps=4
+            gate_up,
+            out,
+            out.numel(),
+            WIDTH=width,
+            BLOCK=block,
+            OVERLAP=overlap,
+            num_warps=4,
+            **launch_options(overlap),
         )
     return out
 
@@ -119,12 +149,16 @@ def _rope_and_write_kv_kernel(
     BLOCK_SIZE: tl.constexpr,
     HEADS_PADDED: tl.constexpr,
     HALF_PADDED: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     HALF: tl.constexpr = HEAD_DIM // 2
     token = tl.program_id(0).to(tl.int64)
     group = tl.program_id(1)
     heads = group * HEADS_PADDED + tl.arange(0, HEADS_PADDED)
     dims = tl.arange(0, HALF_PADDED)
+    if OVERLAP:
+        gdc_launch_dependents()
+        gdc_wait()
     position = tl.load(positions_ptr + token).to(tl.float32)
     slot = tl.load(slots_ptr + token).to(tl.int64)
     angle = position * tl.load(inv_freq_ptr + dims, mask=dims < HALF, other=0.0)
@@ -178,6 +212,7 @@ def rope_and_write_kv(
     _, _, num_kv_heads, block_size, head_dim = kv_cache.shape
     num_all_heads = qkv.shape[1]
     heads_padded = min(triton.next_power_of_2(num_all_heads), 16)
+    overlap = overlaps_launches()
     if qkv.shape[0]:
         _rope_and_write_kv_kernel[(qkv.shape[0], triton.cdiv(num_all_heads, heads_padded))](
             qkv,
@@ -192,7 +227,9 @@ def rope_and_write_kv(
             BLOCK_SIZE=block_size,
             HEADS_PADDED=heads_padded,
             HALF_PADDED=triton.next_power_of_2(head_dim // 2),
+            OVERLAP=overlap,
             num_warps=4,
+            **launch_options(overlap),
         )
 
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from openlora.adapters.lora_set import SITES, LoRASet
-from openlora.kernels.sgmv_plan import build_plan, max_plan_ints
-from openlora.kernels.triton_sgmv import SGMVTiles, sgmv_expand, sgmv_shrink
+from openlora.engine.sgmv_plan import PlanLayout, SGMVPlan, build_plan
+from openlora.kernels.triton_sgmv import SGMVTables, SGMVTiles, sgmv_expand, sgmv_shrink
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 # The interpreter knows no bfloat16 arithmetic.
@@ -28,12 +28,22 @@ def lora_set(pages: list[tuple[int, float]], site: int) -> LoRASet:
     return LoRASet(tuple(tuple(pages) if s == site else () for s in range(len(SITES))), str(pages))
 
 
+def on_device(plan: SGMVPlan, layout: PlanLayout, usual: tuple[int, int] | None) -> SGMVTables:
+    """The tables of ``plan``; records that it does not use name pages and rows out of range."""
+    packed = torch.full((len(SITES), layout.site_ints), 1 << 30, dtype=torch.int32)
+    layout.fill(plan, packed.numpy())
+    most = (layout.max_chunks, layout.max_items)
+    return SGMVTables(packed.to(DEVICE), layout.items_at, *most, *(usual or most))
+
+
 def run_case(
     site_name: str,
     segments: list[tuple[int, list[tuple[int, float]]]],
     dtype: torch.dtype,
     tiles: SGMVTiles,
     num_pages: int = 9,
+    spare: int = 0,
+    usual: tuple[int, int] | None = None,
 ) -> None:
     """Compare one batch of (rows, pages) segments with the loop reference; check other bits."""
     slices, blocks, k, block_out = SITE_SHAPES[site_name]
@@ -51,7 +61,7 @@ def run_case(
         chunk_rows=tiles.chunk_rows,
     )
     h = torch.full((tiles.splits, max(plan.h_rows, 1), slices * 16), float("nan"), device=DEVICE)
-    packed = torch.from_numpy(plan.data).to(DEVICE)
+    packed = on_device(plan, PlanLayout(plan.num_chunks + spare, plan.num_items + spare), usual)
     y = base.clone()
     sgmv_shrink(x, a[:, 1], packed, h, site=site, tiles=tiles)
     sgmv_expand(h, b[:, 1], packed, y, site=site, tiles=tiles)
@@ -75,7 +85,7 @@ def run_case(
     assert error < TOLERANCE[dtype], f"relative error {error}"
 
 
-DECODE = SGMVTiles(chunk_rows=16, splits=3, block_k=32, block_n=32, num_programs=7)
+DECODE = SGMVTiles(chunk_rows=16, splits=4, block_k=32, block_n=32, num_programs=7)
 PREFILL = SGMVTiles(chunk_rows=64, splits=1, block_k=32, block_n=64, num_programs=3)
 
 
@@ -112,13 +122,27 @@ def test_without_pages_nothing_is_touched(rows: int) -> None:
 def test_one_plan_serves_all_sites_with_their_own_counts() -> None:
     sets = [LoRASet((((1, 1.0), (2, 1.0)), (), ((0, 0.5),), ()), "a"), LoRASet.EMPTY]
     plan = build_plan([sets[0], sets[0], sets[1]], [2, 18, 4], chunk_rows=16)
-    header = plan.data[:32].reshape(4, 8)
-    assert header[:, 0].tolist() == [4, 0, 2, 0]
-    assert header[:, 2].tolist() == [2, 0, 2, 0]
+    assert [len(items) for items in plan.items] == [4, 0, 2, 0]
+    assert [len(chunks) for chunks in plan.chunks] == [2, 0, 2, 0]
     assert plan.h_rows == 40
-    assert plan.data.size <= max_plan_ints(24, 2)
-    items = plan.data[header[0, 1] :][:16].reshape(4, 4)
-    assert items.tolist() == [[1, 0, 16, 0], [2, 0, 16, 16], [1, 16, 4, 32], [2, 16, 4, 36]]
+    assert plan.items[0][:, :4].tolist() == [
+        [1, 0, 16, 0],
+        [2, 0, 16, 16],
+        [1, 16, 4, 32],
+        [2, 16, 4, 36],
+    ]
+    assert plan.chunks[2][:, :6].tolist() == [[0, 16, 0, 1, 0, 0], [16, 4, 1, 2, 0, 16]]
+    assert plan.items[2][:, 4].view("float32").tolist() == [0.5, 0.5]
+
+
+@pytest.mark.parametrize("tiles", [DECODE, PREFILL], ids=["decode", "prefill"])
+def test_unused_records_are_never_followed(tiles: SGMVTiles) -> None:
+    run_case("down", [(1, [(8, 1.0), (0, 2.0)]), (20, [(3, 1.0)])], torch.float32, tiles, spare=31)
+
+
+def test_more_records_than_a_launch_has_programs_for() -> None:
+    segments = [(1, [(i % 9, 1.0), (3, 0.5)]) for i in range(5)]
+    run_case("o", segments, torch.float32, DECODE, usual=(1, 1))
 
 
 def test_an_empty_plan_says_so() -> None:
