@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import gc
+import copy
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ import torch
 from openlora.bench.measure import RowWriter, make_requests, read_bytes_per_s, run_batch
 from openlora.bench.random_adapters import adapter_bytes, write_adapter
 from openlora.engine import Engine, EngineConfig, Request
+from openlora.engine.build import choose_device
 from openlora.errors import SetupError
 from openlora.models.config import ModelConfig, read_config
 from openlora.models.load import DTYPES
@@ -59,44 +59,38 @@ class Setting:
 
 
 def compare(args: argparse.Namespace) -> None:
-    """Measure all cases on all systems; prints rows and then what they amount to.
+    """Measure all cases on all systems; a row of results each, after one of the memory's speed.
 
     Raises:
-        SetupError: transformers or PEFT is missing, or the model is no directory.
+        SetupError: the model is no directory, or no case is left to run.
     """
-    cases = [
-        Case(batch, distinct)
-        for batch in args.batch or (1, 8)
-        for distinct in (args.distinct if args.distinct is not None else (0, 1, 8))
-        if distinct <= batch
-    ]
-    model = _model_directory(args.model)
-    config = read_config(model)
-    device = "cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu"
-    dtype = args.dtype if args.dtype != "auto" else "float32" if device == "cpu" else config.dtype
+    cases = _cases(args)
     with tempfile.TemporaryDirectory(prefix="openlora-bench-") as folder:
-        adapters = tuple(
-            write_adapter(
-                Path(folder) / f"adapter-{number}",
-                config,
-                rank=args.rank,
-                seed=args.seed + number,
-                dtype=DTYPES[dtype],
-            )
-            for number in range(max(case.distinct for case in cases))
-        )
-        setting = Setting(
-            model, config, adapters, device, dtype, args.prompt or 64, args.output or 48, args.seed
-        )
-        bandwidth = read_bytes_per_s(torch.device(device))
-        ours = _run_openlora(setting, cases)
-        theirs, weight_bytes = _run_transformers(setting, cases)
-    element = DTYPES[dtype].itemsize
-    per_adapter = adapter_bytes(config, args.rank, element)
+        setting = _setting(args, Path(folder), max(case.distinct for case in cases))
+        peers = Peers(setting)
+        ours = Ours(setting, max(case.batch for case in cases))
+        our_speed, peer_speed = dict.fromkeys(cases, 0.0), dict.fromkeys(cases, 0.0)
+        bandwidth = 0.0
+        # In turns, so that what else the machine does meets all of them alike.
+        for _ in range(_REPEATS):
+            bandwidth = max(bandwidth, read_bytes_per_s(torch.device(setting.device)))
+            for case in cases:
+                tokens = case.batch * setting.output
+                our_speed[case] = max(our_speed[case], tokens / ours.seconds(case))
+                peer_speed[case] = max(peer_speed[case], tokens / peers.seconds(case))
+                _say(case, our_speed[case], peer_speed[case])
     rows = RowWriter(args.out)
-    rows.write({"case": "memory", "device": device, "dtype": dtype, "read_gb_s": bandwidth / 1e9})
+    rows.write(
+        {
+            "case": "memory",
+            "device": setting.device,
+            "dtype": setting.dtype,
+            "read_gb_s": bandwidth / 1e9,
+        }
+    )
+    per_adapter = adapter_bytes(setting.config, args.rank, DTYPES[setting.dtype].itemsize)
     for case in cases:
-        limit = case.batch * bandwidth / (weight_bytes + case.distinct * per_adapter)
+        limit = case.batch * bandwidth / (peers.weight_bytes + case.distinct * per_adapter)
         rows.write(
             {
                 "case": "compare",
@@ -105,14 +99,47 @@ def compare(args: argparse.Namespace) -> None:
                 "rank": args.rank,
                 "prompt": setting.prompt,
                 "output": setting.output,
-                "openlora_tok_s": ours[case],
+                "openlora_tok_s": our_speed[case],
                 "peers": "PEFT" if case.distinct else "transformers",
-                "peers_tok_s": theirs[case],
-                "ratio": ours[case] / theirs[case],
+                "peers_tok_s": peer_speed[case],
+                "ratio": our_speed[case] / peer_speed[case],
                 "read_limit_tok_s": limit,
-                "share_of_read_limit": ours[case] / limit,
+                "share_of_read_limit": our_speed[case] / limit,
             }
         )
+
+
+def _cases(args: argparse.Namespace) -> list[Case]:
+    """Every batch with every number of adapters that it can hold."""
+    batches = args.batch or (1, 8)
+    distinct = args.distinct if args.distinct is not None else (0, 1, 8)
+    cases = [Case(b, d) for b in batches for d in distinct if d <= b]
+    if not cases or min(batches) < 1:
+        raise SetupError(
+            f"batches {batches} cannot hold {distinct} adapters; a batch is at least 1 and at "
+            "least its number of adapters"
+        )
+    return cases
+
+
+def _setting(args: argparse.Namespace, folder: Path, num_adapters: int) -> Setting:
+    model = _model_directory(args.model)
+    config = read_config(model)
+    device = choose_device(args.device)
+    dtype = args.dtype if args.dtype != "auto" else "float32" if device == "cpu" else config.dtype
+    adapters = tuple(
+        write_adapter(
+            folder / f"adapter-{number}",
+            config,
+            rank=args.rank,
+            seed=args.seed + number,
+            dtype=DTYPES[dtype],
+        )
+        for number in range(num_adapters)
+    )
+    return Setting(
+        model, config, adapters, device, dtype, args.prompt or 64, args.output or 48, args.seed
+    )
 
 
 def _model_directory(name: str) -> Path:
@@ -130,68 +157,66 @@ def _model_directory(name: str) -> Path:
     return path
 
 
-def _run_openlora(setting: Setting, cases: Sequence[Case]) -> dict[Case, float]:
-    engine = Engine(
-        EngineConfig(
-            model=str(setting.model),
-            device=setting.device,
-            dtype=setting.dtype,
-            max_num_seqs=max(case.batch for case in cases),
-            enable_prefix_caching=False,
+class Ours:
+    """This engine with all adapters resident."""
+
+    def __init__(self, setting: Setting, max_num_seqs: int) -> None:
+        self._setting = setting
+        self._engine = Engine(
+            EngineConfig(
+                model=str(setting.model),
+                device=setting.device,
+                dtype=setting.dtype,
+                max_num_seqs=max_num_seqs,
+                enable_prefix_caching=False,
+            )
         )
-    )
-    for path in setting.adapters:
-        engine.load_adapter(path.name, path)
-    speeds = {}
-    for case in cases:
+        for path in setting.adapters:
+            self._engine.load_adapter(path.name, path)
+
+    def seconds(self, case: Case) -> float:
+        """Time of the whole batch, from its submission to its last token."""
+        return run_batch(self._engine, self._setting.requests(case)).total_s
+
+
+class Peers:
+    """transformers for the base cases, PEFT on the same model for those with adapters.
+
+    Attributes:
+        weight_bytes: of the base model; tied embeddings are one tensor, and one read a step.
+    """
+
+    def __init__(self, setting: Setting) -> None:
+        from peft import PeftModel
+        from transformers import AutoModelForCausalLM
+
+        self._setting = setting
+        dtype = DTYPES[setting.dtype]
+        base = AutoModelForCausalLM.from_pretrained(setting.model, dtype=dtype).to(setting.device)
+        base.eval()
+        self.weight_bytes = sum(p.numel() * p.element_size() for p in base.parameters())
+        self._base: Any = base
+        self._peft: Any = None
+        if setting.adapters:
+            # A copy: PEFT puts its layers into the model it is given.
+            first, *rest = setting.adapters
+            self._peft = PeftModel.from_pretrained(copy.deepcopy(base), first, first.name)
+            for path in rest:
+                self._peft.load_adapter(path, adapter_name=path.name)
+            self._peft.eval()
+
+    def seconds(self, case: Case) -> float:
+        """Time of one ``generate`` over the case's batch."""
+        setting = self._setting
         requests = setting.requests(case)
-        run_batch(engine, requests[:1])
-        seconds = min(run_batch(engine, requests).total_s for _ in range(_REPEATS))
-        speeds[case] = case.batch * setting.output / seconds
-        _say("openlora", case, speeds[case])
-    engine.close()
-    del engine
-    gc.collect()
-    return speeds
-
-
-def _run_transformers(setting: Setting, cases: Sequence[Case]) -> tuple[dict[Case, float], int]:
-    """tok/s of transformers (base cases) and PEFT (adapter cases), and the weights' bytes."""
-    from peft import PeftModel
-    from transformers import AutoModelForCausalLM
-
-    model: Any = AutoModelForCausalLM.from_pretrained(
-        setting.model, dtype=DTYPES[setting.dtype]
-    ).to(setting.device)
-    model.eval()
-    # Tied embeddings are one tensor, and one read a step: that of the head.
-    weight_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
-    speeds = {
-        case: _generate_speed(model, setting, case, {}) for case in cases if not case.distinct
-    }
-    if not setting.adapters:
-        return speeds, weight_bytes
-    first, *rest = setting.adapters
-    model = PeftModel.from_pretrained(model, first, adapter_name=first.name)
-    for path in rest:
-        model.load_adapter(path, adapter_name=path.name)
-    model.eval()
-    for case in cases:
-        if case.distinct == 1:
+        model, options = self._base, {}
+        if case.distinct:
+            model = self._peft
             # One adapter for all is PEFT's fast path; a mixed batch needs the names per row.
-            model.set_adapter(first.name)
-            speeds[case] = _generate_speed(model, setting, case, {})
-        elif case.distinct:
-            names = [next(iter(request.adapters)) for request in setting.requests(case)]
-            speeds[case] = _generate_speed(model, setting, case, {"adapter_names": names})
-    return speeds, weight_bytes
-
-
-def _generate_speed(model: Any, setting: Setting, case: Case, options: dict[str, Any]) -> float:
-    prompts = [request.prompt_token_ids for request in setting.requests(case)]
-    input_ids = torch.tensor(prompts, device=setting.device)
-    best_s = float("inf")
-    for _ in range(_REPEATS):
+            model.set_adapter(setting.adapters[0].name)
+            if case.distinct > 1:
+                options["adapter_names"] = [next(iter(r.adapters)) for r in requests]
+        input_ids = torch.tensor([r.prompt_token_ids for r in requests], device=setting.device)
         started = time.perf_counter()
         with torch.inference_mode():
             output = model.generate(
@@ -203,16 +228,15 @@ def _generate_speed(model: Any, setting: Setting, case: Case, options: dict[str,
                 pad_token_id=0,
                 **options,
             )
-        best_s = min(best_s, time.perf_counter() - started)
+        seconds = time.perf_counter() - started
         assert output.shape[1] == setting.prompt + setting.output
-    speed = case.batch * setting.output / best_s
-    _say("PEFT" if case.distinct else "transformers", case, speed)
-    return speed
+        return seconds
 
 
-def _say(system: str, case: Case, tok_s: float) -> None:
+def _say(case: Case, ours: float, peers: float) -> None:
     """Progress for whoever waits: a run takes minutes on a CPU."""
     print(
-        f"{system}: batch {case.batch}, {case.distinct} adapters: {tok_s:.1f} tok/s",
+        f"batch {case.batch}, {case.distinct} adapters: {ours:.1f} tok/s, "
+        f"{'PEFT' if case.distinct else 'transformers'} {peers:.1f}",
         file=sys.stderr,
     )

@@ -101,6 +101,7 @@ def test_real_weights_run_beside_transformers_and_peft(tiny_model, tmp_path):
         (["--gpu-adapters", "8"], "distinct is 64, but --gpu-adapters 8"),
         (["--batch", "0"], "batch is 0"),
         (["--model", "/no/such"], "it must be demo or a directory"),
+        (["--model", "demo", "--batch", "2", "--distinct", "4"], "cannot hold"),
     ],
 )
 def test_what_cannot_be_is_said(words, message):
