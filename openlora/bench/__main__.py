@@ -2,6 +2,7 @@
 
   decode     time per decode step of the engine alone, with and without adapters
   pipeline   the whole path with a scripted engine: tokens/s, added latency, CPU shares
+  kernels    bandwidth of the GPU kernels, beside a plain device copy
 
 examples:
   openlora bench decode --device cpu --model demo
@@ -21,6 +22,7 @@ from openlora.errors import OpenLoRAError
 BENCHMARKS = {
     "decode": ("openlora.bench.decode", "time per decode step of the engine alone"),
     "pipeline": ("openlora.bench.pipeline", "the whole path with a scripted engine"),
+    "kernels": ("openlora.bench.kernels", "bandwidth of the GPU kernels, beside a copy"),
 }
 
 

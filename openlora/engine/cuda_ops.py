@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from openlora.kernels import triton_attention, triton_fused
+from openlora.kernels import triton_attention, triton_fused, triton_prefill_attention
 from openlora.kernels.linear import Linear
 from openlora.kernels.triton_sgmv import SGMVTables, SGMVTiles, sgmv_expand, sgmv_shrink
 from openlora.models.config import ModelConfig
@@ -124,7 +124,7 @@ class CudaOps:
                 binding.scratch,
                 out[:num_decodes],
             )
-        triton_attention.prefill_attention(
+        triton_prefill_attention.prefill_attention(
             q, cache, binding.block_tables, binding.spans, binding.tiles, scale, out
         )
         return out

@@ -27,8 +27,9 @@ from openlora.engine.sgmv_plan import PlanLayout, SGMVPlan, build_plan
 from openlora.engine.step import StepRow
 from openlora.engine.step_inputs import StepInputs, decode_inputs, mixed_inputs, query_tiles
 from openlora.kernels.sampling import Samples
-from openlora.kernels.triton_attention import DecodeScratch, decode_splits, prefill_tile_tokens
+from openlora.kernels.triton_attention import DecodeScratch, decode_splits
 from openlora.kernels.triton_fused import take_tokens
+from openlora.kernels.triton_prefill_attention import prefill_tile_tokens
 from openlora.kernels.triton_sgmv import SGMVTables
 from openlora.models.llama import LlamaModel
 

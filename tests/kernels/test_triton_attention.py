@@ -9,9 +9,8 @@ from openlora.kernels.triton_attention import (
     DecodeScratch,
     decode_attention,
     decode_splits,
-    prefill_attention,
-    prefill_tile_tokens,
 )
+from openlora.kernels.triton_prefill_attention import prefill_attention, prefill_tile_tokens
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 # The interpreter knows no bfloat16 arithmetic.

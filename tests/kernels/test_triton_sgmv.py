@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from openlora.adapters.lora_set import SITES, LoRASet
+from openlora.adapters.lora_set import PAGE_RANK, SITES, LoRASet
 from openlora.engine.sgmv_plan import PlanLayout, SGMVPlan, build_plan
+from openlora.kernels import triton_sgmv
 from openlora.kernels.triton_sgmv import SGMVTables, SGMVTiles, sgmv_expand, sgmv_shrink
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -143,6 +144,10 @@ def test_unused_records_are_never_followed(tiles: SGMVTiles) -> None:
 def test_more_records_than_a_launch_has_programs_for() -> None:
     segments = [(1, [(i % 9, 1.0), (3, 0.5)]) for i in range(5)]
     run_case("o", segments, torch.float32, DECODE, usual=(1, 1))
+
+
+def test_pages_have_the_rank_that_the_pool_gives_them() -> None:
+    assert triton_sgmv.PAGE_RANK == PAGE_RANK
 
 
 def test_an_empty_plan_says_so() -> None:
