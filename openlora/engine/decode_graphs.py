@@ -49,7 +49,10 @@ def buckets(max_rows: int) -> tuple[int, ...]:
 
 @dataclass(frozen=True, slots=True)
 class _Graph:
+    """``ops`` is never called again: it keeps the memory that the graph's kernels write."""
+
     graph: torch.cuda.CUDAGraph
+    ops: CudaOps
     logits: torch.Tensor
     token_ids: torch.Tensor
 
@@ -161,7 +164,7 @@ class DecodeGraphs:
         # Other threads load adapters meanwhile; what they allocate is no part of the capture.
         with torch.cuda.graph(graph, pool=self._memory, capture_error_mode="thread_local"):
             logits, token_ids = self._forward(bucket, ops)
-        return _Graph(graph, logits, token_ids)
+        return _Graph(graph, ops, logits, token_ids)
 
     def _forward(self, bucket: int, ops: CudaOps) -> tuple[torch.Tensor, torch.Tensor]:
         tokens = take_tokens(self._fields[0, :bucket], self._fields[1, :bucket], self._drawn.tokens)

@@ -134,3 +134,18 @@ def test_replay_equals_eager_bit_for_bit(tiny, prompts, monkeypatch) -> None:
     params = SamplingParams(max_tokens=NUM_TOKENS, temperature=0, ignore_eos=True)
     engine.generate(requests_of(prompts, params))
     assert len(compared) >= NUM_TOKENS - 2
+
+
+def test_split_contexts_do_not_share_memory_with_what_comes_later(tiny) -> None:
+    generator = torch.Generator().manual_seed(9)
+    prompt = torch.randint(3, VOCAB_SIZE, (200,), generator=generator).tolist()
+    engine = make_engine(tiny, max_num_seqs=2)
+    params = SamplingParams(max_tokens=NUM_TOKENS, temperature=0, ignore_eos=True)
+    request = Request(prompt_token_ids=prompt, adapters={"r16": 1.0}, params=params)
+    (first,) = engine.generate([request])
+    # Had the graph's scratch been given back, these would take it, and the counters in it.
+    taken = [torch.full((size,), 77, dtype=torch.int32, device="cuda") for size in (1, 64, 4096)]
+    (second,) = engine.generate([request])
+    assert second.token_ids == first.token_ids
+    assert all(bool((tensor == 77).all()) for tensor in taken)
+    assert_same_tokens(first.token_ids, Reference(*tiny).greedy(prompt, {"r16": 1.0}, NUM_TOKENS))
