@@ -16,6 +16,7 @@ from openlora.errors import (
 from openlora.joblog import Claim, JobLog
 from openlora.protocol.codec import decode_job
 from openlora.protocol.jobs import Job
+from openlora.protocol.names import JOB_ID_LENGTH, is_job_id
 from workers.consumer import Fetched
 from workers.dead_letters import DeadLetters
 from workers.engine_client import EngineClient
@@ -58,7 +59,7 @@ class Admission:
         duplicates: list[tuple[str, Fetched]] = []
         for fetched in batch:
             try:
-                job = decode_job(fetched.value)
+                job = parse_job(fetched.value)
             except InvalidRequest as error:
                 self.dead_letters.write(fetched, error.code, error.message)
                 continue
@@ -119,12 +120,14 @@ class Admission:
             elif claim.cancelled:
                 run.finish("cancelled")
             else:
-                self._start(run, prompt_token_ids, fetched)
+                self._start(run, prompt_token_ids)
         except OpenLoRAError as error:
             run.fail(failure_of(error))
         return run
 
     def _prompt(self, job: Job) -> list[int]:
+        if (job.prompt is None) == (job.messages is None):
+            raise InvalidRequest("the job must have exactly one of prompt and messages")
         token_ids = self.tokenizer.encode(job)
         limit = self.facts.max_model_len
         if len(token_ids) >= limit:
@@ -134,16 +137,14 @@ class Admission:
             )
         return token_ids
 
-    def _start(self, run: Run, prompt_token_ids: list[int], fetched: Fetched) -> None:
+    def _start(self, run: Run, prompt_token_ids: list[int]) -> None:
         job = run.job
         if job.deadline_ms is not None and now_ms() >= job.deadline_ms:
             raise DeadlineExceeded("the deadline passed before the job could start")
         if job.merge.method != MERGE_METHOD:
-            error = InvalidRequest(
+            raise InvalidRequest(
                 f"merge.method is {job.merge.method!r}; this worker knows only {MERGE_METHOD!r}"
             )
-            self.dead_letters.write(fetched, error.code, error.message, job.job_id)
-            raise error
         for adapter in job.adapters:
             self.engine.register(adapter.hash, str(self.adapters.path(adapter.hash)))
         self.engine.start(
@@ -157,6 +158,22 @@ class Admission:
             )
         )
         run.started()
+
+
+def parse_job(value: bytes) -> Job:
+    """The job of a message: anybody can write to the topic, not the gateway alone.
+
+    Raises:
+        InvalidRequest: it is no job, or one that no log can be kept of. Whatever else is wrong with
+            a job ends in its log: one that stayed open would be published again.
+    """
+    job = decode_job(value)
+    if not is_job_id(job.job_id):
+        raise InvalidRequest(
+            f"job_id {job.job_id[:64]!r} is no job ID; it must be {JOB_ID_LENGTH} hex digits in "
+            "lower case"
+        )
+    return job
 
 
 def _weights(job: Job) -> tuple[tuple[str, float], ...]:

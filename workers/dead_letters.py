@@ -1,4 +1,4 @@
-"""Messages that cannot be run go to ``openlora.dead``, whole and with the reason."""
+"""Messages that cannot be parsed or run go to ``openlora.dead``, with the reason."""
 
 from __future__ import annotations
 
@@ -14,18 +14,26 @@ import msgspec
 from kafka import KafkaProducer
 from kafka.errors import KafkaError
 
+from openlora.errors import DeadlineExceeded
 from openlora.protocol.codec import encode
+from openlora.protocol.events import End, Failure
 from openlora.protocol.names import DEAD_TOPIC
 from workers.consumer import Fetched
 
 RETRY_S = 1.0
 SEND_TIMEOUT_S = 10.0
+MAX_VALUE_BYTES = 600_000
+"""In base64 it stays below the 1 MB that brokers and clients take at most by default."""
 
 logger = logging.getLogger("workers.dead_letters")
 
 
 class DeadLetter(msgspec.Struct, frozen=True):
-    """One entry of ``openlora.dead``. ``value``: the message's bytes in base64, as they were."""
+    """One entry of ``openlora.dead``.
+
+    ``value``: the message's bytes in base64, the first ``MAX_VALUE_BYTES`` of ``value_bytes``. What
+    could not be parsed is there as it was, what could not be run as the job that was read from it.
+    """
 
     topic: str
     partition: int
@@ -33,9 +41,20 @@ class DeadLetter(msgspec.Struct, frozen=True):
     code: str
     reason: str
     value: str
+    value_bytes: int
     worker_id: str
     written_ms: int
     job_id: str | None = None
+
+
+def unrunnable(end: End | None) -> Failure | None:
+    """Why a job that ended so could not be run; None where it could.
+
+    A deadline that passed is no fault of the job: nobody wants the answer any more, that is all.
+    """
+    if end is None or end.failure is None or end.failure.code == DeadlineExceeded.code:
+        return None
+    return end.failure
 
 
 class DeadLetters:
@@ -68,7 +87,8 @@ class DeadLetters:
             offset=fetched.position.offset,
             code=code,
             reason=reason,
-            value=base64.b64encode(fetched.value).decode(),
+            value=base64.b64encode(fetched.value[:MAX_VALUE_BYTES]).decode(),
+            value_bytes=len(fetched.value),
             worker_id=self._worker_id,
             written_ms=time.time_ns() // 1_000_000,
             job_id=job_id,

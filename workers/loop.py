@@ -17,8 +17,10 @@ from collections.abc import Callable, Iterable
 from heapq import heappop, heappush
 
 from openlora.errors import DeadlineExceeded, error_from_code
+from openlora.protocol.codec import encode
 from workers.admission import Admission
 from workers.consumer import Fetched, JobConsumer
+from workers.dead_letters import unrunnable
 from workers.engine_client import EngineClient
 from workers.messages import Load, StepOutputs
 from workers.run import Run, failure_of, now_ms
@@ -171,7 +173,17 @@ class WorkerLoop:
             self._engine.abort(run.ticket)
         self._runs.pop(run.ticket, None)
         self._by_job.pop(run.job.job_id, None)
-        for position in run.positions:
+        positions = run.positions
+        failure = unrunnable(run.end) if ended else None
+        if failure is not None:
+            # The log has the end already; the letter ends the message once the broker has it.
+            assert self._admission is not None
+            message = Fetched(positions[0], None, encode(run.job))
+            self._admission.dead_letters.write(
+                message, failure.code, failure.message, run.job.job_id
+            )
+            positions = positions[1:]
+        for position in positions:
             self._consumer.end(position, run.job.job_id if ended else None)
 
     def _admit(self) -> None:

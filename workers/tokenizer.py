@@ -59,7 +59,8 @@ class PromptTokenizer:
             text = self._tokenizer.apply_chat_template(
                 messages, tokenize=False, add_generation_prompt=True
             )
-        except TemplateError as error:
+        # a template is code of the model's maker: its own errors are of any of these kinds
+        except (TemplateError, ValueError, TypeError) as error:
             raise InvalidRequest(f"the chat template refuses the messages: {error}") from error
         return cast(str, text)
 

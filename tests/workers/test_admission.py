@@ -6,10 +6,11 @@ import base64
 import json
 import time
 
+import msgspec
 import pytest
 from kafka import KafkaConsumer
 
-from openlora.protocol.codec import encode
+from openlora.protocol.codec import decode_job, encode
 from openlora.protocol.jobs import AdapterRef, Merge, Message
 from openlora.protocol.names import DEAD_TOPIC, JOBS_TOPIC
 from tests.workers.running import a_job, wait_until
@@ -48,12 +49,55 @@ def test_a_message_that_is_no_job_is_kept_and_passed(shared_system, value):
     assert "not a valid job" in letter["reason"]
 
 
+def letters_of(system, job):
+    return [letter for letter in dead_letters(system) if letter["job_id"] == job.job_id]
+
+
+@pytest.mark.parametrize("job_id", ["../../etc/passwd", "", "é" * 26])
+def test_an_id_that_no_log_can_be_kept_under_is_passed(shared_system, job_id):
+    system = shared_system
+    offset = system.publish(encode(msgspec.structs.replace(a_job(), job_id=job_id)), partition=3)
+    job = a_job()
+    system.submit(job, partition=3)
+    assert system.end(job).finish_reason == "length"
+    wait_until(lambda: system.committed(partition=3) == offset + 2)
+    (letter,) = [
+        letter
+        for letter in dead_letters(system)
+        if (letter["partition"], letter["offset"]) == (3, offset)
+    ]
+    assert "is no job ID" in letter["reason"]
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"prompt": "x" * SCRIPTED_MODEL_LEN},
+        {"prompt": None},
+        {"prompt": "x", "messages": (Message("user", "hi"),)},
+        {"prompt": None, "messages": ()},
+        {"adapters": (AdapterRef("pirate", 1, "0" * 64),)},
+    ],
+)
+def test_a_job_that_cannot_run_ends_with_the_reason_and_is_kept(shared_system, fields):
+    system = shared_system
+    job = a_job(**fields)
+    end = system.run(job)
+    assert end.failure is not None
+    wait_until(lambda: letters_of(system, job))
+    (letter,) = letters_of(system, job)
+    assert (letter["code"], letter["reason"]) == (end.failure.code, end.failure.message)
+    value = base64.b64decode(letter["value"])
+    assert len(value) == letter["value_bytes"]
+    assert decode_job(value) == job
+
+
 def test_a_merge_method_it_does_not_know_fails_the_job_and_is_kept(shared_system):
     job = a_job(merge=Merge(method="ties"))
     end = shared_system.run(job)
     assert end.failure.code == "invalid_request"
     assert "'ties'" in end.failure.message
-    assert job.job_id in {letter["job_id"] for letter in dead_letters(shared_system)}
+    wait_until(lambda: letters_of(shared_system, job))
 
 
 def test_a_prompt_over_the_context_is_refused(shared_system):
