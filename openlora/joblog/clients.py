@@ -57,6 +57,7 @@ def async_redis_client(url: str) -> redis.asyncio.Redis:
         )
     except ValueError as error:
         raise _bad_url(error) from error
+    pool.connection_class = _losing(pool.connection_class)
     return redis.asyncio.Redis.from_pool(pool)
 
 
@@ -75,6 +76,24 @@ def redis_errors(client: redis.Redis | redis.asyncio.Redis) -> Iterator[None]:
             f"Redis at {_address(client)} takes no writes ({error}); try again",
             retry_after_ms=_RETRY_AFTER_MS,
         ) from error
+
+
+def _losing(kind: type[Any]) -> type[Any]:
+    """``kind`` of connection, which tells of its loss on every event loop in the same way.
+
+    uvloop refuses a write to a transport that the peer closed with a RuntimeError, where asyncio's
+    own loop lets it pass. redis-py takes that for a bug of its caller: it neither retries nor
+    connects again, and the tasks that live by the connection would end.
+    """
+
+    class LosingConnection(kind):  # type: ignore[misc]
+        async def send_packed_command(self, command: Any, check_health: bool = True) -> None:
+            try:
+                await super().send_packed_command(command, check_health)
+            except RuntimeError as error:
+                raise redis.ConnectionError(f"the connection was lost: {error}") from error
+
+    return LosingConnection
 
 
 def _address(client: redis.Redis | redis.asyncio.Redis) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 
 import pytest
+import redis
 
 from openlora.errors import Overloaded, SetupError
 from openlora.joblog import AsyncJobLog, JobLog, async_redis_client, redis_client
@@ -52,3 +53,18 @@ def test_two_hundred_calls_at_once_share_the_connections(redis_url: str, worker:
         assert len(worker._redis.client_list()) < 40
 
     run(redis_url, test)
+
+
+def test_a_write_to_a_closed_transport_is_a_lost_connection(redis_url: str) -> None:
+    async def main() -> None:
+        async with async_redis_client(redis_url) as client:
+            connection = await client.connection_pool.get_connection()
+            connection._writer.transport.abort()
+            with pytest.raises(redis.ConnectionError):
+                await connection.send_command("PING")
+            await client.connection_pool.release(connection)
+            assert await client.ping()
+
+    uvloop = pytest.importorskip("uvloop")
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        runner.run(main())
