@@ -1,0 +1,103 @@
+"""A websocket client that may send anything, and what a test wants of the answers."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterable, Mapping
+from typing import Any, Self
+
+from kafka import KafkaConsumer, TopicPartition
+from websockets.sync.client import connect
+
+from openlora.protocol.names import DEAD_TOPIC
+
+Frame = dict[str, Any]
+
+
+class Client:
+    """One connection. ``key``: the API key; ``headers`` instead of it are sent as they are."""
+
+    def __init__(
+        self, url: str, key: str = "", *, headers: Mapping[str, str] | None = None
+    ) -> None:
+        self._socket = connect(
+            url.replace("http", "ws") + "/v1/ws",
+            additional_headers={"Authorization": f"Bearer {key}"} if headers is None else headers,
+            max_size=None,
+            open_timeout=30,
+        )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._socket.close()
+
+    def send_text(self, text: str) -> None:
+        self._socket.send(text)
+
+    def send(self, **frame: Any) -> None:
+        self._socket.send(json.dumps(frame))
+
+    def generate(self, request_id: str, **fields: Any) -> None:
+        self.send(type="generate", request_id=request_id, **fields)
+
+    def receive(self, timeout_s: float = 60) -> Frame:
+        frame: Frame = json.loads(self._socket.recv(timeout=timeout_s))
+        return frame
+
+    def until_ends(self, request_ids: Iterable[str]) -> dict[str, list[Frame]]:
+        """The frames of each request up to its last; frames of others are dropped."""
+        frames: dict[str, list[Frame]] = {request_id: [] for request_id in request_ids}
+        running = set(frames)
+        while running:
+            frame = self.receive()
+            if frame["request_id"] in running:
+                frames[frame["request_id"]].append(frame)
+                if frame["type"] in ("done", "error"):
+                    running.discard(frame["request_id"])
+        return frames
+
+    def until_end(self, request_id: str) -> list[Frame]:
+        return self.until_ends([request_id])[request_id]
+
+    def run(self, request_id: str, **fields: Any) -> list[Frame]:
+        self.generate(request_id, **fields)
+        return self.until_end(request_id)
+
+    def wait_for_end_of(self, job_id: str, *, silence_s: float) -> Frame:
+        """The last frame of a job that nobody watches for ``silence_s``."""
+        time.sleep(silence_s)  # a resume before that would keep the job alive
+        self.send(type="resume", request_id=job_id, job_id=job_id, after=-1)
+        return self.until_end(job_id)[-1]
+
+
+def token_ids(frames: Iterable[Frame]) -> list[int]:
+    return [frame["token_id"] for frame in frames if frame["type"] == "token"]
+
+
+def text_of(frames: Iterable[Frame]) -> str:
+    """The joined text of a whole stream; its indices must count from 0 without a gap."""
+    frames = list(frames)
+    tokens = [frame for frame in frames if frame["type"] == "token"]
+    assert [frame["index"] for frame in tokens] == list(range(len(tokens)))
+    assert frames[-1]["type"] == "done", frames[-1]
+    return "".join(frame["text"] for frame in tokens) + str(frames[-1]["text"])
+
+
+def read_dead_letters(kafka: str, number: int, timeout_s: float = 30) -> list[dict[str, Any]]:
+    """The first ``number`` entries of the dead topic."""
+    consumer = KafkaConsumer(
+        bootstrap_servers=kafka,
+        auto_offset_reset="earliest",
+        consumer_timeout_ms=int(timeout_s * 1000),
+    )
+    consumer.assign([TopicPartition(DEAD_TOPIC, 0)])
+    letters = []
+    for message in consumer:
+        letters.append(json.loads(message.value))
+        if len(letters) >= number:
+            break
+    consumer.close()
+    return letters
