@@ -86,18 +86,25 @@ def text_of(frames: Iterable[Frame]) -> str:
     return "".join(frame["text"] for frame in tokens) + str(frames[-1]["text"])
 
 
-def read_dead_letters(kafka: str, number: int, timeout_s: float = 30) -> list[dict[str, Any]]:
-    """The first ``number`` entries of the dead topic."""
+def read_dead_letters(
+    kafka: str, partition: int, offsets: Iterable[int], timeout_s: float = 30
+) -> dict[int, dict[str, Any]]:
+    """The dead topic's entries of these messages of a job topic, by offset; waits for them."""
     consumer = KafkaConsumer(
         bootstrap_servers=kafka,
         auto_offset_reset="earliest",
         consumer_timeout_ms=int(timeout_s * 1000),
     )
     consumer.assign([TopicPartition(DEAD_TOPIC, 0)])
-    letters = []
+    letters: dict[int, dict[str, Any]] = {}
+    missing = set(offsets)
     for message in consumer:
-        letters.append(json.loads(message.value))
-        if len(letters) >= number:
+        letter = json.loads(message.value)
+        if letter["partition"] == partition and letter["offset"] in missing:
+            missing.discard(letter["offset"])
+            letters[letter["offset"]] = letter
+        if not missing:
             break
     consumer.close()
+    assert not missing, f"no letter for offsets {sorted(missing)}"
     return letters

@@ -1,0 +1,218 @@
+"""Bad adapters and bad messages on the topic against a whole system: refused, named, passed by."""
+
+from __future__ import annotations
+
+import base64
+import json
+import pickle
+import shutil
+
+import httpx
+import pytest
+import torch
+from kafka import KafkaProducer
+from safetensors.torch import load_file, save_file
+
+from openlora.local import free_port
+from openlora.protocol.names import JOBS_TOPIC
+from tests.integration.bad_client import Client, read_dead_letters, text_of
+from tests.integration.up_system import UpSystem, write_adapters, write_model
+
+pytestmark = [pytest.mark.services, pytest.mark.timeout(300)]
+
+WEIGHTS = "adapter_model.safetensors"
+PARTITION = 7
+GREEDY = {"temperature": 0, "max_tokens": 12, "ignore_eos": True}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    root = tmp_path_factory.mktemp("bad")
+    write_adapters(write_model(root / "model"), root / "adapters")
+    return root
+
+
+@pytest.fixture(scope="module")
+def system(folder, tmp_path_factory):
+    running = UpSystem(
+        tmp_path_factory.mktemp("system"),
+        free_port(),
+        *("--model", str(folder / "model"), "--adapters", str(folder / "adapters")),
+    )
+    running.wait_ready()
+    yield running
+    assert "exited with status" not in running.output
+    assert running.stop() == 0, running.output
+
+
+def change_tensors(directory, change):
+    tensors = load_file(directory / WEIGHTS)
+    change(tensors, sorted(tensors))
+    save_file({name: value.contiguous() for name, value in tensors.items()}, directory / WEIGHTS)
+
+
+def wrong_shape(directory, _):
+    change_tensors(directory, lambda t, names: t.update({names[0]: t[names[0]][:, :-3]}))
+
+
+def wrong_rank(directory, _):
+    change_tensors(directory, lambda t, names: t.update({names[0]: t[names[0]][:-3]}))
+
+
+def missing_tensor(directory, _):
+    change_tensors(directory, lambda t, names: t.pop(names[0]))
+
+
+def not_a_number(directory, _):
+    change_tensors(directory, lambda t, names: t[names[0]].fill_(torch.nan))
+
+
+def other_base(directory, _):
+    # every tensor fits the others, but of a model twice as wide
+    def widen(tensors, names):
+        for name in names:
+            side = 1 if "lora_A" in name else 0
+            tensors[name] = torch.cat([tensors[name]] * 2, dim=side)
+
+    change_tensors(directory, widen)
+
+
+def a_pickle(directory, _):
+    (directory / WEIGHTS).unlink()
+    (directory / "adapter_model.bin").write_bytes(pickle.dumps({"a": 1}))
+
+
+def pickle_in_disguise(directory, _):
+    (directory / WEIGHTS).write_bytes(pickle.dumps({"a": 1}))
+
+
+def truncated(directory, _):
+    whole = (directory / WEIGHTS).read_bytes()
+    (directory / WEIGHTS).write_bytes(whole[: len(whole) // 2])
+
+
+def symlink_out(directory, outside):
+    (directory / WEIGHTS).rename(outside / "secret")
+    (directory / WEIGHTS).symlink_to(outside / "secret")
+
+
+def no_config(directory, _):
+    (directory / "adapter_config.json").unlink()
+
+
+def broken_config(directory, _):
+    (directory / "adapter_config.json").write_text('{"r": NaN')
+
+
+BREAKS = (
+    wrong_shape,
+    wrong_rank,
+    missing_tensor,
+    other_base,
+    a_pickle,
+    pickle_in_disguise,
+    truncated,
+    symlink_out,
+    no_config,
+    broken_config,
+)
+
+
+def test_each_unusable_adapter_is_refused_with_the_reason(system, folder, tmp_path):
+    with Client(system.url) as client:
+        alone = client.run("alone", prompt="the sea", adapter="poet", params=GREEDY)
+        for damage in BREAKS:
+            directory, outside = tmp_path / damage.__name__, tmp_path / f"{damage.__name__}-out"
+            shutil.copytree(folder / "adapters/poet", directory)
+            outside.mkdir()
+            damage(directory, outside)
+            body = {"id": damage.__name__, "source": str(directory)}
+            answer = httpx.post(f"{system.url}/v1/adapters", json=body, timeout=30)
+            error = answer.json().get("error", answer.json())
+            seen = (damage.__name__, answer.status_code, error.get("code"))
+            assert seen == (damage.__name__, 422, "adapter_failed"), error
+            assert error["message"]
+        known = {row["id"] for row in httpx.get(f"{system.url}/v1/adapters").json()}
+        assert known == {"pirate", "poet"}
+        again = client.run("again", prompt="the sea", adapter="poet", params=GREEDY)
+        assert text_of(again) == text_of(alone)
+
+
+def test_weights_that_are_no_numbers_fail_their_requests_alone(system, folder, tmp_path):
+    """The gateway reads no weights: the worker that loads them finds out."""
+    shutil.copytree(folder / "adapters/poet", tmp_path / "nan")
+    not_a_number(tmp_path / "nan", None)
+    body = {"id": "nan", "source": str(tmp_path / "nan")}
+    httpx.post(f"{system.url}/v1/adapters", json=body, timeout=30).raise_for_status()
+    with Client(system.url) as client:
+        client.generate("good", prompt="the sea", adapter="poet", params=GREEDY)
+        mix = [{"id": "nan", "weight": 0.5}, {"id": "poet", "weight": 0.5}]
+        client.generate("bad", prompt="the sea", adapters=mix, params=GREEDY)
+        streams = client.until_ends(["good", "bad"])
+        assert text_of(streams["good"])
+        assert streams["bad"][-1]["code"] == "adapter_failed"
+        assert "finite" in streams["bad"][-1]["message"]
+    httpx.delete(f"{system.url}/v1/adapters/nan").raise_for_status()
+
+
+def test_the_command_says_it_in_one_line(system, folder, tmp_path):
+    shutil.copytree(folder / "adapters/poet", tmp_path / "cut")
+    truncated(tmp_path / "cut", None)
+    for source in (str(tmp_path / "cut"), str(tmp_path / "nowhere")):
+        result = system.command("adapters", "add", "cut", source)
+        assert result.returncode == 1
+        assert result.stdout == ""
+        assert result.stderr.startswith("openlora: ")
+        assert result.stderr.count("\n") == 1, result.stderr
+
+
+def kafka_of(system):
+    """Address of the system's own broker, from its command line."""
+    argv = next(c.cmdline() for c in system.children() if "--listener-url" in c.cmdline())
+    return argv[argv.index("--listener-url") + 1].removeprefix("tcp://")
+
+
+def test_bad_messages_go_to_the_dead_topic_and_the_partition_moves_on(system):
+    job = {
+        "tenant": "default",
+        "created_ms": 0,
+        "params": {"max_tokens": 4, "seed": 1},
+        "prompt": "hi",
+        "leased": False,
+    }
+
+    def value(number, **fields):
+        return json.dumps({**job, "job_id": f"{number:026x}", **fields}).encode()
+
+    adapter = {"id": "x", "version": 1, "hash": "ab" * 32}
+    bad = {
+        b"\xff\xfe no job": "not a valid job",
+        b"": "not a valid job",
+        b"{}": "job_id",
+        value(1, params={"max_tokens": -5}): "max_tokens is -5",
+        value(2, job_id="../../evil"): "no job ID",
+        value(3, prompt=None, messages=[]): "",
+        value(4, prompt="word " * 5000): "context",
+        value(5, adapters=[adapter]): "not in the store",
+        value(6, adapters=[{**adapter, "hash": "../../etc"}]): "no content hash",
+        value(7, merge={"method": "ties"}): "'ties'",
+        value(8, prompt=None, messages=[{"role": "forbidden", "content": "x"}]): "no such role",
+    }
+    producer = KafkaProducer(bootstrap_servers=kafka_of(system), acks="all")
+    offsets = [
+        producer.send(JOBS_TOPIC, message, partition=PARTITION).get(10).offset for message in bad
+    ]
+    good = value(9)
+    producer.send(JOBS_TOPIC, good, partition=PARTITION).get(10)
+    producer.close()
+    letters = read_dead_letters(kafka_of(system), PARTITION, offsets)
+    for offset, (message, reason) in zip(offsets, bad.items(), strict=True):
+        assert reason in letters[offset]["reason"]
+        kept = base64.b64decode(letters[offset]["value"])
+        if reason in ("not a valid job", "job_id", "no job ID", "max_tokens is -5"):
+            assert kept == message
+        else:
+            assert json.loads(kept)["job_id"] == json.loads(message)["job_id"]
+    with Client(system.url) as client:
+        client.send(type="resume", request_id="r", job_id=json.loads(good)["job_id"], after=-1)
+        assert client.until_end("r")[-1]["finish_reason"] == "length"
