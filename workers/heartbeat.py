@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import socket
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from openlora.errors import Overloaded
 from openlora.protocol.status import Heartbeat, PartitionStatus
 from workers.config import WorkerConfig
 from workers.messages import Load, ModelFacts
 
+if TYPE_CHECKING:
+    from workers.assembly import Parts
+
 HEARTBEAT_INTERVAL_S = 1.0
+
+logger = logging.getLogger("workers.heartbeat")
 
 
 @dataclass(slots=True)
@@ -60,3 +68,38 @@ class HeartbeatWriter:
             hidden_size=self.facts.hidden_size,
             attention_backend=self.facts.attention_backend,
         )
+
+
+class Heartbeats:
+    """Writes the heartbeat when it is due; Redis being away only leaves it out."""
+
+    def __init__(self, writer: HeartbeatWriter, parts: Parts) -> None:
+        self._writer = writer
+        self._parts = parts
+        self._due = 0.0
+
+    def write_if_due(self, *, ready: bool) -> None:
+        """Once a second; ready is said only while partitions are owned."""
+        now = time.monotonic()
+        if now < self._due:
+            return
+        self._due = now + HEARTBEAT_INTERVAL_S
+        parts = self._parts
+        partitions = parts.consumer.status
+        heartbeat = self._writer.build(
+            partitions,
+            parts.loop.load,
+            parts.sink.tokens_logged,
+            ready=ready and bool(partitions),
+        )
+        try:
+            parts.job_log.write_heartbeat(heartbeat)
+        except Overloaded as error:
+            logger.info("event=heartbeat_missed error=%r next=in_a_second", error.message)
+
+    def remove(self) -> None:
+        """This worker leaves on purpose."""
+        try:
+            self._parts.job_log.remove_heartbeat(self._parts.config.worker_id)
+        except Overloaded as error:
+            logger.info("event=heartbeat_left error=%r next=expires", error.message)

@@ -35,20 +35,14 @@ from types import FrameType
 
 import redis
 
-from openlora.adapters.store import AdapterStore
-from openlora.errors import Overloaded, SetupError
+from openlora.errors import SetupError
 from openlora.joblog import JobLog, redis_client
-from workers.admission import Admission
-from workers.budgets import Budgets
+from workers.assembly import Parts, assemble
 from workers.config import WorkerConfig
-from workers.consumer import JobConsumer
-from workers.dead_letters import DeadLetters
 from workers.engine_client import EngineClient, EngineGone
-from workers.heartbeat import HEARTBEAT_INTERVAL_S, HeartbeatWriter
-from workers.loop import WorkerLoop
+from workers.heartbeat import HEARTBEAT_INTERVAL_S, Heartbeats, HeartbeatWriter
 from workers.messages import EngineSetup
-from workers.run import Run
-from workers.token_sink import Stopped, TokenSink
+from workers.token_sink import Stopped
 from workers.tokenizer import PromptTokenizer
 
 CONNECT_TIMEOUT_S = 10.0
@@ -78,7 +72,7 @@ class Worker:
             return self._run()
         except Stopped:
             logger.warning("event=stopped_at_once next=other_workers_continue")
-            return 1
+            return 1 if self._started else 0  # before the start is through there is nothing to lose
 
     def _run(self) -> int:
         config = self._config
@@ -102,76 +96,46 @@ class Worker:
             logger.info("event=engine_stopped")
 
     def _run_with(self, engine: EngineClient) -> int:
-        config = self._config
-        client = redis_client(config.redis)
+        client = redis_client(self._config.redis)
         reach_redis(client, CONNECT_TIMEOUT_S)
         logger.info("event=redis_reached next=kafka")
-        job_log = JobLog(client)
-        # The consumer and the loop refer to each other; the loop needs the engine's socket only.
-        loop: WorkerLoop
-        consumer = JobConsumer(
-            config.kafka,
-            config.worker_id,
-            Budgets(config.interactive_budget, config.batch_budget),
-            deliver=lambda batch: loop.deliver(batch),
-            retire=lambda job_ids: loop.retire(job_ids),
-            on_failure=self._on_consumer_failure,
+        parts = assemble(
+            self._config,
+            engine,
+            JobLog(client),
+            self._stop_now,
+            on_consumer_failure=self._on_consumer_failure,
         )
-        sink = TokenSink(
-            job_log, config.worker_id, self._stop_now, lambda run: _owns(consumer, run)
-        )
-        loop = WorkerLoop(engine, sink, consumer, job_log.retire)
-        consumer.connect(int(CONNECT_TIMEOUT_S * 1000))
+        parts.consumer.connect(int(CONNECT_TIMEOUT_S * 1000))
         logger.info("event=kafka_reached next=tokenizer")
-        tokenizer = PromptTokenizer(config.model)
+        tokenizer = PromptTokenizer(self._config.model)
         logger.info("event=tokenizer_loaded next=wait_for_engine")
         facts = engine.wait_ready()
         logger.info("event=engine_ready pid=%d device=%s next=join_group", facts.pid, facts.device)
-        dead_letters = DeadLetters(
-            config.kafka,
-            config.worker_id,
-            lambda fetched: consumer.end(fetched.position, None),
-        )
-        loop.set_admission(
-            Admission(
-                worker_id=config.worker_id,
-                job_log=job_log,
-                sink=sink,
-                engine=engine,
-                facts=facts,
-                tokenizer=tokenizer,
-                adapters=AdapterStore(config.store),
-                dead_letters=dead_letters,
-                end_position=lambda fetched, job_id: consumer.end(fetched.position, job_id),
-                next_ticket=loop.next_ticket,
-            )
-        )
-        self._wake = loop.wake
+        parts.loop.set_admission(parts.admission(tokenizer, facts))
+        heartbeats = Heartbeats(HeartbeatWriter(self._config, facts), parts)
+        self._wake = parts.loop.wake
         self._started = True
-        consumer.start()
-        heartbeat = _Heartbeats(HeartbeatWriter(config, facts), job_log, loop, sink, consumer)
+        parts.consumer.start()
         try:
-            self._work(loop, heartbeat)
-            self._drain(loop, consumer, heartbeat)
+            self._work(parts, heartbeats)
+            self._drain(parts, heartbeats)
         except EngineGone as error:
             logger.error("event=engine_died status=%s next=leave_group_and_exit", error.status)
             self._failure = str(error)
         finally:
-            consumer.begin_leave()
-            left = consumer.wait_left(0 if self._stop_now.is_set() else LEAVE_TIMEOUT_S)
-            logger.info("event=group_left clean=%s next=remove_heartbeat", left)
-            dead_letters.close(0 if self._stop_now.is_set() else DEAD_LETTERS_TIMEOUT_S)
-            heartbeat.remove()
+            self._leave(parts, heartbeats)
             client.close()
         return 1 if self._failure else 0
 
-    def _work(self, loop: WorkerLoop, heartbeat: _Heartbeats) -> None:
+    def _work(self, parts: Parts, heartbeats: Heartbeats) -> None:
         while not self._draining.is_set():
-            heartbeat.write_if_due(ready=True)
-            loop.turn(HEARTBEAT_INTERVAL_S)
+            heartbeats.write_if_due(ready=True)
+            parts.loop.turn(HEARTBEAT_INTERVAL_S)
 
-    def _drain(self, loop: WorkerLoop, consumer: JobConsumer, heartbeat: _Heartbeats) -> None:
-        consumer.begin_leave()
+    def _drain(self, parts: Parts, heartbeats: Heartbeats) -> None:
+        loop = parts.loop
+        parts.consumer.begin_leave()
         loop.drop_inbox()
         deadline = time.monotonic() + self._config.drain_timeout_s
         logger.info(
@@ -179,13 +143,21 @@ class Worker:
             *(loop.open_runs, self._config.drain_timeout_s),
         )
         while loop.open_runs and time.monotonic() < deadline and not self._stop_now.is_set():
-            heartbeat.write_if_due(ready=False)
+            heartbeats.write_if_due(ready=False)
             loop.turn(min(HEARTBEAT_INTERVAL_S, max(0.0, deadline - time.monotonic())))
             loop.drop_inbox()
         if loop.open_runs:
             logger.warning(
                 "event=drain_ended runs_left=%d next=other_workers_continue", loop.open_runs
             )
+
+    def _leave(self, parts: Parts, heartbeats: Heartbeats) -> None:
+        at_once = self._stop_now.is_set()
+        parts.consumer.begin_leave()
+        left = parts.consumer.wait_left(0 if at_once else LEAVE_TIMEOUT_S)
+        logger.info("event=group_left clean=%s next=remove_heartbeat", left)
+        parts.dead_letters.close(0 if at_once else DEAD_LETTERS_TIMEOUT_S)
+        heartbeats.remove()
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         """First: drain. Second, or before the start is through: stop at once."""
@@ -201,50 +173,6 @@ class Worker:
         logger.error("event=consumer_failed reason=%r next=drain_and_exit", reason)
         self._draining.set()
         self._wake()
-
-
-class _Heartbeats:
-    """Writes the heartbeat when it is due; Redis being away only leaves it out."""
-
-    def __init__(
-        self,
-        writer: HeartbeatWriter,
-        job_log: JobLog,
-        loop: WorkerLoop,
-        sink: TokenSink,
-        consumer: JobConsumer,
-    ) -> None:
-        self._writer = writer
-        self._job_log = job_log
-        self._loop = loop
-        self._sink = sink
-        self._consumer = consumer
-        self._due = 0.0
-
-    def write_if_due(self, *, ready: bool) -> None:
-        """Once a second; ready is said only while partitions are owned."""
-        now = time.monotonic()
-        if now < self._due:
-            return
-        self._due = now + HEARTBEAT_INTERVAL_S
-        partitions = self._consumer.status
-        heartbeat = self._writer.build(
-            partitions,
-            self._loop.load,
-            self._sink.tokens_logged,
-            ready=ready and bool(partitions),
-        )
-        try:
-            self._job_log.write_heartbeat(heartbeat)
-        except Overloaded as error:
-            logger.info("event=heartbeat_missed error=%r next=in_a_second", error.message)
-
-    def remove(self) -> None:
-        """This worker leaves on purpose."""
-        try:
-            self._job_log.remove_heartbeat(self._writer.config.worker_id)
-        except Overloaded as error:
-            logger.info("event=heartbeat_left error=%r next=expires", error.message)
 
 
 def reach_redis(client: redis.Redis, timeout_s: float) -> None:
@@ -263,7 +191,3 @@ def reach_redis(client: redis.Redis, timeout_s: float) -> None:
             time.sleep(CONNECT_RETRY_S)
         else:
             return
-
-
-def _owns(consumer: JobConsumer, run: Run) -> bool:
-    return any(consumer.owns(position) for position in run.positions)

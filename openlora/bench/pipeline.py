@@ -1,8 +1,8 @@
 """The whole path with a scripted engine: websocket → Kafka → worker → Redis → websocket.
 
-Four runs, one after the other on the same broker and Redis:
+Three runs, one after the other on the same broker and Redis:
   relay        a bare relay (Redis publish → websockets), the limit of this machine
-  throughput   all streams at once, the engine as fast as its tokens are taken
+  throughput   all streams at once; the engine offers what the relay could carry
   latency      half of that load: from the engine's step to the client's receive, and what the
                path adds to the time to the first token (its wait in the engine taken off)
 
@@ -87,7 +87,9 @@ def run(args: argparse.Namespace) -> int:
         model = write_tokenizer(directory / "model")
         with running_brokers(directory) as brokers:
             relay = measure_relay(brokers, args.streams, args.tokens)
-            throughput = measure_throughput(brokers, model, args.streams, args.tokens)
+            throughput = measure_throughput(
+                brokers, model, args.streams, args.tokens, relay.tokens_per_s
+            )
             load = throughput.tokens_per_s / 2
             latency = measure_latency(brokers, model, args.streams, load, args.seconds)
     row = summarise(args.streams, relay, throughput, latency)
@@ -110,9 +112,15 @@ def measure_relay(brokers: Brokers, streams: int, tokens: int) -> Measured:
         return _run_client(system, plan, publisher)
 
 
-def measure_throughput(brokers: Brokers, model: Path, streams: int, tokens: int) -> Measured:
-    """Every stream asks at once; the engine says tokens as fast as they are taken."""
-    with running_system(brokers, model, "clock") as system:
+def measure_throughput(
+    brokers: Brokers, model: Path, streams: int, tokens: int, offered_tok_s: float
+) -> Measured:
+    """Every stream asks at once; the engine's steps come at the pace of ``offered_tok_s``.
+
+    Without a pace the whole run would be one backlog, sent in large pieces: more tokens per second
+    than anybody could be served that way.
+    """
+    with running_system(brokers, model, f"clock:{offered_tok_s / streams:.3f}") as system:
         plan = ClientPlan(system.url, relay=False, streams=streams, requests=1, tokens=tokens)
         return _run_client(system, plan)
 
@@ -159,12 +167,6 @@ def _run_client(
     return Measured(result, share)
 
 
-def percentile(values: list[float], share: float) -> float:
-    """The value that ``share`` of ``values`` do not exceed; 0 of none."""
-    ordered = sorted(values)
-    return ordered[min(len(ordered) - 1, int(share * len(ordered)))] if ordered else 0.0
-
-
 def summarise(
     streams: int, relay: Measured, throughput: Measured, latency: Measured
 ) -> PipelineRow:
@@ -177,10 +179,10 @@ def summarise(
         throughput_tok_s=round(throughput.tokens_per_s),
         share_of_relay=round(throughput.tokens_per_s / relay.tokens_per_s, 3),
         latency_load_tok_s=round(latency.tokens_per_s),
-        latency_p50_ms=round(percentile(seen.latencies_ms, 0.5), 2),
-        latency_p99_ms=round(percentile(seen.latencies_ms, 0.99), 2),
-        added_ttft_p50_ms=round(percentile(seen.added_ttft_ms, 0.5), 2),
-        added_ttft_p99_ms=round(percentile(seen.added_ttft_ms, 0.99), 2),
+        latency_p50_ms=round(seen.latency.p50_ms, 2),
+        latency_p99_ms=round(seen.latency.p99_ms, 2),
+        added_ttft_p50_ms=round(seen.added_ttft.p50_ms, 2),
+        added_ttft_p99_ms=round(seen.added_ttft.p99_ms, 2),
         cpu_share={
             name: {process: round(share, 2) for process, share in run.cpu_share.items()}
             for name, run in (("relay", relay), ("throughput", throughput), ("latency", latency))

@@ -47,15 +47,34 @@ class ClientPlan(msgspec.Struct, frozen=True):
     stagger: bool = False
 
 
+class Spread(msgspec.Struct, frozen=True):
+    """Percentiles of ``count`` samples, in ms; all 0 of none."""
+
+    count: int
+    p50_ms: float
+    p99_ms: float
+
+    @classmethod
+    def of(cls, samples_ms: list[float]) -> Spread:
+        """The spread of ``samples_ms``."""
+        return cls(len(samples_ms), percentile(samples_ms, 0.5), percentile(samples_ms, 0.99))
+
+
 class ClientResult(msgspec.Struct, frozen=True):
-    """What the client saw. Latencies are emit → receive, in ms; empty where tokens say no time."""
+    """What the client saw. ``latency``: emit → receive. Nothing is counted in it of the relay."""
 
     tokens: int
     seconds: float
     cpu_seconds: float
-    latencies_ms: list[float]
-    added_ttft_ms: list[float]
+    latency: Spread
+    added_ttft: Spread
     errors: list[str]
+
+
+def percentile(values: list[float], share: float) -> float:
+    """The value that ``share`` of ``values`` do not exceed; 0 of none."""
+    ordered = sorted(values)
+    return ordered[min(len(ordered) - 1, int(share * len(ordered)))] if ordered else 0.0
 
 
 class _Timings(msgspec.Struct):
@@ -248,8 +267,8 @@ async def run_plan(plan: ClientPlan) -> ClientResult:
         tokens=totals.tokens,
         seconds=(totals.ended_ns - totals.started_ns) / 1e9,
         cpu_seconds=time.process_time() - cpu_before,
-        latencies_ms=totals.latencies_ms,
-        added_ttft_ms=totals.added_ttft_ms,
+        latency=Spread.of(totals.latencies_ms),
+        added_ttft=Spread.of(totals.added_ttft_ms),
         errors=totals.errors,
     )
 

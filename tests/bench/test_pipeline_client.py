@@ -7,10 +7,18 @@ import json
 import time
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from websockets.asyncio.server import serve
 
-from openlora.bench.pipeline_client import ClientPlan, run_plan
+from openlora.bench.pipeline_client import ClientPlan, percentile, run_plan
 from workers.scripted_engine import clock_token
+
+
+@given(st.lists(st.floats(0, 1e6), min_size=1), st.floats(0, 1))
+def test_a_percentile_is_one_of_the_values_and_rises(values, share):
+    assert percentile(values, share) in values
+    assert percentile(values, share) <= percentile(values, 1.0) == max(values)
 
 
 async def answer(websocket):
@@ -48,15 +56,15 @@ def run(handler, **fields):
 def test_every_token_of_every_request_is_counted_and_timed():
     result = run(answer, streams=5, requests=3, tokens=20)
     assert (result.tokens, result.errors) == (300, [])
-    assert len(result.latencies_ms) == 300
-    assert all(0 <= latency < 3000 for latency in result.latencies_ms)
-    assert len(result.added_ttft_ms) == 15
+    assert result.latency.count == 300
+    assert 0 <= result.latency.p50_ms <= result.latency.p99_ms < 3000
+    assert result.added_ttft.count == 15
 
 
 def test_staggered_first_requests_are_not_measured():
     result = run(answer, streams=5, requests=3, tokens=20, stagger=True)
-    assert len(result.latencies_ms) == 5 * 2 * 20
-    assert len(result.added_ttft_ms) == 10
+    assert result.latency.count == 5 * 2 * 20
+    assert result.added_ttft.count == 10
 
 
 def test_an_error_frame_ends_the_stream_and_is_reported():

@@ -124,7 +124,7 @@ def test_a_signal_while_starting_ends_the_worker(system):
     worker = system.start_worker(ready=False)
     wait_until(lambda: "event=start" in worker.log_text())
     worker.signal(signal.SIGTERM)
-    assert worker.wait() == 1
+    assert worker.wait() == 0
     assert "Traceback" not in worker.log_text()
 
 

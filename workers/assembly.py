@@ -1,0 +1,88 @@
+"""The parts of a worker's I/O process, and how they are joined."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from openlora.adapters.store import AdapterStore
+from openlora.joblog import JobLog
+from workers.admission import Admission
+from workers.budgets import Budgets
+from workers.config import WorkerConfig
+from workers.consumer import Fetched, JobConsumer
+from workers.dead_letters import DeadLetters
+from workers.engine_client import EngineClient
+from workers.loop import WorkerLoop
+from workers.messages import ModelFacts
+from workers.run import Run
+from workers.token_sink import TokenSink
+from workers.tokenizer import PromptTokenizer
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """What works together in one I/O process; nothing of it has started yet."""
+
+    config: WorkerConfig
+    engine: EngineClient
+    job_log: JobLog
+    sink: TokenSink
+    consumer: JobConsumer
+    loop: WorkerLoop
+    dead_letters: DeadLetters
+
+    def admission(self, tokenizer: PromptTokenizer, facts: ModelFacts) -> Admission:
+        """How messages become runs, once model and tokenizer are loaded."""
+
+        def end_position(fetched: Fetched, job_id: str | None) -> None:
+            self.consumer.end(fetched.position, job_id)
+
+        return Admission(
+            worker_id=self.config.worker_id,
+            job_log=self.job_log,
+            sink=self.sink,
+            engine=self.engine,
+            facts=facts,
+            tokenizer=tokenizer,
+            adapters=AdapterStore(self.config.store),
+            dead_letters=self.dead_letters,
+            end_position=end_position,
+            next_ticket=self.loop.next_ticket,
+        )
+
+
+def assemble(
+    config: WorkerConfig,
+    engine: EngineClient,
+    job_log: JobLog,
+    stop_now: threading.Event,
+    *,
+    on_consumer_failure: Callable[[str], None],
+) -> Parts:
+    """Join the parts; nothing connects or starts here.
+
+    ``stop_now``: when set, nobody waits for Redis any longer. ``on_consumer_failure`` is called in
+    the consumer's thread.
+    """
+
+    def owns(run: Run) -> bool:
+        return any(consumer.owns(position) for position in run.positions)
+
+    def on_dead_letter_written(fetched: Fetched) -> None:
+        consumer.end(fetched.position, None)
+
+    # The consumer delivers to the loop and the loop tells the consumer what has ended.
+    consumer = JobConsumer(
+        config.kafka,
+        config.worker_id,
+        Budgets(config.interactive_budget, config.batch_budget),
+        deliver=lambda batch: loop.deliver(batch),
+        retire=lambda job_ids: loop.retire(job_ids),
+        on_failure=on_consumer_failure,
+    )
+    sink = TokenSink(job_log, config.worker_id, stop_now, owns)
+    loop = WorkerLoop(engine, sink, consumer, job_log.retire)
+    dead_letters = DeadLetters(config.kafka, config.worker_id, on_dead_letter_written)
+    return Parts(config, engine, job_log, sink, consumer, loop, dead_letters)
