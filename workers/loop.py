@@ -13,7 +13,7 @@ import os
 import selectors
 import time
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from heapq import heappop, heappush
 
 from openlora.errors import DeadlineExceeded, error_from_code
@@ -27,6 +27,7 @@ from workers.run import Run, failure_of, now_ms
 from workers.token_sink import TokenSink, Verdict
 
 ADMIT_AT_ONCE = 16
+EMIT_AT_ONCE = 64
 PROBE_INTERVAL_S = 0.5
 """A run that has nothing to say asks its log this often whether it was cancelled, lost its lease
 or moved. Asking covers all three, and what happened while Redis was away; the control channel
@@ -134,7 +135,10 @@ class WorkerLoop:
             if key.fd == self._wake_read:
                 os.read(self._wake_read, 4096)
 
-    def _emit(self, steps: Iterable[StepOutputs]) -> None:
+    def _emit(self, steps: Sequence[StepOutputs]) -> None:
+        # A large step goes out in parts, so that Redis and gateway work on the first while the
+        # next is made. Behind its time, the loop logs several steps together instead.
+        most = EMIT_AT_ONCE if len(steps) == 1 else len(self._runs) + 1
         touched: dict[int, Run] = {}
         runs = self._runs
         for step in steps:
@@ -144,6 +148,9 @@ class WorkerLoop:
                 run = runs.get(output.ticket)
                 if run is None or run.end is not None:
                     continue  # ended here while the engine's token was on its way
+                if len(touched) >= most:
+                    self._append(list(touched.values()))
+                    touched.clear()
                 touched[output.ticket] = run
                 if output.fault is not None:
                     run.in_engine = False
