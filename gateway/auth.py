@@ -94,10 +94,18 @@ def check_origin(origin: str | None, host: str | None) -> None:
     Raises:
         Forbidden: the page comes from elsewhere.
     """
-    if origin is not None and urlsplit(origin).netloc.lower() != (host or "").lower():
+    if origin is not None and _host_of(origin) != (host or "").lower():
         raise Forbidden(
             f"origin {origin[:200]!r} is not this server ({host}); open the page from here"
         )
+
+
+def _host_of(origin: str) -> str | None:
+    """Host and port that ``origin`` names; None where it is no URL."""
+    try:
+        return urlsplit(origin).netloc.lower()
+    except ValueError:
+        return None
 
 
 def _digest(key: str) -> bytes:

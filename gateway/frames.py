@@ -68,7 +68,7 @@ def decode_client_frame(text: str) -> ClientFrame:
         return _client_decoder.decode(text)
     except msgspec.ValidationError as error:
         raise _explained(text, str(error)) from error
-    except (msgspec.DecodeError, UnicodeError) as error:
+    except (msgspec.DecodeError, UnicodeError, RecursionError) as error:
         reason = f"the frame is not JSON: {error}; send one JSON object"
         raise BadFrame(reason, _request_id(_lenient(text))) from error
 
@@ -86,7 +86,12 @@ def _explained(text: str, reason: str) -> BadFrame:
     problem = reason[: match.start()]
     if path == "type":
         problem = "the frame's type must be 'generate', 'cancel' or 'resume'"
-    return BadFrame(f"{path} is {_shown(_value_at(frame, match[1]))}: {problem}", request_id)
+    try:
+        shown = _shown(_value_at(frame, match[1]))
+    except (LookupError, TypeError, RecursionError):
+        # of a name given twice msgspec met the first value and Python kept the last
+        return BadFrame(f"{path}: {problem}; give each name once", request_id)
+    return BadFrame(f"{path} is {shown}: {problem}", request_id)
 
 
 def _lenient(text: str) -> dict[str, Any] | None:

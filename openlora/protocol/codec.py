@@ -28,7 +28,7 @@ def _decoder(kind: type[T], name: str) -> Callable[[bytes | str], T]:
     def decode_checked(data: bytes | str) -> T:
         try:
             return decode(data)
-        except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
             raise InvalidRequest(f"not a valid {name}: {error}") from error
 
     return decode_checked

@@ -54,6 +54,6 @@ def test_pages_of_other_hosts_are_refused() -> None:
     check_origin(None, "127.0.0.1:8000")
     check_origin("http://127.0.0.1:8000", "127.0.0.1:8000")
     check_origin("https://Chat.Example", "chat.example")
-    for origin in ("http://evil.example", "http://127.0.0.1:9000", "null", ""):
+    for origin in ("http://evil.example", "http://127.0.0.1:9000", "null", "", "http://["):
         with pytest.raises(Forbidden):
             check_origin(origin, "127.0.0.1:8000")

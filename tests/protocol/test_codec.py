@@ -104,6 +104,7 @@ def test_a_heartbeat_survives() -> None:
         *(b"", b"{", b"null", b"[]", b"\xff\xfe", b'{"job_id":"x"}', b'"text"'),
         codec.encode({"job_id": "x", "tenant": "t", "created_ms": "soon", "params": {}}),
         codec.encode({"job_id": "x", "tenant": "t", "created_ms": 1, "params": {"top_p": 7}}),
+        b'{"unknown":' + b"[" * 5000 + b"]" * 5000 + b"}",
     ],
 )
 def test_what_is_no_job_is_an_invalid_request(data: bytes) -> None:
