@@ -168,6 +168,8 @@ class Connection:
     async def _resume(self, request_id: str, job_id: str, after: int) -> None:
         # subscribed before the log is read: nothing can fall between the two
         follower = await self._follow(request_id, job_id, after + 1)
+        # what is dropped from here on may be lacking in what is read
+        follower.missed = False
         view = await self._log.read(job_id)
         if view is None or view.job.tenant != self._tenant:
             raise JobNotFound(f"job {job_id!r} is not known; it never was, or its log has expired")
@@ -177,7 +179,6 @@ class Connection:
             # what the gateway that lost the client left of the lease may be over in a moment
             await self._relay.renew([job_id])
         self._accept(follower, view.job)
-        follower.missed = False
         if follower.catch_up(view, whole=True):
             follower.finish()
 

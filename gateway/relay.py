@@ -140,8 +140,10 @@ class Relay:
 
     async def _leave_idle_shards(self) -> None:
         """A subscription made for a resume stays a while, for the client's next one."""
-        used = {shard_of(job_id) for job_id in self._followers}
-        for shard in self._shards - used - {self._own_shard}:
+        for shard in self._shards - {self._own_shard}:
+            # looked at anew for each: while one is being left, a client may resume on the next
+            if any(shard_of(job_id) == shard for job_id in self._followers):
+                continue
             self._shards.discard(shard)
             try:
                 await self._events.remove(shard)

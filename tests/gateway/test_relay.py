@@ -1,0 +1,124 @@
+"""Relay and connection where an event and an answer of Redis cross: no stream is left waiting.
+
+The job log is a fake: on a real one nothing makes the two cross when a test wants it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Callable, Iterable
+from typing import Any, cast
+
+from gateway.connection import Connection
+from gateway.follower import Follower, Outbox
+from gateway.intake import Intake
+from gateway.metrics import Metrics
+from gateway.relay import Relay
+from gateway.stream import TokenStream
+from openlora.joblog import AsyncJobLog, JobView
+from openlora.protocol.events import Chunk, End, Token
+from openlora.protocol.jobs import Job
+from openlora.sampling_params import SamplingParams
+
+JOB_ID = "07" + "a" * 24
+JOB = Job(JOB_ID, "t", 1, SamplingParams(seed=1), prompt="x")
+LOG = (Chunk(JOB_ID, 1, 0, (Token(5, "Hi"),)), Chunk(JOB_ID, 1, 1, (), End("stop")))
+
+
+class CrossingLog:
+    """A job log and its event stream; ``meanwhile`` happens while an answer is on its way."""
+
+    def __init__(self) -> None:
+        self.length = len(LOG)
+        self.subscribed: set[int] = set()
+        self.meanwhile: Callable[[], None] = lambda: None
+
+    def events(self, shards: Iterable[int]) -> CrossingLog:
+        self.subscribed.update(shards)
+        return self
+
+    async def add(self, shard: int) -> None:
+        self.subscribed.add(shard)
+
+    async def remove(self, shard: int) -> None:
+        self.subscribed.remove(shard)
+        self.meanwhile()
+        await asyncio.sleep(0)
+
+    async def read(self, job_id: str, after: int = -1) -> JobView:
+        chunks = LOG[: self.length]
+        self.meanwhile()
+        return JobView(JOB, 1, chunks, chunks[-1].end, False)
+
+    async def renew_leases(self, job_ids: Iterable[str], lease_ms: int) -> None:
+        self.meanwhile()
+
+
+def test_an_end_published_while_a_resume_reads_the_log_is_not_missed() -> None:
+    frames = asyncio.run(_resume_while_the_end_comes())
+    assert [frame["type"] for frame in frames] == ["accepted", "token", "done"]
+
+
+async def _resume_while_the_end_comes() -> list[dict[str, Any]]:
+    log = CrossingLog()
+    job_log = cast("AsyncJobLog", log)
+    relay = Relay(job_log, 0, 30_000, Metrics())
+
+    def the_job_ends() -> None:
+        log.length = len(LOG)
+        relay.dispatch([LOG[-1]])
+
+    log.length, log.meanwhile = 1, the_job_ends
+    received: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
+    sent: list[dict[str, Any]] = []
+
+    async def send(message: Any) -> None:
+        sent.append(json.loads(message["text"]))
+        if sent[-1]["type"] in ("done", "error"):
+            received.put_nowait({"type": "websocket.disconnect"})
+
+    connection = Connection(
+        received.get,
+        send,
+        tenant="t",
+        job_log=job_log,
+        intake=cast("Intake", None),
+        relay=relay,
+        metrics=Metrics(),
+    )
+    resume = {"type": "resume", "request_id": "r", "job_id": JOB_ID, "after": -1}
+    received.put_nowait({"type": "websocket.receive", "text": json.dumps(resume)})
+    await asyncio.wait_for(connection.run(), 5)
+    return sent
+
+
+def test_a_shard_resumed_on_while_another_is_left_stays_subscribed() -> None:
+    asyncio.run(_follow_while_shards_are_left())
+
+
+async def _follow_while_shards_are_left() -> None:
+    log = CrossingLog()
+    relay = Relay(cast("AsyncJobLog", log), 0, 1, Metrics())
+    idle = [_follower(shard) for shard in range(1, 4)]
+    for follower in idle:
+        await relay.follow(follower)
+        relay.unfollow(follower)
+    again: dict[int, asyncio.Task[None]] = {}
+
+    def resume_on_the_rest() -> None:
+        for shard in [*log.subscribed - {0, *again}]:
+            again[shard] = asyncio.create_task(relay.follow(_follower(shard)))
+
+    log.meanwhile = resume_on_the_rest
+    renewing = asyncio.create_task(relay.renew_leases())
+    await asyncio.sleep(0.02)
+    renewing.cancel()
+    await asyncio.gather(*again.values())
+    assert again.keys() <= log.subscribed
+    assert again
+
+
+def _follower(shard: int) -> Follower:
+    stream = TokenStream("r", f"{shard:02x}" + "a" * 24)
+    return Follower(stream, Outbox(), Metrics(), lambda: None)
