@@ -12,7 +12,7 @@ import redis.asyncio
 from redis.exceptions import RedisError
 
 from gateway.drafts import AdapterChoice
-from openlora.errors import Overloaded, UnknownAdapter
+from openlora.errors import InvalidRequest, Overloaded, UnknownAdapter
 from openlora.protocol.jobs import AdapterRef
 from openlora.protocol.names import ADAPTERS_CHANNEL
 from openlora.protocol.status import AdapterRecord
@@ -42,8 +42,8 @@ class AdapterDirectory:
         while True:
             try:
                 await self._listen()
-            except (RedisError, OSError) as error:
-                log.warning("adapter registry not reachable, tried again soon: %s", error)
+            except (RedisError, OSError, InvalidRequest) as error:
+                log.warning("adapter registry not read, tried again soon: %s", error)
                 await asyncio.sleep(1)
 
     async def _listen(self) -> None:

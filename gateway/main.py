@@ -33,6 +33,7 @@ class Server(uvicorn.Server):
         self._gateway = gateway
         self._drain: asyncio.Task[None] | None = None
         self._loop = asyncio.get_running_loop()
+        gateway.on_failure = self._stop_failed
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """First signal: drain, then leave. Second: leave at once."""
@@ -46,13 +47,16 @@ class Server(uvicorn.Server):
     def _start_drain(self) -> None:
         self._drain = asyncio.create_task(self._drain_and_exit())
 
+    def _stop_failed(self) -> None:
+        self.should_exit = True
+
     async def _drain_and_exit(self) -> None:
         await self._gateway.drain()
         self.should_exit = True
 
 
 def run(config: GatewayConfig) -> int:
-    """Serves until SIGTERM or SIGINT; returns the process's exit status.
+    """Serves until SIGTERM or SIGINT; returns the process's exit status: 1 after a failure inside.
 
     Raises:
         SetupError: the port is taken, or a setting cannot be used.
@@ -60,6 +64,9 @@ def run(config: GatewayConfig) -> int:
     logging.basicConfig(
         level=config.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s"
     )
+    # kafka-python speaks of every attempt to connect; what matters of it is said in our own words.
+    if log.getEffectiveLevel() > logging.INFO:
+        logging.getLogger("kafka").setLevel(logging.CRITICAL)
     listener = _listen(config.host, config.port)
     with asyncio.Runner(loop_factory=_loop_factory()) as runner:
         return runner.run(_serve(config, listener))
@@ -84,7 +91,7 @@ async def _serve(config: GatewayConfig, listener: socket.socket) -> int:
     )
     log.info("listening on %s port %d", *listener.getsockname()[:2])
     await server.serve([listener])
-    return 0
+    return 1 if gateway.failed else 0
 
 
 def _listen(host: str, port: int) -> socket.socket:

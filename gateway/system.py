@@ -14,7 +14,7 @@ import os
 import secrets
 import socket
 import time
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from typing import Any
 
 from starlette.types import Receive, Send
@@ -67,9 +67,11 @@ class Gateway:
         self._sweeper = Sweeper(self.job_log, publisher, self.broker, owner)
         self._connections: set[Connection] = set()
         self._tasks: list[asyncio.Task[None]] = []
+        self.on_failure: Callable[[], None] = lambda: None
+        self.failed = False
 
     def start(self) -> None:
-        """Starts the background tasks."""
+        """Starts the background tasks. One that fails sets ``failed`` and calls ``on_failure``."""
         for work in (
             self.directory.run(),
             self.relay.run(),
@@ -143,11 +145,13 @@ class Gateway:
 
     def _run(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.create_task(work)
-        task.add_done_callback(_report)
+        task.add_done_callback(self._task_done)
         self._tasks.append(task)
 
-
-def _report(task: asyncio.Task[None]) -> None:
-    """A background task ends only when it is cancelled; anything else must not go unnoticed."""
-    if not task.cancelled() and (error := task.exception()) is not None:
-        log.critical("a background task of the gateway failed", exc_info=error)
+    def _task_done(self, task: asyncio.Task[None]) -> None:
+        """Background tasks end only when they are cancelled. A gateway that lacks one would accept
+        work and not stream it: it is better started anew, and its clients resume."""
+        if not task.cancelled():
+            log.critical("a background task failed: the gateway ends", exc_info=task.exception())
+            self.failed = True
+            self.on_failure()

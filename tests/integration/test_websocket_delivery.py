@@ -12,6 +12,9 @@ import pytest
 from websockets.exceptions import ConnectionClosed
 from websockets.sync.client import connect
 
+from openlora.joblog import redis_client
+from openlora.local import ServerProcess
+from openlora.protocol.names import SWEEPER_KEY
 from tests.conftest import Broker
 from tests.gateway.client import (
     GRACE_S,
@@ -180,3 +183,17 @@ def test_a_stream_cut_off_by_the_drain_can_be_resumed(
         last = frames[-1]
         send(socket, type="resume", request_id="s", job_id=last["job_id"], after=last["index"])
         assert text_of(frames + receive_all(socket, "s")) == words(200)
+
+
+def test_a_gateway_whose_background_work_failed_ends_for_its_supervisor(
+    embedded_broker: Broker, fresh_redis: ServerProcess, tmp_path: Path
+) -> None:
+    with running_gateway(
+        embedded_broker.bootstrap_servers, fresh_redis.address, tmp_path
+    ) as gateway:
+        with redis_client(fresh_redis.address) as client:
+            # of another kind than the sweeper can use, which no retry mends
+            client.delete(SWEEPER_KEY)
+            client.rpush(SWEEPER_KEY, "x")
+        assert gateway.process.wait(15) == 1
+        assert "a background task failed" in gateway.log_text()
