@@ -33,10 +33,7 @@ import time
 from collections.abc import Callable
 from types import FrameType
 
-import redis
-
-from openlora.errors import SetupError
-from openlora.joblog import JobLog, redis_client
+from openlora.joblog import JobLog, reach_redis, redis_client
 from workers.assembly import Parts, assemble
 from workers.config import WorkerConfig
 from workers.engine_client import EngineClient, EngineGone
@@ -46,7 +43,6 @@ from workers.token_sink import Stopped
 from workers.tokenizer import PromptTokenizer
 
 CONNECT_TIMEOUT_S = 10.0
-CONNECT_RETRY_S = 0.25
 LEAVE_TIMEOUT_S = 8.0
 DEAD_LETTERS_TIMEOUT_S = 2.0
 
@@ -173,21 +169,3 @@ class Worker:
         logger.error("event=consumer_failed reason=%r next=drain_and_exit", reason)
         self._draining.set()
         self._wake()
-
-
-def reach_redis(client: redis.Redis, timeout_s: float) -> None:
-    """Ping until Redis answers. Raises SetupError after ``timeout_s`` or when it refuses us."""
-    deadline = time.monotonic() + timeout_s
-    while True:
-        try:
-            client.ping()
-        except redis.AuthenticationError as error:
-            raise SetupError(f"Redis refuses the password: {error}; check --redis") from error
-        except (redis.ConnectionError, redis.TimeoutError) as error:
-            if time.monotonic() > deadline:
-                raise SetupError(
-                    f"Redis does not answer ({error}); start it or set --redis / OPENLORA_REDIS"
-                ) from error
-            time.sleep(CONNECT_RETRY_S)
-        else:
-            return

@@ -20,8 +20,9 @@ def run(config: WorkerConfig) -> int:
         format="%(asctime)s %(levelname)s %(name)s %(message)s",
         stream=sys.stderr,
     )
-    # kafka-python warns of every reconnect; what matters of it is said by workers.consumer.
-    logging.getLogger("kafka").setLevel(max(logging.ERROR, logging.getLogger().level))
+    # kafka-python speaks of every attempt to connect; what matters is said by workers.consumer.
+    if logging.getLogger().level > logging.INFO:
+        logging.getLogger("kafka").setLevel(logging.CRITICAL)
     return Worker(config).run()
 
 

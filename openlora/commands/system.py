@@ -27,6 +27,7 @@ from workers import config as worker_config
 
 DEMO_NAME = "SmolLM2-135M-Instruct"
 _READY_POLL_S = 0.2
+REDIS_TIMEOUT_S = 5.0
 _ANY_ADDRESS = ("0.0.0.0", "::", "")
 
 WORKER_LOST = "its jobs go on with their next token, at another worker or after the restart"
@@ -103,6 +104,7 @@ class System:
         return str(model)
 
     def _start_brokers(self) -> None:
+        from openlora.joblog import reach_redis, redis_client
         from openlora.local import embedded_broker, embedded_redis
 
         kafka, redis_url = self._config.kafka, self._config.redis
@@ -119,6 +121,7 @@ class System:
             self.supervisor.start(broker)
             kafka = broker_server.address
         self._environ |= {"OPENLORA_KAFKA": kafka, "OPENLORA_REDIS": redis_url}
+        reach_redis(redis_client(redis_url), REDIS_TIMEOUT_S)
         self._make_topics()
         embedded = [
             name

@@ -4,7 +4,7 @@
 ``AsyncJobLog`` (gateway) send them.
 """
 
-from openlora.joblog.clients import async_redis_client, redis_client
+from openlora.joblog.clients import async_redis_client, reach_redis, redis_client
 from openlora.joblog.core import AppendResult, Claim, JobView, OpenJob
 from openlora.joblog.events import EventStream
 from openlora.joblog.log import JobLog
@@ -19,5 +19,6 @@ __all__ = [
     "JobView",
     "OpenJob",
     "async_redis_client",
+    "reach_redis",
     "redis_client",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -27,6 +28,16 @@ _OPTIONS: dict[str, Any] = {
     "health_check_interval": 15,
 }
 _RETRIES = 3
+
+_REFUSALS = (
+    redis.exceptions.OutOfMemoryError,
+    redis.exceptions.ReadOnlyError,
+    redis.exceptions.ClusterDownError,
+    redis.exceptions.MasterDownError,
+)
+_REFUSAL_CODES = ("MISCONF ", "NOREPLICAS ")
+"""A full disk, too few replicas: redis-py has no class for these."""
+_REACH_RETRY_S = 0.25
 
 
 def redis_client(url: str) -> redis.Redis:
@@ -61,6 +72,32 @@ def async_redis_client(url: str) -> redis.asyncio.Redis:
     return redis.asyncio.Redis.from_pool(pool)
 
 
+def reach_redis(client: redis.Redis, timeout_s: float) -> None:
+    """Ping until Redis answers: what a process does before it starts anything else.
+
+    Raises:
+        SetupError: nothing answered within ``timeout_s``, or Redis refuses the password.
+    """
+    deadline = time.monotonic() + timeout_s
+    while True:
+        try:
+            client.ping()
+        except redis.AuthenticationError as error:
+            raise SetupError(
+                f"Redis at {_address(client)} refuses the password ({error}); "
+                "set it in --redis / OPENLORA_REDIS"
+            ) from error
+        except (redis.ConnectionError, redis.TimeoutError) as error:
+            if time.monotonic() > deadline:
+                raise SetupError(
+                    f"Redis at {_address(client)} does not answer ({error}); "
+                    "start it or set --redis / OPENLORA_REDIS"
+                ) from error
+            time.sleep(_REACH_RETRY_S)
+        else:
+            return
+
+
 @contextmanager
 def redis_errors(client: redis.Redis | redis.asyncio.Redis) -> Iterator[None]:
     """Turns "Redis cannot do this now" into Overloaded; a wrong command stays redis's own error."""
@@ -71,7 +108,11 @@ def redis_errors(client: redis.Redis | redis.asyncio.Redis) -> Iterator[None]:
             f"Redis at {_address(client)} does not answer ({error}); try again",
             retry_after_ms=_RETRY_AFTER_MS,
         ) from error
-    except (redis.exceptions.OutOfMemoryError, redis.ReadOnlyError) as error:
+    except redis.ResponseError as error:
+        if not isinstance(error, _REFUSALS) and not any(
+            code in str(error) for code in _REFUSAL_CODES
+        ):
+            raise
         raise Overloaded(
             f"Redis at {_address(client)} takes no writes ({error}); try again",
             retry_after_ms=_RETRY_AFTER_MS,

@@ -168,13 +168,20 @@ def test_an_interrupt_while_starting_leaves_nothing(files, tmp_path):
     assert "Traceback" not in running.output
 
 
-def test_an_unreachable_broker_is_one_clear_line(files, tmp_path):
+@pytest.mark.parametrize(
+    ("flag", "value", "line"),
+    [
+        ("--kafka", "{}", "no Kafka broker answers at {}"),
+        ("--redis", "redis://{}/0", "Redis at {} does not answer"),
+    ],
+)
+def test_an_unreachable_server_is_one_clear_line(files, tmp_path, flag, value, line):
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{unused.getsockname()[1]}"
-        running = UpSystem(tmp_path, free_port(), *files, "--kafka", address)
+        running = UpSystem(tmp_path, free_port(), *files, flag, value.format(address))
         assert running.process.wait(60) == 1
-    assert f"no Kafka broker answers at {address}" in running.output
+    assert line.format(address) in running.output
     assert "Traceback" not in running.output
 
 

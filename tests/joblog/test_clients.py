@@ -8,7 +8,8 @@ import pytest
 import redis
 
 from openlora.errors import Overloaded, SetupError
-from openlora.joblog import AsyncJobLog, JobLog, async_redis_client, redis_client
+from openlora.joblog import AsyncJobLog, JobLog, async_redis_client, reach_redis, redis_client
+from openlora.local import ServerProcess
 from tests.joblog.jobs import a_job
 from tests.joblog.test_log_async import run
 
@@ -28,14 +29,17 @@ def test_a_server_that_is_not_there_is_overload_with_its_address(port: int) -> N
     run(f"redis://:secret@127.0.0.1:{port}/0", test)
 
 
-def test_a_server_out_of_memory_is_overload(redis_url: str, worker: JobLog) -> None:
+@pytest.mark.parametrize("setting", ["maxmemory", "min-replicas-to-write"])
+def test_a_server_that_takes_no_writes_is_overload(
+    redis_url: str, worker: JobLog, setting: str
+) -> None:
     async def test(log: AsyncJobLog) -> None:
-        worker._redis.config_set("maxmemory", 1)
+        worker._redis.config_set(setting, 1)
         try:
             with pytest.raises(Overloaded, match="takes no writes"):
                 await log.store(a_job(), 60_000)
         finally:
-            worker._redis.config_set("maxmemory", 0)
+            worker._redis.config_set(setting, 0)
 
     run(redis_url, test)
 
@@ -68,3 +72,18 @@ def test_a_write_to_a_closed_transport_is_a_lost_connection(redis_url: str) -> N
     uvloop = pytest.importorskip("uvloop")
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         runner.run(main())
+
+
+def test_a_start_without_redis_says_where_it_should_be(port: int) -> None:
+    with (
+        redis_client(f"redis://:secret@127.0.0.1:{port}/0") as client,
+        pytest.raises(SetupError, match=rf"127\.0\.0\.1:{port} does not answer") as caught,
+    ):
+        reach_redis(client, timeout_s=0.1)
+    assert "secret" not in caught.value.message
+
+
+def test_a_start_with_a_wrong_password_says_so(fresh_redis: ServerProcess) -> None:
+    url = fresh_redis.address.replace("redis://:", "redis://:wrong")
+    with redis_client(url) as client, pytest.raises(SetupError, match="refuses the password"):
+        reach_redis(client, timeout_s=0.1)

@@ -9,12 +9,8 @@ import time
 
 import pytest
 
-from openlora.errors import SetupError
-from openlora.joblog import redis_client
-from openlora.local import free_port
 from openlora.protocol.codec import encode
 from tests.workers.running import a_job, is_alive, wait_until
-from workers.lifecycle import reach_redis
 
 pytestmark = pytest.mark.services
 
@@ -126,17 +122,3 @@ def test_a_signal_while_starting_ends_the_worker(system):
     worker.signal(signal.SIGTERM)
     assert worker.wait() == 0
     assert "Traceback" not in worker.log_text()
-
-
-def test_redis_that_does_not_answer_is_one_clear_error():
-    with (
-        redis_client(f"redis://127.0.0.1:{free_port()}/0") as client,
-        pytest.raises(SetupError, match="Redis does not answer"),
-    ):
-        reach_redis(client, timeout_s=0.1)
-
-
-def test_a_wrong_password_is_one_clear_error(fresh_redis):
-    url = fresh_redis.address.replace("redis://:", "redis://:wrong")
-    with redis_client(url) as client, pytest.raises(SetupError, match="refuses the password"):
-        reach_redis(client, timeout_s=0.1)
