@@ -155,6 +155,7 @@ class AdapterManager:
             error = self._stage(adapter, outcome)
             if error is not None:
                 adapter.state = _State.COLD
+            self._discard_if_unused(adapter)
             results.append((key, error))
         self._start_loads()
         return results
@@ -218,8 +219,9 @@ class AdapterManager:
         return tuple(self._by_key[key].name for key in self._resident.keys)
 
     def users_of(self, key: str) -> Iterable[int]:
-        """IDs of the unfinished sequences with this adapter."""
-        return tuple(self._by_key[key].users)
+        """IDs of the unfinished sequences with this adapter; none of one that was forgotten."""
+        adapter = self._by_key.get(key)
+        return () if adapter is None else tuple(adapter.users)
 
     def close(self) -> None:
         """End the loading threads."""
@@ -270,7 +272,6 @@ class AdapterManager:
             self._staged[adapter.key] = None
         else:
             adapter.state = _State.COLD
-            self._discard_if_unused(adapter)
         return error
 
     def _check_fit(self, adapters: Collection[_Adapter]) -> AdapterFailed | None:

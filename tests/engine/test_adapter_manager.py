@@ -260,3 +260,26 @@ def test_registering_the_same_again_keeps_it_and_another_path_replaces_it():
     assert bench.manager.resident == ()
     assert bench.run(a=1.0)
     assert set(bench.content.values()) >= {"new"}
+
+
+@pytest.mark.parametrize("is_usable", [True, False])
+def test_an_adapter_given_up_while_it_loads_is_forgotten(is_usable: bool):
+    may_end = threading.Event()
+
+    def load(path: Path):
+        may_end.wait(WAIT_S)
+        if not is_usable:
+            raise AdapterFailed("no")
+        return load_fake(path)
+
+    bench = Bench(load=load)
+    bench.register("rose-1-1-1-1")
+    sequence = bench.want(rose=1.0)
+    bench.manager.unregister("rose")
+    bench.manager.drop(sequence.sequence_id, sequence.adapters)
+    may_end.set()
+    ((key, error),) = bench.manager.poll(WAIT_S)
+    assert (error is None) == is_usable
+    assert bench.manager.users_of(key) == ()
+    bench.manager.check_integrity()
+    assert not bench.manager._by_key
