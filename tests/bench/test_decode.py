@@ -88,10 +88,13 @@ def test_real_weights_run_beside_transformers_and_peft(tiny_model, tmp_path):
     assert [(row["batch"], row["distinct"], row["peers"]) for row in rows] == [
         *((1, 0, "transformers"), (1, 1, "PEFT")),
         *((2, 0, "transformers"), (2, 1, "PEFT"), (2, 2, "PEFT")),
-    ]
+    ] * 2
+    assert [row["dtype"] for row in rows] == ["float32"] * 5 + ["bfloat16"] * 5
+    assert all(row["peers_dtype"] == "float32" for row in rows[:5])
     for row in rows:
-        ratio = row["openlora_tok_s"] / row["peers_tok_s"]
-        assert row["ratio"] == pytest.approx(ratio, rel=1e-2)
+        for kind in ("decode", "total"):
+            ratio = row[f"{kind}_tok_s"] / row[f"peers_{kind}_tok_s"]
+            assert row[f"{kind}_ratio"] == pytest.approx(ratio, rel=1e-2)
 
 
 @pytest.mark.parametrize(
@@ -101,6 +104,7 @@ def test_real_weights_run_beside_transformers_and_peft(tiny_model, tmp_path):
         (["--gpu-adapters", "8"], "distinct is 64, but --gpu-adapters 8"),
         (["--batch", "0"], "batch is 0"),
         (["--model", "/no/such"], "it must be demo or a directory"),
+        (["--model", "demo", "--output", "1"], "output is 1"),
         (["--model", "demo", "--batch", "2", "--distinct", "4"], "cannot hold"),
     ],
 )
