@@ -8,6 +8,7 @@ included.
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import time
@@ -23,7 +24,9 @@ from openlora.local.process import die_with_parent
 FIRST_WAIT_S = 0.5
 LONGEST_WAIT_S = 30.0
 STEADY_AFTER_S = 60.0
-_LAST_LINE_BYTES = 4000
+_LAST_WORDS_BYTES = 8000
+_LOG_PREFIX = re.compile(r"^[\d-]+ [\d:,]+ (?:(?:WARNING|ERROR|CRITICAL) [\w.]+:? )?")
+_NEWS = re.compile(r"(?:INFO|DEBUG) ")
 
 
 class Backoff:
@@ -190,11 +193,18 @@ def how_it_ended(status: int | None) -> str:
     return f"exited with status {status}"
 
 
-def last_line(log_path: Path) -> str:
-    """The last line of a log; "" where there is none."""
-    if not log_path.exists():
+def last_words(log_path: Path, status: int | None) -> str:
+    """Why a process says it ended: the last line of its log that is more than news.
+
+    "" where there is none, and after a signal, which leaves no time to say anything.
+    """
+    if not log_path.exists() or (status is not None and status < 0):
         return ""
     with log_path.open("rb") as log:
-        log.seek(max(0, log.seek(0, os.SEEK_END) - _LAST_LINE_BYTES))
+        log.seek(max(0, log.seek(0, os.SEEK_END) - _LAST_WORDS_BYTES))
         lines = log.read().decode("utf-8", "replace").splitlines()
-    return next((line.strip() for line in reversed(lines) if line.strip()), "")
+    for line in reversed(lines):
+        words = _LOG_PREFIX.sub("", line.strip()).removeprefix("openlora: ")
+        if words and not _NEWS.match(words):
+            return words
+    return ""

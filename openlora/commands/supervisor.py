@@ -13,7 +13,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 
-from openlora.commands.children import Part, how_it_ended, last_line
+from openlora.commands.children import Part, how_it_ended, last_words
 from openlora.commands.screen import LogFollower, Screen
 from openlora.commands.signals import StopSignals
 from openlora.errors import SetupError
@@ -54,11 +54,11 @@ class Supervisor:
         """While the system starts, a part that dies ends the start.
 
         Raises:
-            SetupError: what died, how, and the last line it logged.
+            SetupError: what died, how, and its last words.
         """
         for part in self._parts:
             if not part.running:
-                said = last_line(part.log_path).removeprefix("openlora: ")
+                said = last_words(part.log_path, part.status)
                 raise SetupError(
                     f"{part.name} {how_it_ended(part.status)} before the system was ready: "
                     f"{said or 'it logged nothing'} (log: {part.log_path})"
@@ -75,7 +75,7 @@ class Supervisor:
         if part.running:
             return
         if part.backoff.restart_at is None:
-            ended, said = how_it_ended(part.status), last_line(part.log_path)
+            ended, said = how_it_ended(part.status), last_words(part.log_path, part.status)
             part.kill()  # what it had spawned
             wait_s = part.backoff.died()
             self._screen.warn(

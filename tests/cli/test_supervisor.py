@@ -12,7 +12,7 @@ import psutil
 import pytest
 
 from openlora.commands import children
-from openlora.commands.children import Backoff, Child, how_it_ended, last_line
+from openlora.commands.children import Backoff, Child, how_it_ended, last_words
 from openlora.commands.screen import Screen
 from openlora.commands.signals import StopSignals
 from openlora.commands.supervisor import Supervisor
@@ -96,7 +96,7 @@ def test_a_dead_child_is_told_of_and_started_again(make_child, signals, capsys):
     assert child.running
     assert child._process.pid != first.pid
     said = " ".join(capsys.readouterr().out.split())
-    assert "worker was killed by SIGKILL (up); its work goes on; it starts again in 0.5 s" in said
+    assert "worker was killed by SIGKILL; its work goes on; it starts again in 0.5 s" in said
     assert "worker was started again" in said
 
 
@@ -195,10 +195,38 @@ def test_handlers_are_put_back():
     assert signal.getsignal(signal.SIGINT) is before
 
 
-def test_a_status_in_words(tmp_path):
+def test_a_status_in_words():
     assert how_it_ended(-9) == "was killed by SIGKILL"
     assert how_it_ended(3) == "exited with status 3"
+
+
+@pytest.mark.parametrize(
+    ("text", "status", "words"),
+    [
+        ("", 1, ""),
+        ("one\ntwo  \n\n", 1, "two"),
+        ("two\n", -9, ""),
+        ("openlora: no model\n", 1, "no model"),
+        (
+            "2026-01-02 03:04:05,678 ERROR workers.lifecycle event=engine_died\n",
+            1,
+            "event=engine_died",
+        ),
+        ("2026-01-02 03:04:05,678 CRITICAL gateway.system: lost\n", 1, "lost"),
+        (
+            "2026-01-02 03:04:05,678 ERROR a.b reason\n2026-01-02 03:04:05,679 INFO a.b stopped\n",
+            1,
+            "reason",
+        ),
+        ("2026-01-02 03:04:05,678 INFO a.b stopped\n", 1, ""),
+        ("Traceback (most recent call last):\n  x\nKeyError: 'y'\n", 1, "KeyError: 'y'"),
+    ],
+)
+def test_last_words_are_the_reason_and_no_news(tmp_path, text, status, words):
     log = tmp_path / "log"
-    assert last_line(log) == ""
-    log.write_text("one\ntwo  \n\n")
-    assert last_line(log) == "two"
+    log.write_text(text)
+    assert last_words(log, status) == words
+
+
+def test_a_log_that_never_was_has_no_last_words(tmp_path):
+    assert last_words(tmp_path / "log", 1) == ""
