@@ -15,11 +15,11 @@ ENVIRONMENT: dict[str, str] = {
     "OPENLORA_MODEL": "model: a directory with config, weights and tokenizer, or a hub ID",
     "OPENLORA_KAFKA": "Kafka bootstrap servers, host:port[,host:port…]",
     "OPENLORA_REDIS": "Redis URL, redis://[:password@]host:port/0",
-    "OPENLORA_STORE": "root of the content-addressed adapter store",
+    "OPENLORA_STORE": "content-addressed adapter files, a directory shared with gateways",
     "OPENLORA_DEVICE": "auto, cpu or cuda",
     "OPENLORA_DTYPE": "auto, float32, bfloat16 or float16",
-    "OPENLORA_DRAIN_TIMEOUT_S": "seconds that running jobs get to end when the worker stops",
-    "OPENLORA_LOG_LEVEL": "debug, info, warning or error",
+    "OPENLORA_DRAIN_TIMEOUT_S": "seconds that running jobs get to end after SIGTERM (default 30)",
+    "OPENLORA_LOG_LEVEL": "debug, info, warning or error (default warning)",
 }
 
 DEVICES = ("auto", "cpu", "cuda")
@@ -57,26 +57,38 @@ class WorkerConfig:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The worker's flags. Defaults come from the environment, in ``config_from``."""
-    parser.add_argument("--model", metavar="M", help=ENVIRONMENT["OPENLORA_MODEL"])
-    parser.add_argument("--kafka", metavar="SERVERS", help=ENVIRONMENT["OPENLORA_KAFKA"])
-    parser.add_argument("--redis", metavar="URL", help=ENVIRONMENT["OPENLORA_REDIS"])
-    parser.add_argument("--store", metavar="DIR", help=ENVIRONMENT["OPENLORA_STORE"])
-    parser.add_argument("--device", help=ENVIRONMENT["OPENLORA_DEVICE"])
-    parser.add_argument("--dtype", help=ENVIRONMENT["OPENLORA_DTYPE"])
+
+    def flag(name: str, metavar: str, variable: str) -> None:
+        parser.add_argument(name, metavar=metavar, help=f"{ENVIRONMENT[variable]} [{variable}]")
+
+    flag("--model", "M", "OPENLORA_MODEL")
+    flag("--kafka", "SERVERS", "OPENLORA_KAFKA")
+    flag("--redis", "URL", "OPENLORA_REDIS")
+    flag("--store", "DIR", "OPENLORA_STORE")
+    flag("--device", "D", "OPENLORA_DEVICE")
+    flag("--dtype", "T", "OPENLORA_DTYPE")
     parser.add_argument(
         "--engine",
         default="model",
+        metavar="E",
         help="model (default), or scripted:RATE / clock:RATE, an engine that computes nothing",
     )
     parser.add_argument(
-        "--worker-id", default="", help="name in heartbeats (default: host + random)"
+        "--worker-id",
+        default="",
+        metavar="ID",
+        help="name in claims and heartbeats, of no other worker (default: host + random)",
     )
-    parser.add_argument("--interactive-budget", type=int, default=512, help="jobs held at once")
-    parser.add_argument("--batch-budget", type=int, default=256, help="batch jobs held at once")
-    parser.add_argument(
-        "--drain-timeout-s", metavar="S", help=ENVIRONMENT["OPENLORA_DRAIN_TIMEOUT_S"]
-    )
-    parser.add_argument("--log-level", metavar="L", help=ENVIRONMENT["OPENLORA_LOG_LEVEL"])
+    for kind, most in (("interactive", 512), ("batch", 256)):
+        parser.add_argument(
+            f"--{kind}-budget",
+            type=int,
+            default=most,
+            metavar="N",
+            help=f"{kind} jobs held at once, waiting ones included (default {most})",
+        )
+    flag("--drain-timeout-s", "S", "OPENLORA_DRAIN_TIMEOUT_S")
+    flag("--log-level", "L", "OPENLORA_LOG_LEVEL")
 
 
 def config_from(args: argparse.Namespace, environ: Mapping[str, str]) -> WorkerConfig:
