@@ -110,6 +110,8 @@ class Publisher:
     def _send_all(self) -> None:
         while (item := self._queue.get()) is not None:
             future, job, queued_at = item
+            if not future.set_running_or_notify_cancel():
+                continue  # whoever asked is gone; from here on the future cannot be cancelled
             try:
                 if time.monotonic() - queued_at > DELIVERY_TIMEOUT_MS / 1000:
                     raise self._overloaded("the broker did not take it in time")

@@ -187,7 +187,7 @@ def _facts(engine: Engine | ScriptedEngine) -> ModelFacts:
 def _end_with_parent(sock: socket.socket) -> None:
     """End this process as soon as the other end closes, also in the middle of a load or step."""
     hang_up = select.poll()
-    hang_up.register(sock, select.POLLRDHUP)
+    hang_up.register(sock, 0)  # POLLHUP is always told, and is there on every system
     hang_up.poll()
     os._exit(0)
 

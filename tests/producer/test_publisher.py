@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections import defaultdict
 from concurrent.futures import wait
+from typing import Any
 
 import pytest
 from kafka import KafkaConsumer, TopicPartition
@@ -129,6 +131,26 @@ def test_waiting_jobs_are_bounded(fresh_broker: Broker, monkeypatch: pytest.Monk
     ensure_topics(fresh_broker.bootstrap_servers, _PARTITIONS)
     wait(waiting, 20)
     assert publisher.publish(a_job()).result(20)[0] == JOBS_TOPIC
+    publisher.close()
+
+
+def test_a_job_given_up_while_it_waits_is_not_sent_and_holds_up_nobody(
+    fresh_broker: Broker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ensure_topics(fresh_broker.bootstrap_servers, 1)
+    publisher = Publisher(fresh_broker.bootstrap_servers)
+    may_send = threading.Event()
+    send = publisher._send
+
+    def send_later(*job: Any) -> None:
+        may_send.wait(20)
+        send(*job)
+
+    monkeypatch.setattr(publisher, "_send", send_later)
+    first, given_up, last = (publisher.publish(a_job()) for _ in range(3))
+    assert given_up.cancel()
+    may_send.set()
+    assert [first.result(20)[2], last.result(20)[2]] == [0, 1]
     publisher.close()
 
 
