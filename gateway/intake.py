@@ -25,6 +25,9 @@ from openlora.sampling_params import SEED_LIMIT
 log = logging.getLogger(__name__)
 
 RETRY_AFTER_MS = 1000
+_FIRST_TIMEOUT_S = 6.0
+"""A publish that is under way has come to an end before."""
+_FIRST_CHECK_S = 0.05
 
 
 class JobPublisher(Protocol):
@@ -81,7 +84,7 @@ class Intake:
         """Stores and publishes ``job``; returns its ID once the broker has acknowledged it.
 
         Where the draft's idempotency key was used before, ``job`` is dropped and the ID of the
-        first job is returned.
+        first job is returned, also once the broker has acknowledged that one.
 
         Raises:
             InvalidRequest: the key was used with another request.
@@ -93,6 +96,7 @@ class Intake:
             first_job_id = await self._first_with_key(job, draft)
             if first_job_id != job.job_id:
                 await self._log.discard(job.job_id)
+                await self._wait_for_first(first_job_id)
                 return first_job_id
             where = await asyncio.wrap_future(self._publisher.publish(job))
         except OpenLoRAError:
@@ -113,6 +117,20 @@ class Intake:
             return job.job_id
         job_id, _ = await self._log.claim_idempotency(job.tenant, key, draft.digest, job.job_id)
         return job_id
+
+    async def _wait_for_first(self, job_id: str) -> None:
+        """The key's first request may be on its way still, for a client that lost its connection
+        and asks again: if it is refused there, nobody may have been told `accepted` here."""
+        deadline = time.monotonic() + _FIRST_TIMEOUT_S
+        while (acceptance := await self._log.acceptance(job_id)) == "stored":
+            if time.monotonic() > deadline:
+                break
+            await asyncio.sleep(_FIRST_CHECK_S)
+        if acceptance in ("stored", "discarded"):
+            raise Overloaded(
+                "the first request with this idempotency_key was not accepted; try again",
+                retry_after_ms=RETRY_AFTER_MS,
+            )
 
     async def _take_back(self, job: Job, key: str | None) -> None:
         """The job was not accepted: no worker may run it and its key is free again."""

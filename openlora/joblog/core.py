@@ -243,6 +243,24 @@ def lead_call(owner: str, ttl_ms: int) -> Call:
     return Call(scripts.LEAD, [names.SWEEPER_KEY], [owner, ttl_ms])
 
 
+Acceptance = Literal["stored", "acknowledged", "discarded", "missing"]
+"""stored: the broker may have the job or not; acknowledged: it does, or did."""
+
+ACCEPTANCE_FIELDS = ("state", "epoch", "published")
+
+
+def decode_acceptance(fields: Sequence[bytes | None]) -> Acceptance:
+    """From ``ACCEPTANCE_FIELDS`` of a job's hash."""
+    state, epoch, published = fields
+    if state is None:
+        return "missing"
+    if state == b"discarded":
+        return "discarded"
+    # a job that was claimed came from the broker, whether or not its place was noted
+    is_known = published is not None or epoch != b"0"
+    return "acknowledged" if is_known else "stored"
+
+
 OPEN_JOB_FIELDS = (
     "epoch",
     "cancel",

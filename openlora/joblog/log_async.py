@@ -10,7 +10,7 @@ import redis.asyncio
 
 from openlora.joblog import core
 from openlora.joblog.clients import redis_errors
-from openlora.joblog.core import Call, JobView, OpenJob
+from openlora.joblog.core import Acceptance, Call, JobView, OpenJob
 from openlora.joblog.events import EventStream
 from openlora.protocol import codec, names
 from openlora.protocol.events import Chunk, End
@@ -91,6 +91,12 @@ class AsyncJobLog:
     async def release_idempotency(self, tenant: str, key: str, job_id: str) -> None:
         """Free the key if ``job_id`` holds it: that job was not accepted."""
         await self._run([core.release_call(tenant, key, job_id)])
+
+    async def acceptance(self, job_id: str) -> Acceptance:
+        """How far another caller came with making this job: see ``Acceptance``."""
+        with redis_errors(self._redis):
+            fields = await self._redis.hmget(names.job_key(job_id), core.ACCEPTANCE_FIELDS)
+        return core.decode_acceptance(fields)
 
     def events(self, shards: Iterable[int]) -> EventStream:
         """What workers publish on these delivery shards, on a connection of its own."""

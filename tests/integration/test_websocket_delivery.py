@@ -14,7 +14,7 @@ from websockets.sync.client import connect
 
 from openlora.joblog import redis_client
 from openlora.local import ServerProcess
-from openlora.protocol.names import SWEEPER_KEY
+from openlora.protocol.names import SWEEPER_KEY, idempotency_key
 from tests.conftest import Broker
 from tests.gateway.client import (
     GRACE_S,
@@ -124,6 +124,25 @@ def test_an_idempotency_key_runs_a_request_once(
         generate(socket, "r3", "another", idempotency_key="k1")
         assert receive_all(socket, "r3")[-1]["code"] == "invalid_request"
     assert len(worker.jobs) == 1
+
+
+def test_a_repeated_key_is_accepted_no_sooner_than_its_first_request(
+    fresh_broker: Broker, redis_address: str, tmp_path: Path
+) -> None:
+    with (
+        running_gateway(fresh_broker.bootstrap_servers, redis_address, tmp_path) as gateway,
+        connect(gateway.ws_url) as first,
+        connect(gateway.ws_url) as second,
+        redis_client(redis_address) as client,
+    ):
+        fresh_broker.server.stop()
+        generate(first, "r", "a b", idempotency_key="k-away")
+        wait_for(lambda: client.exists(idempotency_key("default", "k-away")))
+        generate(second, "s", "a b", idempotency_key="k-away")
+        assert receive(second)["code"] == "overloaded"
+        assert receive(first)["code"] == "overloaded"
+        assert not client.exists(idempotency_key("default", "k-away"))
+        gateway.process.kill()  # it would look for its broker for a while yet
 
 
 def test_sigterm_lets_streams_end_then_closes_with_1012(

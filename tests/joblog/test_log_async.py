@@ -124,6 +124,23 @@ def test_an_idempotency_key_belongs_to_its_first_request(redis_url: str) -> None
     run(redis_url, test)
 
 
+def test_how_far_a_job_came_with_being_accepted(redis_url: str, worker: JobLog) -> None:
+    async def test(log: AsyncJobLog) -> None:
+        published, claimed, discarded = a_job(), a_job(), a_job()
+        assert await log.acceptance(published.job_id) == "missing"
+        for job in (published, claimed, discarded):
+            await log.store(job, 60_000)
+            assert await log.acceptance(job.job_id) == "stored"
+        await log.mark_published(published.job_id, "t", 0, 0)
+        worker.claim([claimed.job_id], "w")
+        await log.discard(discarded.job_id)
+        jobs = (published, claimed, discarded)
+        found = [await log.acceptance(job.job_id) for job in jobs]
+        assert found == ["acknowledged", "acknowledged", "discarded"]
+
+    run(redis_url, test)
+
+
 def test_heartbeats_of_the_dead_are_forgotten(redis_url: str, worker: JobLog) -> None:
     async def test(log: AsyncJobLog) -> None:
         assert await log.heartbeats() == []
