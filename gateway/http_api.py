@@ -54,7 +54,7 @@ class HttpApi:
         async def checked(request: Request) -> Response:
             check_origin(request.headers.get("origin"), request.headers.get("host"))
             key = key_of(request.headers.get("authorization"))
-            request.state.tenant = self._gateway.config.api_keys.tenant_of(key)
+            self._gateway.config.api_keys.tenant_of(key)
             return await handler(request)
 
         return checked

@@ -30,7 +30,7 @@ COMMANDS = {
     "doctor": ("openlora.commands.doctor", "what is installed, what is missing, how to get it"),
 }
 
-OWN_PACKAGES = {"", "openlora", "gateway", "producer", "workers"}
+OWN_PACKAGES = {"openlora", "gateway", "producer", "workers"}
 
 EPILOG = """\
 examples:
@@ -90,12 +90,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
         return int(status)
     except ModuleNotFoundError as error:
-        if error.name and error.name.split(".")[0] in {
-            "openlora",
-            "gateway",
-            "producer",
-            "workers",
-        }:
+        if error.name and error.name.split(".")[0] in OWN_PACKAGES:
             raise
         print(
             f"openlora: the package '{error.name}' is not installed; "

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import importlib.metadata
-import importlib.util
 import os
 import platform
 import shutil
@@ -116,11 +115,7 @@ def _backends() -> list[Finding]:
         ]
     triton = "missing" if missing_packages(["triton"]) else "ok"
     detail = "pip install triton" if triton == "missing" else "Triton kernels of this project"
-    flash = importlib.util.find_spec("flash_attn") is not None
-    return [
-        Finding("lora", triton, detail),
-        Finding("attention", triton, "flash-attn is installed" if flash else detail),
-    ]
+    return [Finding("lora", triton, detail), Finding("attention", triton, detail)]
 
 
 def _servers() -> list[Finding]:

@@ -98,8 +98,3 @@ DEMO_ADAPTERS = (
 def demo_adapters() -> list[Path]:
     """The packaged adapter directories; each directory's name is the adapter's ID."""
     return [adapter.directory for adapter in DEMO_ADAPTERS]
-
-
-def describe(name: str) -> str:
-    """The one-line description of the demo adapter ``name``; empty for any other name."""
-    return next((a.description for a in DEMO_ADAPTERS if a.name == name), "")

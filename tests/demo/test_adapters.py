@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoConfig
 
-from openlora.demo.adapters import DEMO_ADAPTERS, DemoAdapter, demo_adapters, describe
+from openlora.demo.adapters import DEMO_ADAPTERS, DemoAdapter, demo_adapters
 from openlora.demo.model import MODEL_ID
 from openlora.demo.samples import answers
 
@@ -29,9 +29,7 @@ def config_of(adapter: DemoAdapter) -> dict[str, object]:
 def test_all_are_packaged_and_described() -> None:
     assert [path.name for path in demo_adapters()] == [adapter.name for adapter in DEMO_ADAPTERS]
     assert len(DEMO_ADAPTERS) >= 4
-    for adapter in DEMO_ADAPTERS:
-        assert describe(adapter.name) == adapter.description
-    assert describe("nobody") == ""
+    assert all(adapter.description for adapter in DEMO_ADAPTERS)
 
 
 def test_the_set_covers_the_kinds() -> None:
