@@ -71,7 +71,7 @@ class ModelRunner:
 
     def _bind(self, rows: Sequence[StepRow]) -> TorchOps:
         """The step's operations: everything that all layers share is computed here, once."""
-        config, device = self._model.config, self._model.device
+        config = self._model.config
         kv_shape = self._kv_cache.layers[0].shape
         positions = self._tensor(
             [row.start + offset for row in rows for offset in range(len(row.token_ids))]
@@ -94,9 +94,7 @@ class ModelRunner:
                 [len(row.token_ids) for row in rows],
                 [row.start + len(row.token_ids) for row in rows],
                 [row.block_table for row in rows],
-                num_heads=config.num_heads,
-                kv_shape=kv_shape,
-                device=device,
+                self._kv_cache.layers[0],
             ),
             kv_layers=self._kv_cache.layers,
             lora_plans=self._plan_lora(rows),

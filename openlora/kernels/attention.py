@@ -20,18 +20,15 @@ class DecodeGroup:
 
     Attributes:
         rows: [n] int64, their rows of the step; None: all decode rows in order.
-        k_pages: [n · num_kv_heads · blocks] int64 rows of K as [-1, block_size · head_dim].
-        v_rows: [n · num_heads · padded_len] int64 rows of the whole cache as [-1, head_dim].
-            Padding repeats a sequence's own first position: stale values elsewhere in the cache,
-            which may be NaN, are never read.
-        v_offsets: [n · num_heads] int64, where each head's rows start in ``v_rows``.
-        hidden: [n · num_kv_heads, 1, padded_len] bool, True at the padding; None: no padding.
+        kv_rows: [2 · n · num_kv_heads · padded_len] int64 rows of the cache as [-1, head_dim],
+            K's before V's. Padding repeats a sequence's own first position: stale values
+            elsewhere in the cache, which may be NaN, are never read.
+        hidden: [n, 1, 1, padded_len] of the cache's dtype, -inf at the padding, else 0;
+            None: no padding.
     """
 
     rows: torch.Tensor | None
-    k_pages: torch.Tensor
-    v_rows: torch.Tensor
-    v_offsets: torch.Tensor
+    kv_rows: torch.Tensor
     hidden: torch.Tensor | None
 
 
@@ -98,24 +95,14 @@ def _decode(
     q: torch.Tensor, kv_cache: torch.Tensor, group: DecodeGroup, scale: float
 ) -> torch.Tensor:
     n, num_heads, head_dim = q.shape
-    _, _, num_kv_heads, block_size, _ = kv_cache.shape
-    batch = n * num_kv_heads
-    k = kv_cache[0].view(-1, block_size * head_dim).index_select(0, group.k_pages)
-    k = k.view(batch, -1, head_dim)
-    q = q.reshape(batch, num_heads // num_kv_heads, head_dim)
-    # beta=0: the first argument is never read, the scale costs no pass of its own.
-    scores = torch.baddbmm(q[:, :, :1], q, k.transpose(1, 2), beta=0, alpha=scale)
-    if group.hidden is not None:
-        scores.masked_fill_(group.hidden, float("-inf"))
-    weights = torch.softmax(scores, dim=-1)
-    # A weighted bag sums V's rows straight from the cache: no gathered copy of V.
-    out = torch.embedding_bag(
-        kv_cache.view(-1, head_dim),
-        group.v_rows,
-        group.v_offsets,
-        per_sample_weights=weights.view(-1),
-    )[0]
-    return out.view(n, num_heads * head_dim)
+    num_kv_heads = kv_cache.shape[2]
+    kv = kv_cache.view(-1, head_dim).index_select(0, group.kv_rows)
+    k, v = kv.view(2, n, num_kv_heads, -1, head_dim)
+    # The query heads of one kv head are the rows of one small product: k and v are read once.
+    out = F.scaled_dot_product_attention(
+        q.reshape(n, num_kv_heads, -1, head_dim), k, v, attn_mask=group.hidden, scale=scale
+    )
+    return out.reshape(n, num_heads * head_dim)
 
 
 def _prefill(
@@ -141,10 +128,7 @@ def plan_attention(
     query_lens: Sequence[int],
     context_lens: Sequence[int],
     block_tables: Sequence[Sequence[int]],
-    *,
-    num_heads: int,
-    kv_shape: torch.Size | tuple[int, ...],
-    device: torch.device,
+    kv_cache: torch.Tensor,
 ) -> AttentionPlan:
     """The plan of one step.
 
@@ -152,9 +136,7 @@ def plan_attention(
         query_lens: tokens of each sequence in this step; those of 1 come first and are decodes.
         context_lens: cached positions of each, this step's included.
         block_tables: KV block IDs of each, at least ⌈context_len / block_size⌉.
-        num_heads: query heads.
-        kv_shape: shape of one layer's cache.
-        device: where the index tensors go.
+        kv_cache: any layer's; its shape, dtype and device alone are used.
     """
     num_decodes = 0
     while num_decodes < len(query_lens) and query_lens[num_decodes] == 1:
@@ -164,9 +146,7 @@ def plan_attention(
             None if len(members) == num_decodes else members,
             [context_lens[row] for row in members],
             [block_tables[row] for row in members],
-            num_heads,
-            kv_shape,
-            device,
+            kv_cache,
         )
         for members in _group_by_length(context_lens[:num_decodes])
     )
@@ -174,9 +154,7 @@ def plan_attention(
     start = num_decodes
     for row in range(num_decodes, len(query_lens)):
         end = start + query_lens[row]
-        chunks.append(
-            _plan_chunk(start, end, context_lens[row], block_tables[row], kv_shape, device)
-        )
+        chunks.append(_plan_chunk(start, end, context_lens[row], block_tables[row], kv_cache))
         start = end
     return AttentionPlan(start, num_decodes, groups, tuple(chunks))
 
@@ -197,37 +175,28 @@ def _plan_group(
     members: list[int] | None,
     context_lens: Sequence[int],
     block_tables: Sequence[Sequence[int]],
-    num_heads: int,
-    kv_shape: torch.Size | tuple[int, ...],
-    device: torch.device,
+    kv_cache: torch.Tensor,
 ) -> DecodeGroup:
-    _, num_blocks, num_kv_heads, block_size, _ = kv_shape
-    n = len(context_lens)
-    width = -(-max(context_lens) // block_size)
-    tables = torch.tensor(
-        [
-            [*table[: -(-length // block_size)], *[table[0]] * (width - -(-length // block_size))]
-            for table, length in zip(block_tables, context_lens, strict=True)
-        ]
-    )
-    lens = torch.tensor(context_lens)
+    _, num_blocks, num_kv_heads, block_size, _ = kv_cache.shape
+    device, longest = kv_cache.device, max(context_lens)
+    width = -(-longest // block_size)
+    # What stands for a missing block is never read: the positions there are padding.
+    tables = torch.tensor([[*t[:width], *[0] * (width - len(t))] for t in block_tables])
+    lens = torch.tensor(context_lens)[:, None]
+    position = torch.arange(longest)
+    padding = position >= lens
+    position = position.where(~padding, 0)
+    blocks = tables.gather(1, position // block_size)
     head = torch.arange(num_kv_heads)[:, None]
-    k_pages = tables[:, None, :] * num_kv_heads + head
-    rows = k_pages[..., None] * block_size + torch.arange(block_size)
-    rows = rows.view(n, num_kv_heads, width * block_size)
-    padding = torch.arange(width * block_size) >= lens[:, None]
-    rows = torch.where(padding[:, None], rows[:, :, :1], rows)
-    rows += num_blocks * num_kv_heads * block_size
-    v_rows = rows[:, :, None].expand(-1, -1, num_heads // num_kv_heads, -1)
+    k_rows = (blocks[:, None] * num_kv_heads + head) * block_size
+    k_rows = (k_rows + (position % block_size)[:, None]).view(-1)
     hidden = None
-    if min(context_lens) < width * block_size:
-        hidden = padding[:, None].expand(-1, num_kv_heads, -1)
-        hidden = hidden.reshape(n * num_kv_heads, 1, -1).to(device)
+    if min(context_lens) < longest:
+        hidden = torch.zeros(padding.shape, dtype=kv_cache.dtype)
+        hidden = hidden.masked_fill_(padding, float("-inf"))[:, None, None].to(device)
     return DecodeGroup(
         rows=None if members is None else torch.tensor(members, device=device),
-        k_pages=k_pages.reshape(-1).to(device),
-        v_rows=v_rows.reshape(-1).to(device),
-        v_offsets=torch.arange(n * num_heads, device=device) * (width * block_size),
+        kv_rows=torch.cat((k_rows, k_rows + num_blocks * num_kv_heads * block_size)).to(device),
         hidden=hidden,
     )
 
@@ -237,10 +206,10 @@ def _plan_chunk(
     end: int,
     context_len: int,
     block_table: Sequence[int],
-    kv_shape: torch.Size | tuple[int, ...],
-    device: torch.device,
+    kv_cache: torch.Tensor,
 ) -> PrefillChunk:
-    _, num_blocks, num_kv_heads, block_size, _ = kv_shape
+    _, num_blocks, num_kv_heads, block_size, _ = kv_cache.shape
+    device = kv_cache.device
     table = torch.tensor(block_table[: -(-context_len // block_size)])
     pages = table * num_kv_heads + torch.arange(num_kv_heads)[:, None]
     kv_pages = torch.stack((pages, pages + num_blocks * num_kv_heads)).view(-1)

@@ -29,14 +29,7 @@ def run(query_lens, context_lens, *, num_heads=6, num_kv_heads=2, dtype=torch.fl
             )
     cache = cache.to(dtype)
     q = torch.randn(sum(query_lens), num_heads, HEAD_DIM, generator=generator).to(dtype)
-    plan = plan_attention(
-        query_lens,
-        context_lens,
-        tables,
-        num_heads=num_heads,
-        kv_shape=cache.shape,
-        device=torch.device("cpu"),
-    )
+    plan = plan_attention(query_lens, context_lens, tables, cache)
     out = paged_attention(q, cache, plan, HEAD_DIM**-0.5)
     assert out.shape == (sum(query_lens), num_heads * HEAD_DIM)
     return out.float(), reference(q, cache, query_lens, context_lens, tables)
