@@ -84,9 +84,19 @@ class Follower:
         finish: called by the relay when the last frame is in the outbox.
         leased: the job lives as long as somebody follows it.
         missed: an event was dropped since the log was last read.
+        log_lost_at: since when there has been no log (monotonic); None while there is one.
     """
 
-    __slots__ = ("_lagging", "_metrics", "finish", "leased", "missed", "outbox", "stream")
+    __slots__ = (
+        "_lagging",
+        "_metrics",
+        "finish",
+        "leased",
+        "log_lost_at",
+        "missed",
+        "outbox",
+        "stream",
+    )
 
     def __init__(
         self,
@@ -100,6 +110,7 @@ class Follower:
         self.outbox = outbox
         self.leased = False
         self.missed = False
+        self.log_lost_at: float | None = None
         # Nothing may overtake `accepted`: events wait until `begin`.
         self._lagging = True
         self._metrics = metrics
@@ -145,6 +156,7 @@ class Follower:
         Stops where the outbox is full, to be called again when it has drained.
         """
         if view is not None:
+            self.log_lost_at = None
             before = self.stream.next_index
             if whole:
                 self.stream.meet_log(view.chunks, self.outbox.frames)

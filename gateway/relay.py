@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import Iterable
 
 from gateway.follower import Follower
 from gateway.metrics import Metrics
-from openlora.errors import Overloaded
+from openlora.errors import JobNotFound, Overloaded
 from openlora.joblog import AsyncJobLog
-from openlora.protocol.events import Chunk
+from openlora.protocol.events import Chunk, End, Failure
 from openlora.protocol.names import shard_of
 
 log = logging.getLogger(__name__)
@@ -22,6 +23,10 @@ log = logging.getLogger(__name__)
 SUBSCRIBE_TIMEOUT_S = 5.0
 RETRY_AFTER_MS = 1000
 _LOG_RETRY_S = 0.5
+_LOST_LOG_RETRY_S = 5.0
+LOST_LOG_PATIENCE_S = 300.0
+"""A log that Redis lost is opened anew when a worker comes to the job. Of one that had ended, or
+that the broker lost too, nothing will ever come: its stream must not wait for ever."""
 
 
 class Relay:
@@ -109,8 +114,24 @@ class Relay:
             log.warning("job %s: log not read, tried again soon: %s", stream.job_id, error)
             asyncio.get_running_loop().call_later(_LOG_RETRY_S, self._lag_again, follower)
             return
-        if follower.catch_up(view, whole=whole):
+        if follower.catch_up(view, whole=whole) or (view is None and self._gives_up(follower)):
             follower.finish()
+
+    def _gives_up(self, follower: Follower) -> bool:
+        """There is no log: looks again later, or ends the stream where that went on too long."""
+        now = time.monotonic()
+        if follower.log_lost_at is None:
+            follower.log_lost_at = now
+        if now - follower.log_lost_at < LOST_LOG_PATIENCE_S:
+            asyncio.get_running_loop().call_later(_LOST_LOG_RETRY_S, self._lag_again, follower)
+            return False
+        stream = follower.stream
+        message = "the job's log was lost, and no worker has opened it again; send the request anew"
+        failure = Failure(JobNotFound.code, message, JobNotFound.retriable)
+        end = Chunk(stream.job_id, stream.epoch, stream.next_index, end=End(failure=failure))
+        stream.feed_logged(end, follower.outbox.frames)
+        follower.outbox.wake()
+        return True
 
     async def renew_leases(self) -> None:
         """Renews the leases of all followed jobs, three times per lease, until cancelled."""

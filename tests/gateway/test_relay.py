@@ -10,6 +10,8 @@ import json
 from collections.abc import Callable, Iterable
 from typing import Any, cast
 
+import pytest
+
 from gateway.connection import Connection
 from gateway.follower import Follower, Outbox
 from gateway.intake import Intake
@@ -31,6 +33,7 @@ class CrossingLog:
 
     def __init__(self) -> None:
         self.length = len(LOG)
+        self.is_lost = False
         self.subscribed: set[int] = set()
         self.meanwhile: Callable[[], None] = lambda: None
 
@@ -46,9 +49,11 @@ class CrossingLog:
         self.meanwhile()
         await asyncio.sleep(0)
 
-    async def read(self, job_id: str, after: int = -1) -> JobView:
+    async def read(self, job_id: str, after: int = -1) -> JobView | None:
         chunks = LOG[: self.length]
         self.meanwhile()
+        if self.is_lost:
+            return None
         return JobView(JOB, 1, chunks, chunks[-1].end, False)
 
     async def renew_leases(self, job_ids: Iterable[str], lease_ms: int) -> None:
@@ -91,6 +96,31 @@ async def _resume_while_the_end_comes() -> list[dict[str, Any]]:
     received.put_nowait({"type": "websocket.receive", "text": json.dumps(resume)})
     await asyncio.wait_for(connection.run(), 5)
     return sent
+
+
+def test_a_stream_whose_log_stays_lost_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gateway.relay._LOST_LOG_RETRY_S", 0.0)
+    asyncio.run(_refill_without_a_log(monkeypatch))
+
+
+async def _refill_without_a_log(monkeypatch: pytest.MonkeyPatch) -> None:
+    log = CrossingLog()
+    log.is_lost = True
+    relay = Relay(cast("AsyncJobLog", log), 0, 30_000, Metrics())
+    ended: list[str] = []
+    outbox = Outbox()
+    follower = Follower(TokenStream("r", JOB_ID), outbox, Metrics(), lambda: ended.append("r"))
+    await relay.follow(follower)
+    follower.begin()
+    await relay.refill(follower)
+    await asyncio.sleep(0.01)
+    assert outbox.lagging.pop(follower, "not asked again") is None
+    assert not ended
+    assert not outbox.frames
+    monkeypatch.setattr("gateway.relay.LOST_LOG_PATIENCE_S", 0.0)
+    await relay.refill(follower)
+    assert ended == ["r"]
+    assert [json.loads(frame)["code"] for frame in outbox.frames] == ["job_not_found"]
 
 
 def test_a_shard_resumed_on_while_another_is_left_stays_subscribed() -> None:
