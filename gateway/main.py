@@ -24,6 +24,9 @@ log = logging.getLogger(__name__)
 MAX_MESSAGE_BYTES = 16 << 20
 """uvicorn closes a websocket with 1009 beyond it; smaller frames over the limit get an error."""
 
+SWITCH_INTERVAL_S = 0.0005
+"""How long another thread may hold the interpreter while the event loop waits for it."""
+
 
 class Server(uvicorn.Server):
     """uvicorn, but the first SIGTERM or SIGINT drains, and only then are connections closed."""
@@ -67,6 +70,8 @@ def run(config: GatewayConfig) -> int:
     # kafka-python speaks of every attempt to connect; what matters of it is said in our own words.
     if log.getEffectiveLevel() > logging.INFO:
         logging.getLogger("kafka").setLevel(logging.CRITICAL)
+    # Kafka's threads work in Python too: by default each may keep the event loop waiting for 5 ms.
+    sys.setswitchinterval(SWITCH_INTERVAL_S)
     listener = _listen(config.host, config.port)
     with asyncio.Runner(loop_factory=_loop_factory()) as runner:
         return runner.run(_serve(config, listener))

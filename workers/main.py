@@ -10,6 +10,9 @@ import sys
 from openlora.errors import SetupError
 from workers.config import WorkerConfig, add_arguments, config_from
 
+SWITCH_INTERVAL_S = 0.0005
+"""How long another thread may hold the interpreter while the loop waits for it."""
+
 
 def run(config: WorkerConfig) -> int:
     """Work until SIGTERM or SIGINT; the exit status. Raises SetupError when it cannot start."""
@@ -23,6 +26,9 @@ def run(config: WorkerConfig) -> int:
     # kafka-python speaks of every attempt to connect; what matters is said by workers.consumer.
     if logging.getLogger().level > logging.INFO:
         logging.getLogger("kafka").setLevel(logging.CRITICAL)
+    # The consumer's thread works in Python too: by default it may keep the loop, which comes back
+    # from Redis several times a step, waiting for 5 ms each time.
+    sys.setswitchinterval(SWITCH_INTERVAL_S)
     return Worker(config).run()
 
 
