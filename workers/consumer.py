@@ -154,23 +154,19 @@ class JobConsumer:
         self._apply_rebalances()
         self._take_ended()
         self._deliver_backlog()
-        self._pauses.apply(
-            self._consumer,
-            self._offsets.partitions(),
-            self._held_back(),
-            batch_flows=self._batch_flows,
-        )
         now = time.monotonic()
-        if now >= self._commit_due:
-            self._commit(now)
-        if now >= self._status_due:
-            self._status_due = now + STATUS_INTERVAL_S
-            self.status = tuple(
-                report_partitions(
-                    self._consumer, self._offsets, self._pauses.held_back, self._undelivered()
-                )
-            )
         try:
+            self._pauses.apply(
+                self._consumer,
+                self._offsets.partitions(),
+                self._held_back(),
+                batch_flows=self._batch_flows,
+            )
+            if now >= self._commit_due:
+                self._commit(now)
+            if now >= self._status_due:
+                self._status_due = now + STATUS_INTERVAL_S
+                self._report()
             records = self._consumer.poll(POLL_TIMEOUT_MS, max_records=TAKE_ALL)
         except AuthorizationError:
             raise
@@ -184,6 +180,12 @@ class JobConsumer:
             self._take(records)
         elif now - self._last_fetch > IDLE_AFTER_S:
             self._stopping.wait(IDLE_PAUSE_S)
+
+    def _report(self) -> None:
+        held_back, undelivered = self._pauses.held_back, self._undelivered()
+        self.status = tuple(
+            report_partitions(self._consumer, self._offsets, held_back, undelivered)
+        )
 
     def _take(self, records: dict[TopicPartition, Sequence[Any]]) -> None:
         self._apply_rebalances()  # what was assigned during this poll may have been fetched in it

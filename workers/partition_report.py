@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
+from kafka.errors import IllegalStateError
 from kafka.structs import TopicPartition
 
 from openlora.protocol.status import PartitionStatus
@@ -24,18 +25,20 @@ def report_partitions(
     ``undelivered``: where messages were fetched but not handed on, the first one's offset; that is
     the position then, since a job before the position counts as one that gets claimed.
     """
-    assignment = consumer.assignment()
     for partition in sorted(offsets.partitions()):
         kafka_partition = TopicPartition(*partition)
-        if kafka_partition not in assignment:
-            continue  # just revoked; the event is on its way
-        high_water = consumer.highwater(kafka_partition)
-        if high_water is None:
-            yield PartitionStatus(*partition, committed=0, position=0, high_water=-1)
-            continue
-        position = undelivered.get(partition)
+        try:
+            high_water = consumer.highwater(kafka_partition)
+            if high_water is None:
+                yield PartitionStatus(*partition, committed=0, position=0, high_water=-1)
+                continue
+            position = undelivered.get(partition)
+            if position is None:
+                position = consumer.position(kafka_partition)
+        except (IllegalStateError, KeyError):
+            continue  # just revoked, by kafka-python's own thread; the event is on its way
         if position is None:
-            position = consumer.position(kafka_partition)
+            continue  # looked for again, after the topic was cut or made anew
         committed = offsets.committed_offset(partition)
         if committed is None:
             committed = offsets.first_open(partition)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from contextlib import suppress
 from typing import Any
 
 from kafka.structs import TopicPartition
@@ -48,6 +49,10 @@ class Pauses:
         if wanted == self._paused:
             return
         assignment = consumer.assignment()
-        consumer.pause(*((wanted - self._paused) & assignment))
-        consumer.resume(*((self._paused - wanted) & assignment))
+        for partition in (wanted - self._paused) & assignment:
+            with suppress(KeyError):  # kafka-python's own thread took it away just now
+                consumer.pause(partition)
+        for partition in (self._paused - wanted) & assignment:
+            with suppress(KeyError):
+                consumer.resume(partition)
         self._paused = wanted
