@@ -6,7 +6,7 @@ import argparse
 import secrets
 import socket
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from openlora.errors import SetupError
@@ -43,7 +43,7 @@ class WorkerConfig:
 
     model: str
     kafka: str
-    redis: str
+    redis: str = field(repr=False)  # its URL may hold a password
     store: Path
     device: str = "auto"
     dtype: str = "auto"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -51,7 +51,7 @@ class UpConfig:
     device: str
     dtype: str
     kafka: str | None
-    redis: str | None
+    redis: str | None = field(repr=False)  # its URL may hold a password
     cache_dir: Path
     state_dir: Path
     verbose: bool
@@ -62,7 +62,7 @@ class ClientConfig:
     """Where a running system answers, and the key to send; ``url`` has no trailing slash."""
 
     url: str
-    api_key: str | None
+    api_key: str | None = field(repr=False)
 
     @property
     def headers(self) -> dict[str, str]:

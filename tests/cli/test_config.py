@@ -75,6 +75,8 @@ def test_a_redis_password_is_never_shown():
     with pytest.raises(SetupError) as raised:
         up("--redis", "http://:secret@redis:6379")
     assert "secret" not in raised.value.message
+    assert "secret" not in repr(up("--redis", "redis://:secret@redis:6379"))
+    assert "secret" not in repr(client(OPENLORA_API_KEY="secret"))
 
 
 def test_a_hub_id_passes_and_a_path_becomes_absolute(tmp_path, monkeypatch):

@@ -44,6 +44,10 @@ def test_every_variable_is_read():
     assert config.drain_timeout_s == 2.5
 
 
+def test_a_redis_password_is_never_shown():
+    assert "secret" not in repr(parse("--model", "m", "--redis", "redis://:secret@r:6379"))
+
+
 def test_the_store_is_in_the_cache_directory():
     assert parse("--model", "m", XDG_CACHE_HOME="/c").store == Path("/c/openlora/adapters")
 
