@@ -10,7 +10,9 @@ once, greedy, EOS ignored; step_ms is (time for 8 + output tokens - time for 8) 
 time with everything included. distinct 0 is the base model.
 
 With --model: real weights, beside transformers and PEFT in the same run ("demo": the demo
-model), each also as a share of what the measured memory speed allows.
+model), after a warm-up and in turns. decode: tokens behind the first, by the time behind the
+first; total: all tokens, by the time from submission, prompts included. Without --dtype a CPU
+runs both fp32 and bf16. The share is of what the measured memory speed allows.
 """
 
 from __future__ import annotations
