@@ -43,18 +43,22 @@ async def register(gateway: Gateway, new: NewAdapter) -> AdapterRecord:
         if heartbeat.hidden_size
     }
     info = await asyncio.to_thread(_store, gateway.config.store, source, hidden_sizes)
-    record = AdapterRecord(
-        id=new.id,
-        version=0,  # assigned by the registry
+    return await gateway.directory.put(record_of(new.id, info, new.source))
+
+
+def record_of(adapter_id: str, info: AdapterInfo, source: str) -> AdapterRecord:
+    """What the registry is to keep of an adapter in the store; it assigns the version."""
+    return AdapterRecord(
+        id=adapter_id,
+        version=0,
         hash=info.hash,
         rank=info.rank,
         targets=tuple(info.targets),
         base_model=info.base_model,
         size_bytes=info.size_bytes,
-        source=new.source,
+        source=source,
         created_ms=time.time_ns() // 1_000_000,
     )
-    return await gateway.directory.put(record)
 
 
 def record_fields(record: AdapterRecord) -> dict[str, object]:

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from gateway.adapter_api import check_hidden_size
-from openlora.adapters.peft_format import AdapterInfo
+from gateway.adapter_api import check_hidden_size, record_of
 from openlora.adapters.store import AdapterStore
 from openlora.errors import AdapterFailed, InvalidRequest, OpenLoRAError
-from openlora.protocol.status import AdapterRecord
 from openlora.registry import AdapterRegistry
 
 CONFIG_FILE = "adapter_config.json"
@@ -57,24 +54,10 @@ def register_dirs(
         try:
             info = store.put(path)
             check_hidden_size(info.tensors, hidden_sizes)
-            registry.put(_record(path, info))
+            registry.put(record_of(path.name, info, str(path.resolve())))
         except (AdapterFailed, InvalidRequest) as error:
             skipped.append(Skipped(path.name, _reason(error)))
     return skipped
-
-
-def _record(path: Path, info: AdapterInfo) -> AdapterRecord:
-    return AdapterRecord(
-        id=path.name,
-        version=0,  # assigned by the registry
-        hash=info.hash,
-        rank=info.rank,
-        targets=tuple(info.targets),
-        base_model=info.base_model,
-        size_bytes=info.size_bytes,
-        source=str(path.resolve()),
-        created_ms=time.time_ns() // 1_000_000,
-    )
 
 
 def _reason(error: OpenLoRAError) -> str:
