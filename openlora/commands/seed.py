@@ -9,7 +9,7 @@ from pathlib import Path
 
 from gateway.adapter_api import check_hidden_size, record_of
 from openlora.adapters.store import AdapterStore
-from openlora.errors import AdapterFailed, InvalidRequest, OpenLoRAError
+from openlora.errors import AdapterFailed, InvalidRequest, OpenLoRAError, SetupError
 from openlora.registry import AdapterRegistry
 
 CONFIG_FILE = "adapter_config.json"
@@ -48,6 +48,9 @@ def register_dirs(
     """Register each directory under its own name; a bad one is left out, with the reason.
 
     ``hidden_sizes``: of the served model, to tell an adapter of another base; empty: not checked.
+
+    Raises:
+        SetupError: an adapter cannot be copied into the store.
     """
     skipped: list[Skipped] = []
     for path in dirs:
@@ -57,6 +60,11 @@ def register_dirs(
             registry.put(record_of(path.name, info, str(path.resolve())))
         except (AdapterFailed, InvalidRequest) as error:
             skipped.append(Skipped(path.name, _reason(error)))
+        except OSError as error:
+            raise SetupError(
+                f"adapter {path.name} cannot be copied into the adapter store: {error}; free space "
+                "there, or set OPENLORA_STORE to a folder that can be written"
+            ) from error
     return skipped
 
 

@@ -10,6 +10,7 @@ from safetensors.torch import save_file
 
 from openlora.adapters.store import AdapterStore
 from openlora.commands.seed import adapter_dirs, hidden_size_of, register_dirs
+from openlora.errors import SetupError
 from openlora.joblog import redis_client
 from openlora.registry import AdapterRegistry
 
@@ -61,6 +62,15 @@ def test_the_same_content_again_is_no_new_version(tmp_path, registry):
     for _ in range(2):
         assert not register_dirs([tmp_path / "adapters/poet"], store, registry, set())
     assert registry.list()[0].version == 1
+
+
+def test_a_store_that_cannot_be_written_ends_the_start(tmp_path, registry):
+    write_adapter(tmp_path / "adapters/poet")
+    (tmp_path / "store").write_bytes(b"a file")
+    with pytest.raises(SetupError, match="adapter poet cannot be copied into the adapter store"):
+        register_dirs(
+            [tmp_path / "adapters/poet"], AdapterStore(tmp_path / "store"), registry, set()
+        )
 
 
 def test_the_hidden_size_comes_from_the_model_s_configuration(tmp_path):
