@@ -14,8 +14,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from openlora.errors import OpenLoRAError
-from openlora.joblog import AsyncJobLog, OpenJob
+from openlora.errors import InvalidRequest, OpenLoRAError
+from openlora.joblog import AsyncJobLog, JobView, OpenJob
 from openlora.protocol.events import End, Failure
 from openlora.protocol.jobs import Job
 from openlora.protocol.status import Heartbeat, PartitionStatus
@@ -144,7 +144,7 @@ class Sweeper:
 
     async def _end(self, job_ids: Sequence[str], failure: Failure | None) -> None:
         for job_id in job_ids:
-            view = await self._log.read(job_id)
+            view = await self._read(job_id)
             if view is None:
                 continue
             end = End(
@@ -156,10 +156,19 @@ class Sweeper:
             if await self._log.finish(job_id, end):
                 _logger.info("job %s ended here: %s", job_id, failure or "cancelled")
 
+    async def _read(self, job_id: str) -> JobView | None:
+        """The job; None where it is gone, or was written by a version that this one cannot read:
+        that one alone is passed over."""
+        try:
+            return await self._log.read(job_id)
+        except InvalidRequest as error:
+            _logger.warning("job %s is passed over by the sweep: %s", job_id, error.message)
+            return None
+
     async def _republish(self, job_ids: Sequence[str]) -> None:
         jobs: list[Job] = []
         for job_id in job_ids:
-            view = await self._log.read(job_id)
+            view = await self._read(job_id)
             if view is not None and view.end is None:
                 jobs.append(view.job)
         results = await asyncio.gather(
