@@ -24,6 +24,8 @@ RETRY_S = 1.0
 SEND_TIMEOUT_S = 10.0
 MAX_VALUE_BYTES = 600_000
 """In base64 it stays below the 1 MB that brokers and clients take at most by default."""
+MAX_KEY_BYTES = 1000
+"""An adapter ID is shorter; a longer key is not ours, and could make the letter too large."""
 
 logger = logging.getLogger("workers.dead_letters")
 
@@ -113,10 +115,14 @@ class DeadLetters:
                 try:
                     if producer is None:
                         producer = KafkaProducer(
-                            bootstrap_servers=self._servers.split(","), acks="all"
+                            bootstrap_servers=self._servers.split(","),
+                            acks="all",
+                            allow_auto_create_topics=False,  # gateways create them
                         )
-                    producer.send(DEAD_TOPIC, value, key=fetched.key).get(SEND_TIMEOUT_S)
-                except KafkaError as error:
+                    key = None if fetched.key is None else fetched.key[:MAX_KEY_BYTES]
+                    producer.send(DEAD_TOPIC, value, key=key).get(SEND_TIMEOUT_S)
+                except (KafkaError, ValueError) as error:
+                    # ValueError: the topic vanished before a partition of it was chosen
                     logger.warning("event=dead_letter_failed error=%r next=retry", error)
                     self._stopping.wait(RETRY_S)
                 else:
