@@ -109,10 +109,13 @@ class Connection:
             await outbox.wait()
             frames = outbox.take()
             self._sending_since = time.monotonic()
-            for frame in frames:
-                await send({"type": "websocket.send", "text": frame})
-            self._sending_since = None
             self._metrics.frames_sent += len(frames)
+            if frames:
+                last = frames.pop()
+                for frame in frames:
+                    await send({"type": "websocket.send", "text": frame, "more": True})
+                await send({"type": "websocket.send", "text": last})
+            self._sending_since = None
             if outbox.lagging and not outbox.frames:
                 follower = next(iter(outbox.lagging))
                 del outbox.lagging[follower]

@@ -1,8 +1,11 @@
-"""uvicorn's websocket protocol, with two endings that reach (or give up) the peer."""
+"""uvicorn's websocket protocol, with joined writes and endings that reach (or give up) the peer."""
 
 from __future__ import annotations
 
+from typing import Any
+
 from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
+from websockets.protocol import State
 
 LINGER_S = 2.0
 
@@ -15,7 +18,16 @@ class WebSocketProtocol(WebSocketsSansIOProtocol):
       overtakes the close frame: the client would not learn why.
     - a peer that answers no pings is cut off instead of waited for until its buffers have emptied,
       which they never do.
+    - text frames sent with ``more`` wait for the one behind them and go out in one write: behind
+      its time, a gateway would else spend most of it in system calls of a hundred bytes.
     """
+
+    async def send(self, message: Any) -> None:
+        """An ASGI event; ``more`` is an addition to ``websocket.send``."""
+        if message.get("more") and not self.close_sent and self.conn.state is State.OPEN:
+            self.conn.send_text(message["text"].encode())
+        else:
+            await super().send(message)
 
     def handle_parser_exception(self) -> None:
         """Sends the close frame that the parser decided on; called again for what still comes."""
