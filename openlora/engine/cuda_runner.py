@@ -45,8 +45,6 @@ class CudaRunner:
         max_model_len: longest context.
     """
 
-    feeds_back_tokens = True
-
     def __init__(
         self,
         model: LlamaModel,

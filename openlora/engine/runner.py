@@ -40,8 +40,6 @@ class ModelRunner:
         kv_cache: blocks that the rows' block tables index.
     """
 
-    feeds_back_tokens = False
-
     def __init__(self, model: LlamaModel, pages: PageTensors, kv_cache: KVCache) -> None:
         self._model = model
         self._pages = pages

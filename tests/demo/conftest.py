@@ -9,15 +9,16 @@ import pytest
 from openlora.demo.model import ensure_demo_model, find_gguf
 from openlora.errors import SetupError
 from tests.demo.tiny_gguf import write_tiny_gguf
+from tests.services import skip_or_fail
 
 
 @pytest.fixture(scope="session")
 def demo_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The converted SmolLM2-135M-Instruct; skips where its package is not installed."""
+    """The converted SmolLM2-135M-Instruct; without its package: skip, in CI fail."""
     try:
         find_gguf()
     except SetupError as error:
-        pytest.skip(error.message)
+        skip_or_fail(error.message)
     return ensure_demo_model(tmp_path_factory.mktemp("cache"))
 
 

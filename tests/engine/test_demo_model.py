@@ -12,6 +12,7 @@ from openlora.engine import Engine, EngineConfig, Request, SamplingParams
 from openlora.engine.generation import load_tokenizer
 from openlora.errors import SetupError
 from tests.engine.tiny_model import Reference, assert_same_tokens
+from tests.services import skip_or_fail
 
 NUM_TOKENS = 20
 PROMPT = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
@@ -23,7 +24,7 @@ def test_demo_adapters_give_the_tokens_of_peft():
     try:
         model = ensure_demo_model(Path.home() / ".cache" / "openlora")
     except SetupError as error:
-        pytest.skip(str(error))
+        skip_or_fail(str(error))
     adapters = {path.name: path for path in demo_adapters()}
     mixes = [{}, *({name: 1.0} for name in adapters), {"pirate": 0.6, "haiku": 0.4}]
     tokenizer = load_tokenizer(str(model))
