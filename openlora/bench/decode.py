@@ -3,6 +3,7 @@
 examples:
   python -m openlora.bench decode --shape 8b --batch 64,256 --distinct 0,1,64 --out rows.jsonl
   python -m openlora.bench decode --shape 8b --zipf-pool 1000 --requests 512 --gpu-adapters 64
+  python -m openlora.bench decode --rank 8,16,32,64 --targets attention --ensemble 2
   python -m openlora.bench decode --device cpu --model demo
 
 With --shape: dummy weights of the Llama-3.1-8B or Llama-3.2-1B shape. Each batch is submitted at
@@ -29,11 +30,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--shape", choices=("8b", "1b"), default="8b", help="default 8b")
     what.add_argument("--model", metavar="M", help="demo, or a model directory: compare with PEFT")
-    parser.add_argument("--batch", type=_numbers, metavar="N,…", help="default 64; --model: 1,8")
+    parser.add_argument(
+        "--batch", type=_numbers, metavar="N,…", help="default 64; zipf: 256; --model: 1,8"
+    )
     parser.add_argument(
         "--distinct", type=_numbers, metavar="N,…", help="default 64; --model: 0,1,8"
     )
-    parser.add_argument("--rank", type=int, default=16, help="of every adapter (default 16)")
+    parser.add_argument(
+        "--rank", type=_numbers, default=(16,), metavar="N,…", help="of the adapters in turn"
+    )
+    parser.add_argument(
+        "--targets", choices=("all", "attention"), default="all", help="linears with LoRA"
+    )
+    parser.add_argument(
+        "--ensemble", type=int, default=1, metavar="N", help="adapters of each request"
+    )
     parser.add_argument("--prompt", type=int, metavar="N", help="tokens; default 128, --model: 64")
     parser.add_argument("--output", type=int, metavar="N", help="tokens; default 128, --model: 48")
     parser.add_argument("--lora", choices=("on", "off"), default="on", help="off: no adapter pages")
@@ -53,9 +64,12 @@ def run(args: argparse.Namespace) -> int:
     if args.model is not None:
         from openlora.bench.decode_compare import compare
 
+        if len(args.rank) > 1:
+            raise SetupError(f"--model compares adapters of one rank, not of {args.rank}")
+        (args.rank,) = args.rank
         compare(args)
         return 0
-    args.batch = args.batch or (64,)
+    args.batch = args.batch or ((64,) if args.zipf_pool is None else (256,))
     args.distinct = args.distinct if args.distinct is not None else (64,)
     args.prompt, args.output = args.prompt or 128, args.output or 128
     _check(args)
@@ -82,7 +96,11 @@ def _numbers(text: str) -> tuple[int, ...]:
 def _check(args: argparse.Namespace) -> None:
     if min(args.batch) < 1:
         raise SetupError(f"batch is {min(args.batch)}; it must be at least 1")
+    if min(args.rank) < 1 or args.ensemble < 1:
+        raise SetupError(f"rank is {min(args.rank)}, ensemble {args.ensemble}; both are at least 1")
     most = max(args.distinct)
+    if any(0 < distinct < args.ensemble for distinct in args.distinct):
+        raise SetupError(f"an ensemble of {args.ensemble} needs at least as many adapters")
     if args.lora == "off" and (most or args.zipf_pool):
         raise SetupError("--lora off serves the base model alone; say --distinct 0")
     if most > args.gpu_adapters and args.zipf_pool is None:

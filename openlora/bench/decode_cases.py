@@ -3,13 +3,24 @@
 from __future__ import annotations
 
 import argparse
+import os
 import random
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import torch
+
 from openlora.adapters.lora_set import PAGE_RANK
-from openlora.bench.measure import WARM_TOKENS, RowWriter, make_requests, run_batch
-from openlora.bench.random_adapters import write_adapter
+from openlora.bench.measure import (
+    WARM_TOKENS,
+    RowWriter,
+    about_machine,
+    make_requests,
+    process_age_s,
+    run_batch,
+)
+from openlora.bench.random_adapters import ALL_TARGETS, ATTENTION_TARGETS, write_adapter
 from openlora.engine import Engine, EngineConfig, Request
 from openlora.engine.build import choose_device
 from openlora.models.dummy import DUMMY_CONFIGS
@@ -22,11 +33,11 @@ _PREFILL_TOKENS = {"cpu": 2048, "cuda": 8192}
 
 def decode_cases(args: argparse.Namespace, folder: Path) -> None:
     """Every batch size with every number of distinct adapters that it can hold; a row each."""
-    rows = RowWriter(args.out)
-    engine = _engine(args, max(args.batch))
+    rows = RowWriter(args.out, about_machine(choose_device(args.device)))
+    engine = _started(args, rows)
     names = _adapters(args, folder, range(max(args.distinct)), engine.model_info.dtype)
     for name in names:
-        engine.load_adapter(name, folder / name)
+        engine.register_adapter(name, folder / name)
     for batch in args.batch:
         for distinct in args.distinct:
             if distinct <= batch:
@@ -45,17 +56,18 @@ def _decode_row(
             output_tokens=output_tokens,
             vocab_size=engine.model_info.vocab_size,
             seed=args.seed,
+            ensemble=args.ensemble,
         )
 
-    # Kernels are compiled and graphs captured in a run that is not counted.
-    run_batch(engine, requests(WARM_TOKENS))
+    # Adapters are loaded, kernels compiled and graphs captured in a run that is not counted.
+    first = run_batch(engine, requests(WARM_TOKENS))
     short = run_batch(engine, requests(WARM_TOKENS))
     long = run_batch(engine, requests(WARM_TOKENS + args.output))
     step_s = (long.total_s - short.total_s) / args.output
     return {
         "case": "decode",
         "model": args.shape,
-        "rank": args.rank,
+        "rank": args.rank[0] if len(args.rank) == 1 else list(args.rank),
         "batch": batch,
         "distinct": len(adapters),
         "prompt": args.prompt,
@@ -65,6 +77,9 @@ def _decode_row(
         "step_ms": step_s * 1e3,
         "decode_tok_s": batch / step_s,
         "ttft_batch_ms": min(short.first_s, long.first_s) * 1e3,
+        "targets": args.targets,
+        "ensemble": args.ensemble,
+        "first_run_s": first.total_s,
     }
 
 
@@ -73,7 +88,8 @@ def zipf_case(args: argparse.Namespace, folder: Path) -> None:
     pool = range(args.zipf_pool)
     weights = [1 / (rank + 1) for rank in pool]
     drawn = random.Random(args.seed).choices(pool, weights, k=args.requests)
-    engine = _engine(args, max(args.batch))
+    rows = RowWriter(args.out, about_machine(choose_device(args.device)))
+    engine = _started(args, rows)
     # Those that nobody asks for need no file.
     for name in _adapters(args, folder, sorted(set(drawn)), engine.model_info.dtype):
         engine.register_adapter(name, folder / name)
@@ -96,7 +112,7 @@ def zipf_case(args: argparse.Namespace, folder: Path) -> None:
     run_batch(engine, warm)
     seconds = run_batch(engine, requests).total_s
     engine.close()
-    RowWriter(args.out).write(
+    rows.write(
         {
             "case": "zipf",
             "requests": args.requests,
@@ -112,17 +128,29 @@ def _adapters(
     args: argparse.Namespace, folder: Path, numbers: Iterable[int], dtype: str
 ) -> list[str]:
     """Write the adapters of these numbers under ``folder``; returns their names."""
-    names = []
-    for number in numbers:
-        write_adapter(
+
+    def write(number: int) -> str:
+        directory = write_adapter(
             folder / _name(number),
             DUMMY_CONFIGS[args.shape],
-            rank=args.rank,
+            rank=args.rank[number % len(args.rank)],
             seed=args.seed + number,
             dtype=DTYPES[dtype],
+            targets=ALL_TARGETS if args.targets == "all" else ATTENTION_TARGETS,
         )
-        names.append(_name(number))
-    return names
+        return directory.name
+
+    with ThreadPoolExecutor(os.cpu_count()) as threads:
+        return list(threads.map(write, numbers))
+
+
+def _started(args: argparse.Namespace, rows: RowWriter) -> Engine:
+    """The engine of a run, and a row with the time from the start of the process until then."""
+    engine = _engine(args, max(args.batch))
+    if engine.model_info.device.startswith("cuda"):
+        torch.cuda.synchronize()
+    rows.write({"case": "start", "model": args.shape, "ready_s": process_age_s()})
+    return engine
 
 
 def _name(number: int) -> str:
@@ -131,7 +159,8 @@ def _name(number: int) -> str:
 
 def _engine(args: argparse.Namespace, max_num_seqs: int) -> Engine:
     """An engine with exactly the adapter pages that the case names, and KV for a whole batch."""
-    pages = args.gpu_adapters * -(-args.rank // PAGE_RANK) if args.lora == "on" else 0
+    pages = args.gpu_adapters * -(-max(args.rank) // PAGE_RANK) if args.lora == "on" else 0
+    mlp_pages = pages if args.targets == "all" else 0
     tokens = args.prompt + WARM_TOKENS + args.output + 1
     return Engine(
         EngineConfig(
@@ -141,7 +170,7 @@ def _engine(args: argparse.Namespace, max_num_seqs: int) -> Engine:
             dtype=args.dtype,
             block_size=_BLOCK_SIZE,
             num_kv_blocks=max_num_seqs * -(-tokens // _BLOCK_SIZE),
-            adapter_pages=(pages, pages, pages, pages),
+            adapter_pages=(pages, pages, mlp_pages, mlp_pages),
             max_num_seqs=max_num_seqs,
             max_num_batched_tokens=max(max_num_seqs, _PREFILL_TOKENS[choose_device(args.device)]),
             enable_prefix_caching=False,

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import json
+import os
+import platform
+import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 
 import torch
 
 from openlora.engine import Engine, Request, SamplingParams
 
+_IMPORTED_S = time.perf_counter()
 WARM_TOKENS = 8
 """Tokens of the short run whose time is taken off: start, prefill and the first steps."""
 
@@ -57,10 +62,12 @@ def make_requests(
     output_tokens: int,
     vocab_size: int,
     seed: int,
+    ensemble: int = 1,
 ) -> list[Request]:
     """``batch`` greedy requests with random prompts; request i uses adapter i modulo their number.
 
-    No adapters: the base model. EOS is ignored, so that each makes ``output_tokens``.
+    With ``ensemble``, and equal weights, also the adapters behind that one. No adapters: the base
+    model. EOS is ignored, so that each makes ``output_tokens``.
     """
     generator = torch.Generator().manual_seed(seed)
     prompts = torch.randint(3, vocab_size, (batch, prompt_tokens), generator=generator).tolist()
@@ -68,7 +75,12 @@ def make_requests(
     return [
         Request(
             prompt_token_ids=prompt,
-            adapters={adapters[index % len(adapters)]: 1.0} if adapters else {},
+            adapters={
+                adapters[(index + offset) % len(adapters)]: 1 / ensemble
+                for offset in range(ensemble)
+            }
+            if adapters
+            else {},
             params=params,
         )
         for index, prompt in enumerate(prompts)
@@ -86,15 +98,41 @@ def read_bytes_per_s(device: torch.device, num_bytes: int = 1 << 30, repeats: in
     return num_bytes / best_s
 
 
+def process_age_s() -> float:
+    """Seconds since this process was started, imports included; elsewhere than on Linux, since
+    this module was imported."""
+    if sys.platform != "linux":
+        return time.perf_counter() - _IMPORTED_S
+    started_ticks = int(Path("/proc/self/stat").read_text().rsplit(")", 1)[1].split()[19])
+    return time.clock_gettime(time.CLOCK_BOOTTIME) - started_ticks / os.sysconf("SC_CLK_TCK")
+
+
+def about_machine(device: str) -> dict[str, object]:
+    """Device, versions and date of a run on "cpu" or "cuda"."""
+    is_cuda = device == "cuda"
+    return {
+        "device": torch.cuda.get_device_name() if is_cuda else platform.machine(),
+        "torch": torch.__version__,
+        "date": datetime.now(UTC).date().isoformat(),
+    }
+
+
 class RowWriter:
-    """Prints result rows as JSON lines, and appends them to a file where one is given."""
+    """Prints result rows as JSON lines, and appends them to a file where one is given.
 
-    def __init__(self, path: Path | None) -> None:
+    Args:
+        path: the file.
+        about: what every row says behind its own fields.
+    """
+
+    def __init__(self, path: Path | None, about: Mapping[str, object] | None = None) -> None:
         self._path = path
+        self._about = about or {}
 
-    def write(self, row: dict[str, object]) -> None:
+    def write(self, row: Mapping[str, object]) -> None:
         """One row; floats are rounded to four digits after the point."""
-        rounded = {k: round(v, 4) if isinstance(v, float) else v for k, v in row.items()}
+        full = {**row, **self._about}
+        rounded = {k: round(v, 4) if isinstance(v, float) else v for k, v in full.items()}
         line = json.dumps(rounded)
         print(line, flush=True)
         if self._path is not None:

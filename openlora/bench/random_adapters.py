@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors.torch import save_file
 
@@ -12,6 +14,9 @@ from openlora.models.config import ModelConfig
 
 # Small enough that logits stay finite, large enough that no kernel can skip the work.
 _SCALE = 0.02
+
+ATTENTION_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj")
+ALL_TARGETS = (*ATTENTION_TARGETS, "gate_proj", "up_proj", "down_proj")
 
 
 def linear_shapes(config: ModelConfig) -> dict[str, tuple[int, int]]:
@@ -36,18 +41,27 @@ def adapter_bytes(config: ModelConfig, rank: int, element_bytes: int) -> int:
 
 
 def write_adapter(
-    directory: Path, config: ModelConfig, *, rank: int, seed: int, dtype: torch.dtype
+    directory: Path,
+    config: ModelConfig,
+    *,
+    rank: int,
+    seed: int,
+    dtype: torch.dtype,
+    targets: Sequence[str] = ALL_TARGETS,
 ) -> Path:
-    """Write a random adapter of ``rank`` (α = rank) in PEFT's format; returns ``directory``."""
-    generator = torch.Generator().manual_seed(seed)
+    """Write a random adapter of ``rank`` (α = rank) in PEFT's format; returns ``directory``.
+
+    Thread-safe, and without torch's own threads: many are written at a time.
+    """
+    generator = np.random.default_rng(seed)
     tensors = {}
-    shapes = linear_shapes(config)
     for layer in range(config.num_layers):
-        for module, (inputs, outputs) in shapes.items():
+        for module, (inputs, outputs) in linear_shapes(config).items():
+            if module.rsplit(".", 1)[-1] not in targets:
+                continue
             prefix = f"base_model.model.model.layers.{layer}.{module}"
             for name, shape in (("lora_A", (rank, inputs)), ("lora_B", (outputs, rank))):
-                matrix = torch.randn(shape, generator=generator, dtype=torch.float32) * _SCALE
-                tensors[f"{prefix}.{name}.weight"] = matrix.to(dtype)
+                tensors[f"{prefix}.{name}.weight"] = _noise(generator, shape, dtype)
     directory.mkdir(parents=True)
     save_file(tensors, directory / "adapter_model.safetensors")
     settings = {
@@ -57,7 +71,17 @@ def write_adapter(
         "lora_alpha": rank,
         "lora_dropout": 0.0,
         "bias": "none",
-        "target_modules": sorted(module.rsplit(".", 1)[-1] for module in shapes),
+        "target_modules": sorted(targets),
     }
     (directory / "adapter_config.json").write_text(json.dumps(settings), encoding="utf-8")
     return directory
+
+
+def _noise(
+    generator: np.random.Generator, shape: tuple[int, int], dtype: torch.dtype
+) -> torch.Tensor:
+    values = generator.standard_normal(shape, np.float32) * np.float32(_SCALE)
+    if dtype == torch.bfloat16:
+        # The upper halves of the fp32 bits: noise need not be rounded.
+        return torch.from_numpy((values.view(np.uint32) >> 16).astype(np.int16)).view(dtype)
+    return torch.from_numpy(values.astype(np.float16) if dtype == torch.float16 else values)

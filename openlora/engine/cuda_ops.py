@@ -137,6 +137,7 @@ def decode_tiles(pages: Sequence[LayerPages], num_processors: int) -> tuple[SGMV
             chunk_rows=16,
             # About one tile of 256 × 16 a program: all of its loads are under way at once.
             splits=32 if site[0][0].shape[1] > 8192 else 16,
+            shared_splits=8 if site[0][0].shape[1] > 8192 else 4,
             block_k=256,
             block_n=256,
             num_programs=num_processors * 16,
@@ -153,6 +154,7 @@ def prefill_tiles(pages: Sequence[LayerPages], num_processors: int) -> tuple[SGM
         SGMVTiles(
             chunk_rows=64,
             splits=4 if site[0][0].shape[1] > 8192 else 2,
+            shared_splits=4 if site[0][0].shape[1] > 8192 else 2,
             block_k=128,
             block_n=128,
             num_programs=num_processors * 16,

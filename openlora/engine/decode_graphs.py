@@ -25,9 +25,9 @@ from openlora.engine.drawn_tokens import DrawnTokens, PinnedRing
 from openlora.engine.kv_cache import KVCache
 from openlora.engine.sgmv_plan import PlanLayout, SGMVPlan
 from openlora.engine.step_inputs import StepInputs
-from openlora.kernels.sampling import greedy
 from openlora.kernels.triton_attention import DecodeScratch, decode_splits
 from openlora.kernels.triton_fused import take_tokens
+from openlora.kernels.triton_sampling import GreedyScratch, greedy
 from openlora.kernels.triton_sgmv import SGMVTables
 from openlora.models.llama import LlamaModel
 
@@ -49,10 +49,11 @@ def buckets(max_rows: int) -> tuple[int, ...]:
 
 @dataclass(frozen=True, slots=True)
 class _Graph:
-    """``ops`` is never called again: it keeps the memory that the graph's kernels write."""
+    """``ops`` and ``scratch`` are not used again: they keep the memory that the kernels write."""
 
     graph: torch.cuda.CUDAGraph
     ops: CudaOps
+    scratch: GreedyScratch
     logits: torch.Tensor
     token_ids: torch.Tensor
 
@@ -151,6 +152,7 @@ class DecodeGraphs:
 
     def _capture(self, bucket: int, has_lora: bool) -> _Graph:
         ops = self._ops(bucket, has_lora)
+        scratch = GreedyScratch(bucket, self._processors, self._model.device)
         # Rows of padding alone: the warm-up compiles and allocates, and writes no KV.
         self._fields.zero_()
         self._fields[1].fill_(-1)
@@ -158,18 +160,20 @@ class DecodeGraphs:
         if has_lora:
             self._plan.zero_()
             self._uploaded_plan = None
-        self._forward(bucket, ops)
+        self._forward(bucket, ops, scratch)
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
         # Other threads load adapters meanwhile; what they allocate is no part of the capture.
         with torch.cuda.graph(graph, pool=self._memory, capture_error_mode="thread_local"):
-            logits, token_ids = self._forward(bucket, ops)
-        return _Graph(graph, ops, logits, token_ids)
+            logits, token_ids = self._forward(bucket, ops, scratch)
+        return _Graph(graph, ops, scratch, logits, token_ids)
 
-    def _forward(self, bucket: int, ops: CudaOps) -> tuple[torch.Tensor, torch.Tensor]:
+    def _forward(
+        self, bucket: int, ops: CudaOps, scratch: GreedyScratch
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         tokens = take_tokens(self._fields[0, :bucket], self._fields[1, :bucket], self._drawn.tokens)
         logits = self._model.logits(self._model.forward(tokens, ops), ops)
-        return logits, greedy(logits)
+        return logits, greedy(logits, scratch)
 
     def _ops(self, bucket: int, has_lora: bool) -> CudaOps:
         config = self._model.config

@@ -44,6 +44,8 @@ class SGMVTiles:
     Attributes:
         chunk_rows: most rows of one chunk of the plan (a power of two, at least 16).
         splits: parts that K is cut into (a power of two); each is pulled by its own program.
+        shared_splits: as ``splits``, at most as many, for chunks of more than one row: these bring
+            their own parallelism, and every part is one more sum for the expand to read.
         block_k: K elements a program loads at once; divides nothing in particular (masked).
         block_n: output columns of one expand program.
         num_programs: size of the persistent grid.
@@ -51,6 +53,7 @@ class SGMVTiles:
 
     chunk_rows: int
     splits: int
+    shared_splits: int
     block_k: int
     block_n: int
     num_programs: int
@@ -73,12 +76,16 @@ def _shrink_kernel(
     K: tl.constexpr,
     SLICES: tl.constexpr,
     SPLITS: tl.constexpr,
+    SHARED_SPLITS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
     RANK: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
     K_SPLIT: tl.constexpr = ((K + SPLITS * BLOCK_K - 1) // (SPLITS * BLOCK_K)) * BLOCK_K
+    K_SHARED: tl.constexpr = (
+        (K + SHARED_SPLITS * BLOCK_K - 1) // (SHARED_SPLITS * BLOCK_K)
+    ) * BLOCK_K
     WIDTH: tl.constexpr = SLICES * RANK
     UNITS: tl.constexpr = SLICES * SPLITS
     items_ptr = plan_ptr + items_at
@@ -100,11 +107,11 @@ def _shrink_kernel(
         # Slices vary fastest: the programs that share cache lines of A run side by side.
         split = (work // SLICES) % SPLITS
         part = work % SLICES
-        k_start = split * K_SPLIT
-        k_end = min(k_start + K_SPLIT, K)
         a_tile = a_ptr + page.to(tl.int64) * a_page_stride + part * RANK + ranks[None, :]
         h_out = h_ptr + split * h_split_stride + part * RANK
         if num_rows == 1:
+            k_start = split * K_SPLIT
+            k_end = min(k_start + K_SPLIT, K)
             x_row = x_ptr + row_start.to(tl.int64) * x_stride
             total = tl.zeros([RANK], dtype=tl.float32)
             for offset in tl.static_range(0, K_SPLIT, BLOCK_K):
@@ -115,13 +122,19 @@ def _shrink_kernel(
                 x = tl.load(x_row + k, mask=k < k_end, other=0.0)
                 total += tl.sum(a.to(tl.float32) * x.to(tl.float32)[:, None], axis=0)
             tl.store(h_out + h_row.to(tl.int64) * WIDTH + ranks, total)
-        else:
+        elif split < SHARED_SPLITS:
+            k_start = split * K_SHARED
+            k_end = min(k_start + K_SHARED, K)
             x_rows = x_ptr + (row_start + rows[:, None]).to(tl.int64) * x_stride
             in_chunk = rows[:, None] < num_rows
-            acc = tl.zeros([BLOCK_M, RANK], dtype=tl.float32)
+            # The first tile of the page is asked for before the wait, as it is with one row.
+            k = k_start + ks
+            a = tl.load(a_tile + k[:, None] * WIDTH, mask=k[:, None] < k_end, other=0.0)
             if OVERLAP:
                 gdc_wait()
-            for offset in range(0, K_SPLIT, BLOCK_K):
+            x = tl.load(x_rows + k[None, :], mask=in_chunk & (k[None, :] < k_end), other=0.0)
+            acc = tl.dot(x, a, input_precision="ieee")
+            for offset in range(BLOCK_K, K_SHARED, BLOCK_K):
                 k = k_start + offset + ks
                 a = tl.load(a_tile + k[:, None] * WIDTH, mask=k[:, None] < k_end, other=0.0)
                 x = tl.load(x_rows + k[None, :], mask=in_chunk & (k[None, :] < k_end), other=0.0)
@@ -157,6 +170,7 @@ def _expand_kernel(
     BLOCK_OUT: tl.constexpr,
     SLICES: tl.constexpr,
     SPLITS: tl.constexpr,
+    SHARED_SPLITS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     RANK: tl.constexpr,
@@ -227,7 +241,7 @@ def _expand_kernel(
                 if OVERLAP:
                     gdc_wait()
                 h = tl.zeros([BLOCK_M, RANK], dtype=tl.float32)
-                for split in tl.static_range(SPLITS):
+                for split in tl.static_range(SHARED_SPLITS):
                     h += tl.load(h_rows + split * h_split_stride, mask=in_chunk, other=0.0)
                 acc = tl.dot((h * weight).to(b.dtype), b, acc, input_precision="ieee")
             y_tile = y_start + rows[:, None] * y_stride + n[None, :]
@@ -276,7 +290,7 @@ def sgmv_shrink(
     site: int,
     tiles: SGMVTiles,
 ) -> None:
-    """h[split, p] = the K-split's share of x[rows of p] · A_p, for every (chunk, page) p.
+    """h[split, p] = the K-part's share of x[rows of p] · A_p, for every (chunk, page) p.
 
     Args:
         x: [rows, K], last dimension contiguous.
@@ -304,6 +318,7 @@ def sgmv_shrink(
         K=x.shape[1],
         SLICES=slices,
         SPLITS=tiles.splits,
+        SHARED_SPLITS=tiles.shared_splits,
         BLOCK_M=tiles.chunk_rows,
         BLOCK_K=tiles.block_k,
         RANK=PAGE_RANK,
@@ -350,6 +365,7 @@ def sgmv_expand(
         BLOCK_OUT=B.shape[3],
         SLICES=h.shape[2] // PAGE_RANK,
         SPLITS=tiles.splits,
+        SHARED_SPLITS=tiles.shared_splits,
         BLOCK_M=tiles.chunk_rows,
         BLOCK_N=tiles.block_n,
         RANK=PAGE_RANK,

@@ -22,7 +22,8 @@ from tests.engine.tiny_model import make_tiny_model
 
 KEYS = {
     *("case", "model", "rank", "batch", "distinct", "prompt", "output", "lora", "gpu_adapters"),
-    *("step_ms", "decode_tok_s", "ttft_batch_ms"),
+    *("step_ms", "decode_tok_s", "ttft_batch_ms", "targets", "ensemble", "first_run_s"),
+    *("device", "torch", "date"),
 }
 
 
@@ -55,7 +56,9 @@ SMALL = ("--shape", "1b", "--prompt", "8", "--output", "4", "--gpu-adapters", "4
 def test_every_batch_runs_with_every_number_of_adapters_it_holds(tiny_shape, tmp_path, capsys):
     out = tmp_path / "rows.jsonl"
     run(*SMALL, "--batch", "1,4", "--distinct", "0,1,4", "--rank", "20", "--out", str(out))
-    rows = rows_of(out)
+    start, *rows = rows_of(out)
+    assert start["case"] == "start"
+    assert start["ready_s"] > 0
     assert [(row["batch"], row["distinct"]) for row in rows] == [
         *((1, 0), (1, 1), (4, 0), (4, 1), (4, 4)),
     ]
@@ -67,14 +70,22 @@ def test_every_batch_runs_with_every_number_of_adapters_it_holds(tiny_shape, tmp
 def test_base_alone_needs_no_pages(tiny_shape, tmp_path):
     out = tmp_path / "rows.jsonl"
     run(*SMALL, "--batch", "2", "--distinct", "0", "--lora", "off", "--out", str(out))
-    assert rows_of(out)[0]["lora"] == "off"
+    assert rows_of(out)[1]["lora"] == "off"
+
+
+def test_ranks_take_turns_and_requests_can_use_two_adapters(tiny_shape, tmp_path):
+    out = tmp_path / "rows.jsonl"
+    words = ("--rank", "4,20", "--targets", "attention", "--ensemble", "2", "--out", str(out))
+    run(*SMALL, "--batch", "4", "--distinct", "4", *words)
+    row = rows_of(out)[1]
+    assert (row["rank"], row["targets"], row["ensemble"]) == ([4, 20], "attention", 2)
 
 
 def test_zipf_counts_the_adapters_drawn(tiny_shape, tmp_path):
     out = tmp_path / "rows.jsonl"
     run(*SMALL, "--batch", "4", "--zipf-pool", "50", "--requests", "12", "--out", str(out))
-    (row,) = rows_of(out)
-    assert set(row) == {"case", "requests", "pool", "adapters", "seconds", "out_tok_s"}
+    _, row = rows_of(out)
+    assert set(row) >= {"case", "requests", "pool", "adapters", "seconds", "out_tok_s"}
     assert (row["case"], row["requests"], row["pool"]) == ("zipf", 12, 50)
     assert 4 < row["adapters"] <= 12
 
@@ -103,6 +114,8 @@ def test_real_weights_run_beside_transformers_and_peft(tiny_model, tmp_path):
         (["--lora", "off"], "--lora off serves the base model alone"),
         (["--gpu-adapters", "8"], "distinct is 64, but --gpu-adapters 8"),
         (["--batch", "0"], "batch is 0"),
+        (["--ensemble", "2", "--distinct", "1"], "an ensemble of 2 needs"),
+        (["--model", "demo", "--rank", "4,8"], "of one rank"),
         (["--model", "/no/such"], "it must be demo or a directory"),
         (["--model", "demo", "--output", "1"], "output is 1"),
         (["--model", "demo", "--batch", "2", "--distinct", "4"], "cannot hold"),

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from openlora.engine import Engine, EngineConfig, Request, SamplingParams
+from openlora.kernels.triton_sampling import GreedyScratch
 from tests.engine.tiny_model import (
     VOCAB_SIZE,
     Reference,
@@ -123,9 +124,12 @@ def test_replay_equals_eager_bit_for_bit(tiny, prompts, monkeypatch) -> None:
         bucket = logits.shape[0]
         # The same buffers again, outside the graph: KV of the step is written over with itself.
         tokens_before = graphs._drawn.tokens.clone()
-        eager, _ = graphs._forward(bucket, graphs._ops(bucket, not plan.is_empty))
+        scratch = GreedyScratch(bucket, 132, logits.device)
+        ops = graphs._ops(bucket, not plan.is_empty)
+        eager, eager_ids = graphs._forward(bucket, ops, scratch)
         rows = len(inputs.token_ids)
         assert torch.equal(eager[:rows], replayed[:rows])
+        assert torch.equal(eager_ids[:rows], token_ids[:rows])
         assert torch.equal(graphs._drawn.tokens, tokens_before)
         compared.append(rows)
         return logits, token_ids

@@ -86,8 +86,10 @@ def run_case(
     assert error < TOLERANCE[dtype], f"relative error {error}"
 
 
-DECODE = SGMVTiles(chunk_rows=16, splits=4, block_k=32, block_n=32, num_programs=7)
-PREFILL = SGMVTiles(chunk_rows=64, splits=1, block_k=32, block_n=64, num_programs=3)
+DECODE = SGMVTiles(chunk_rows=16, splits=4, shared_splits=2, block_k=32, block_n=32, num_programs=7)
+PREFILL = SGMVTiles(
+    chunk_rows=64, splits=1, shared_splits=1, block_k=32, block_n=64, num_programs=3
+)
 
 
 @pytest.mark.parametrize("site", SITES)
