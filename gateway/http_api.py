@@ -64,11 +64,16 @@ class HttpApi:
         return JSONResponse({"status": "ok"})
 
     async def readyz(self, request: Request) -> Response:
-        """200 when brokers answer and a worker is ready; else what is missing."""
-        waiting_for = await self._gateway.waiting_for()
-        if waiting_for:
-            return JSONResponse({"waiting_for": waiting_for}, 503)
-        return JSONResponse({"waiting_for": []})
+        """200 when brokers answer and a worker is ready; else what is missing. Of workers that
+        start, the share of the model that they have loaded."""
+        readiness = await self._gateway.readiness()
+        starting = [
+            {"id": heartbeat.id, "pid": heartbeat.pid, "loaded": heartbeat.loaded}
+            for heartbeat in readiness.starting
+        ]
+        status = 503 if readiness.waiting_for else 200
+        fields: dict[str, object] = {"waiting_for": readiness.waiting_for}
+        return JSONResponse(fields | ({"starting": starting} if starting else {}), status)
 
     async def metrics(self, request: Request) -> Response:
         """Prometheus' text format."""

@@ -15,20 +15,23 @@ import secrets
 import socket
 import time
 from collections.abc import Callable, Coroutine
+from dataclasses import dataclass
 from typing import Any
 
-from starlette.types import Receive, Send
+from starlette.types import Receive
 
 from gateway.broker_watch import BrokerWatch
 from gateway.config import GatewayConfig
 from gateway.connection import Connection
 from gateway.directory import AdapterDirectory
+from gateway.follower import FrameWriter
 from gateway.intake import Intake
 from gateway.metrics import Metrics
 from gateway.relay import Relay
 from openlora.errors import Overloaded
 from openlora.joblog import AsyncJobLog, async_redis_client
 from openlora.protocol.names import SHARD_COUNT
+from openlora.protocol.status import Heartbeat
 from producer.publisher import Publisher
 from producer.sweeper import Sweeper
 from producer.topics import TopicKeeper
@@ -39,6 +42,15 @@ _DRAIN_CHECK_S = 0.1
 _STALL_CHECK_S = 5.0
 STALL_S = 60.0
 """A client that took nothing for so long is treated as gone; it can resume its jobs."""
+
+
+@dataclass(frozen=True, slots=True)
+class Readiness:
+    """``waiting_for``: kafka, redis, worker, gateway, or nothing. ``starting``: workers that load
+    their model or join the group."""
+
+    waiting_for: tuple[str, ...]
+    starting: tuple[Heartbeat, ...] = ()
 
 
 class Gateway:
@@ -82,18 +94,18 @@ class Gateway:
         ):
             self._run(work)
 
-    async def waiting_for(self) -> list[str]:
-        """What is missing before a request can be answered: kafka, redis, worker, or nothing."""
+    async def readiness(self) -> Readiness:
+        """What is missing before a request can be answered."""
         missing = [] if self.broker.answers else ["kafka"]
         if self.intake.draining:
             missing.append("gateway (this one is draining)")
         try:
             heartbeats = await self.job_log.heartbeats()
         except Overloaded:
-            return [*missing, "redis"]
+            return Readiness((*missing, "redis"))
         if not any(heartbeat.ready for heartbeat in heartbeats):
             missing.append("worker")
-        return missing
+        return Readiness(tuple(missing), tuple(h for h in heartbeats if not h.ready))
 
     async def drain(self) -> None:
         """Refuses new jobs and waits until the streams have ended, or the drain timeout is over."""
@@ -117,11 +129,11 @@ class Gateway:
         await asyncio.gather(*self._tasks, return_exceptions=True)
         await self.redis.aclose()
 
-    async def serve(self, receive: Receive, send: Send, tenant: str) -> None:
+    async def serve(self, receive: Receive, writer: FrameWriter, tenant: str) -> None:
         """Runs one accepted websocket until it is closed."""
         connection = Connection(
             receive,
-            send,
+            writer,
             tenant=tenant,
             job_log=self.job_log,
             intake=self.intake,

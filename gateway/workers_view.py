@@ -20,6 +20,7 @@ def worker_fields(heartbeat: Heartbeat) -> dict[str, object]:
         "max_model_len": heartbeat.max_model_len,
         "attention_backend": heartbeat.attention_backend,
         "ready": heartbeat.ready,
+        "loaded": heartbeat.loaded,
         "started_ms": heartbeat.started_ms,
         "written_ms": heartbeat.written_ms,
         "partitions": [

@@ -17,7 +17,7 @@ from openlora.joblog import Claim, JobLog
 from openlora.protocol.codec import decode_job
 from openlora.protocol.jobs import Job
 from openlora.protocol.names import JOB_ID_LENGTH, is_job_id
-from workers.consumer import Fetched
+from workers.backlog import Fetched
 from workers.dead_letters import DeadLetters
 from workers.engine_client import EngineClient
 from workers.messages import ModelFacts, Start

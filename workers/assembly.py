@@ -9,9 +9,10 @@ from dataclasses import dataclass
 from openlora.adapters.store import AdapterStore
 from openlora.joblog import JobLog
 from workers.admission import Admission
+from workers.backlog import Fetched
 from workers.budgets import Budgets
 from workers.config import WorkerConfig
-from workers.consumer import Fetched, JobConsumer
+from workers.consumer import JobConsumer
 from workers.dead_letters import DeadLetters
 from workers.engine_client import EngineClient
 from workers.loop import WorkerLoop

@@ -71,17 +71,28 @@ def one_round(
 
 
 class SamePartitionsAssignor(CooperativeStickyAssignor):  # type: ignore[misc]
-    """Cooperative-sticky, with partition p of all job topics on the same member."""
+    """Cooperative-sticky, with partition p of all job topics on the same member.
+
+    Attributes:
+        joined: the group gave this member its share; set and unset in kafka-python's own thread.
+    """
 
     name = "openlora-same-partitions"
 
     def __init__(self) -> None:
         super().__init__()
         self.member_assignment = None
+        self.joined = False
+
+    def on_assignment(self, assignment: Any, generation: int) -> None:
+        """The group gave this member its share, which may be none."""
+        super().on_assignment(assignment, generation)
+        self.joined = True
 
     def forget(self) -> None:
         """Membership was lost: what we owned is no longer ours to announce."""
         self.member_assignment = None
+        self.joined = False
 
     def assign(self, cluster: Any, members: list[Any]) -> dict[str, Any]:
         """The leader's part: member ID → what it gets in this round."""

@@ -18,9 +18,10 @@ from typing import Any
 from kafka.errors import AuthorizationError, KafkaError
 from kafka.structs import OffsetAndMetadata, TopicPartition
 
-from openlora.protocol.names import BATCH_TOPIC, JOB_TOPICS, JOBS_TOPIC
+from openlora.protocol.names import BATCH_TOPIC, JOB_TOPICS
 from openlora.protocol.status import PartitionStatus
 from workers.assignor import SamePartitionsAssignor
+from workers.backlog import Backlog, Fetched
 from workers.budgets import Budgets
 from workers.kafka_client import connect_consumer
 from workers.offsets import SPAN_LIMIT, Offsets, Partition, Position
@@ -30,9 +31,7 @@ from workers.rebalance import Assigned, Rebalances
 
 POLL_TIMEOUT_MS = 25
 TAKE_ALL = 1 << 30
-"""Whatever a fetch brought is taken at once, and what exceeds the budgets waits here: records that
-kafka-python itself holds for a paused partition may never come out again after the resume (3.0.12
-puts them back only if its slot for the next partition is None, and it often is an empty one)."""
+"""Whatever a fetch brought is taken at once: ``Backlog`` says why."""
 COMMIT_INTERVAL_S = 0.1
 COMMIT_ANSWER_S = 5.0
 """A commit that was not answered in this time counts as lost."""
@@ -45,15 +44,6 @@ IDLE_PAUSE_S = 0.08
 LEAVE_TIMEOUT_MS = 3_000
 
 logger = logging.getLogger("workers.consumer")
-
-
-@dataclass(frozen=True, slots=True)
-class Fetched:
-    """One message of a job topic."""
-
-    position: Position
-    key: bytes | None
-    value: bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +60,10 @@ class JobConsumer:
         deliver: takes a batch of messages; called in the consumer's thread, must not block.
         retire: takes the IDs of jobs whose offsets were committed; likewise.
         on_failure: called once if the thread cannot go on, with the reason.
+
+    Attributes:
+        status: the owned partitions, half a second old at most.
+        joined: whether this worker is a member of the group, with partitions or without.
     """
 
     def __init__(
@@ -82,10 +76,11 @@ class JobConsumer:
         retire: Callable[[list[str]], None],
         on_failure: Callable[[str], None],
     ) -> None:
-        self.status: tuple[PartitionStatus, ...] = ()  # written here, read by the loop's heartbeat
+        # written here, read by the loop's heartbeat
+        self.status: tuple[PartitionStatus, ...] = ()
+        self.joined = False
         self._servers = bootstrap_servers
         self._client_id = client_id
-        self._budgets = budgets
         self._deliver = deliver
         self._retire = retire
         self._on_failure = on_failure
@@ -94,8 +89,7 @@ class JobConsumer:
         self._offsets = Offsets()
         self._ended: deque[_Ended] = deque()  # appended by the loop, drained here
         self._committing: list[_Ended] = []
-        self._backlog: dict[str, deque[Fetched]] = {topic: deque() for topic in JOB_TOPICS}
-        self._held = dict.fromkeys(JOB_TOPICS, 0)
+        self._backlog = Backlog(budgets)
         self._pauses = Pauses()
         self._stopping = threading.Event()
         self._commit_due = 0.0
@@ -182,58 +176,39 @@ class JobConsumer:
             self._stopping.wait(IDLE_PAUSE_S)
 
     def _report(self) -> None:
-        held_back, undelivered = self._pauses.held_back, self._undelivered()
+        held_back, undelivered = self._pauses.held_back, self._backlog.first_offsets()
         self.status = tuple(
             report_partitions(self._consumer, self._offsets, held_back, undelivered)
         )
+        self.joined = self._assignor.joined
 
     def _take(self, records: dict[TopicPartition, Sequence[Any]]) -> None:
         self._apply_rebalances()  # what was assigned during this poll may have been fetched in it
         for partition, messages in records.items():
-            backlog = self._backlog[partition.topic]
             for message in messages:
                 position = self._offsets.take(
                     (partition.topic, partition.partition), message.offset
                 )
                 if position is not None:
-                    backlog.append(Fetched(position, message.key, message.value or b""))
+                    self._backlog.add(Fetched(position, message.key, message.value or b""))
         self._deliver_backlog()
 
     def _deliver_backlog(self) -> None:
-        """Hand over what the budgets allow; interactive first."""
-        batch = []
-        for topic in JOB_TOPICS:
-            backlog = self._backlog[topic]
-            while backlog and topic not in self._full_topics():
-                fetched = backlog.popleft()
-                if self._offsets.owns(fetched.position):
-                    self._held[topic] += 1
-                    batch.append(fetched)
+        batch = self._backlog.take(self._offsets.owns)
         if batch:
             self._deliver(batch)
-
-    def _full_topics(self) -> frozenset[str]:
-        return self._budgets.full_topics(self._held[JOBS_TOPIC], self._held[BATCH_TOPIC])
-
-    def _undelivered(self) -> dict[Partition, int]:
-        """Per partition, the offset of the first message that waits here."""
-        return {
-            fetched.position.partition: fetched.position.offset
-            for backlog in self._backlog.values()
-            for fetched in reversed(backlog)
-        }
 
     def _take_ended(self) -> None:
         while self._ended:
             ended = self._ended.popleft()
-            self._held[ended.position.partition[0]] -= 1
+            self._backlog.free(ended.position.partition[0])
             if ended.job_id is not None and self._offsets.owns(ended.position):
                 self._committing.append(ended)
             self._offsets.end(ended.position)
 
     def _held_back(self) -> list[Partition]:
         """Partitions for whose jobs there is no room now."""
-        topics = self._full_topics() | {topic for topic, rest in self._backlog.items() if rest}
+        topics = self._backlog.full_topics()
         return [
             partition
             for partition in self._offsets.partitions()
@@ -295,6 +270,7 @@ class JobConsumer:
         except KafkaError as error:
             logger.info("event=last_commit_failed error=%r next=claims_skip_ended_jobs", error)
         self.status = ()
+        self.joined = False
         try:
             self._consumer.close(autocommit=False, timeout_ms=LEAVE_TIMEOUT_MS)
         except KafkaError as error:

@@ -18,7 +18,7 @@ from openlora.errors import DeadlineExceeded
 from openlora.protocol.codec import encode
 from openlora.protocol.events import End, Failure
 from openlora.protocol.names import DEAD_TOPIC
-from workers.consumer import Fetched
+from workers.backlog import Fetched
 
 RETRY_S = 1.0
 SEND_TIMEOUT_S = 10.0

@@ -5,14 +5,16 @@ from __future__ import annotations
 import socket
 import subprocess
 import sys
+from collections.abc import Callable
 
 import msgspec
 
 from openlora.errors import SetupError
-from workers.framing import RECEIVE_BYTES, FrameSender, FrameSplitter, receive_frame
+from workers.framing import RECEIVE_BYTES, FrameSender, FrameSplitter
 from workers.messages import (
     Commands,
     EngineSetup,
+    LoadProgress,
     ModelFacts,
     SetupFailed,
     Start,
@@ -22,6 +24,7 @@ from workers.messages import (
 SOCKET_BUFFER_BYTES = 1 << 17
 """About 20 steps of 200 tokens: what the engine may run ahead before it waits for the I/O."""
 STOP_TIMEOUT_S = 5.0
+PROGRESS_SILENCE_S = 1.0
 
 
 class EngineGone(Exception):
@@ -36,7 +39,7 @@ class EngineClient:
     """One engine process. Used by one thread at a time."""
 
     def __init__(self, setup: EngineSetup) -> None:
-        self._setup = setup
+        self._model = setup.model
         self._splitter = FrameSplitter()
         self._decode = msgspec.msgpack.Decoder(StepOutputs).decode
         self._early: list[bytes] = []  # frames that came together with the first one
@@ -55,29 +58,48 @@ class EngineClient:
                 start_new_session=True,
                 stdin=subprocess.DEVNULL,
             )
-        self._sender = FrameSender(ours)
+            self._sender = FrameSender(ours)
+            self._sender.send(setup)  # the load begins now, whatever else is to be reached first
 
     @property
     def pid(self) -> int:
         """Process ID of the engine."""
         return self._process.pid
 
-    def wait_ready(self) -> ModelFacts:
-        """Block until the model is loaded. Raises SetupError when it cannot be."""
-        self._sender.send(self._setup)
-        bodies = receive_frame(self.sock, self._splitter)
-        if not bodies:
-            status = self._process.wait()
-            raise SetupError(
-                f"the engine process ended with status {status} while loading "
-                f"{self._setup.model}; its lines above say why"
-            )
-        answer = msgspec.msgpack.decode(bodies[0], type=ModelFacts | SetupFailed)
-        if isinstance(answer, SetupFailed):
-            raise SetupError(answer.message)
-        self._early = bodies[1:]
-        self.sock.setblocking(False)
-        return answer
+    def wait_ready(self, on_progress: Callable[[float], None] = lambda share: None) -> ModelFacts:
+        """Block until the model is loaded.
+
+        ``on_progress``: told of the share that is loaded, 0 to 1, once a second at least.
+
+        Raises:
+            SetupError: it cannot be loaded.
+        """
+        decode = msgspec.msgpack.Decoder(LoadProgress | ModelFacts | SetupFailed).decode
+        self.sock.settimeout(PROGRESS_SILENCE_S)
+        share = 0.0
+        while True:
+            try:
+                data = self.sock.recv(RECEIVE_BYTES)
+            except TimeoutError:
+                on_progress(share)
+                continue
+            if not data:
+                status = self._process.wait()
+                raise SetupError(
+                    f"the engine process ended with status {status} while loading "
+                    f"{self._model}; its lines above say why"
+                )
+            bodies = self._splitter.feed(data)
+            for number, body in enumerate(bodies, start=1):
+                said = decode(body)
+                if isinstance(said, SetupFailed):
+                    raise SetupError(said.message)
+                if isinstance(said, ModelFacts):
+                    self._early = bodies[number:]
+                    self.sock.setblocking(False)
+                    return said
+                share = said.share
+                on_progress(share)
 
     def register(self, name: str, path: str) -> None:
         """Make an adapter known under ``name`` before a start that uses it."""

@@ -16,7 +16,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Protocol, cast
 
 import msgspec
@@ -29,6 +29,7 @@ from workers.messages import (
     EngineSetup,
     Fault,
     Load,
+    LoadProgress,
     ModelFacts,
     Output,
     SetupFailed,
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
     from openlora.engine import Engine
 
 LOAD_INTERVAL_S = 0.5
+PROGRESS_INTERVAL_S = 0.1
 STALLED_WAIT_MS = 1
 """Pause between steps that said nothing while every request waits (for an adapter to load)."""
 
@@ -55,14 +57,21 @@ class Stats(Protocol):
     resident_adapters: Sequence[str]
 
 
-def build_engine(setup: EngineSetup) -> Engine | ScriptedEngine:
-    """The engine named by ``setup.kind``. Raises OpenLoRAError when it cannot start."""
+def build_engine(
+    setup: EngineSetup, progress: Callable[[int, int], None]
+) -> Engine | ScriptedEngine:
+    """The engine named by ``setup.kind``; ``progress``: told of (done, total) while it loads.
+
+    Raises:
+        OpenLoRAError: it cannot start.
+    """
     kind, _, rate = setup.kind.partition(":")
     if kind in ("scripted", "clock"):
         return ScriptedEngine(float(rate or 0), clock_tokens=kind == "clock")
     from openlora.engine import Engine, EngineConfig
 
-    return Engine(EngineConfig(model=setup.model, device=setup.device, dtype=setup.dtype))
+    config = EngineConfig(model=setup.model, device=setup.device, dtype=setup.dtype)
+    return Engine(config, progress=progress)
 
 
 class EngineServer:
@@ -184,6 +193,20 @@ def _facts(engine: Engine | ScriptedEngine) -> ModelFacts:
     )
 
 
+def _progress_sender(sock: socket.socket) -> Callable[[int, int], None]:
+    """Tells the I/O process how far the load is: often enough to watch, and its end."""
+    due = 0.0
+
+    def report(done: int, total: int) -> None:
+        nonlocal due
+        now = time.monotonic()
+        if now >= due or done == total:
+            due = now + PROGRESS_INTERVAL_S
+            sock.sendall(pack_frame(LoadProgress(done / max(1, total))))
+
+    return report
+
+
 def _end_with_parent(sock: socket.socket) -> None:
     """End this process as soon as the other end closes, also in the middle of a load or step."""
     hang_up = select.poll()
@@ -207,7 +230,7 @@ def main() -> int:
     )
     threading.Thread(target=_end_with_parent, args=(sock,), daemon=True).start()
     try:
-        engine = build_engine(setup)
+        engine = build_engine(setup, _progress_sender(sock))
     except OpenLoRAError as error:
         sock.sendall(pack_frame(SetupFailed(error.message)))
         return 1

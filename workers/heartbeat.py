@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from openlora.errors import Overloaded
+from openlora.joblog import JobLog
 from openlora.protocol.status import Heartbeat, PartitionStatus
 from workers.config import WorkerConfig
 from workers.messages import Load, ModelFacts
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from workers.assembly import Parts
 
 HEARTBEAT_INTERVAL_S = 1.0
+LOADING_INTERVAL_S = 0.2
 
 logger = logging.getLogger("workers.heartbeat")
 
@@ -40,6 +42,7 @@ class HeartbeatWriter:
         tokens_logged: int,
         *,
         ready: bool,
+        loaded: float = 1.0,
     ) -> Heartbeat:
         """The heartbeat of this moment; the rate is that since the last call."""
         now = time.monotonic()
@@ -67,7 +70,30 @@ class HeartbeatWriter:
             max_lora_rank=self.facts.max_lora_rank,
             hidden_size=self.facts.hidden_size,
             attention_backend=self.facts.attention_backend,
+            loaded=round(loaded, 3),
         )
+
+
+class LoadingHeartbeats:
+    """Shows the worker while its model loads; called with the share that is loaded."""
+
+    def __init__(self, config: WorkerConfig, engine_pid: int, job_log: JobLog) -> None:
+        unknown = ModelFacts(engine_pid, config.device, config.dtype, 0, 0, (), 0, 0, "")
+        self._writer = HeartbeatWriter(config, unknown)
+        self._job_log = job_log
+        self._due = 0.0
+
+    def __call__(self, share: float) -> None:
+        """Write one, unless the last is too fresh."""
+        now = time.monotonic()
+        if now < self._due and share < 1:
+            return
+        self._due = now + LOADING_INTERVAL_S
+        heartbeat = self._writer.build((), Load(0, 0, ()), 0, ready=False, loaded=share)
+        try:
+            self._job_log.write_heartbeat(heartbeat)
+        except Overloaded as error:
+            logger.info("event=heartbeat_missed error=%r next=with_progress", error.message)
 
 
 class Heartbeats:
@@ -79,7 +105,8 @@ class Heartbeats:
         self._due = 0.0
 
     def write_if_due(self, *, ready: bool) -> None:
-        """Once a second; ready is said only while partitions are owned."""
+        """Once a second; ready is said only as a member of the group, which may be one more than
+        there are partitions: it has none then, and stands by."""
         now = time.monotonic()
         if now < self._due:
             return
@@ -90,7 +117,7 @@ class Heartbeats:
             partitions,
             parts.loop.load,
             parts.sink.tokens_logged,
-            ready=ready and bool(partitions),
+            ready=ready and parts.consumer.joined,
         )
         try:
             parts.job_log.write_heartbeat(heartbeat)

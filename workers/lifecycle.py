@@ -3,10 +3,10 @@
 Start
     1. engine process    first, because loading the model takes longest
     2. Redis, Kafka      reached meanwhile; if one is not there, that is said within seconds
-    3. tokenizer         loaded meanwhile
+    3. tokenizer         loaded meanwhile, in a thread; heartbeats show how far the model is
     4. engine ready      waited for before the group is joined: nobody gives us partitions that we
                          could not serve
-    5. group             joined; jobs come in; the first heartbeat that owns partitions is "ready"
+    5. group             joined; jobs come in; the first heartbeat as a member says "ready"
 
 Drain (SIGTERM or SIGINT)
     1. group             left first, with what has ended committed: others take over our
@@ -31,13 +31,19 @@ import signal
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from types import FrameType
 
 from openlora.joblog import JobLog, reach_redis, redis_client
 from workers.assembly import Parts, assemble
 from workers.config import WorkerConfig
 from workers.engine_client import EngineClient, EngineGone
-from workers.heartbeat import HEARTBEAT_INTERVAL_S, Heartbeats, HeartbeatWriter
+from workers.heartbeat import (
+    HEARTBEAT_INTERVAL_S,
+    Heartbeats,
+    HeartbeatWriter,
+    LoadingHeartbeats,
+)
 from workers.messages import EngineSetup
 from workers.token_sink import Stopped
 from workers.tokenizer import PromptTokenizer
@@ -104,10 +110,11 @@ class Worker:
         )
         parts.consumer.connect(int(CONNECT_TIMEOUT_S * 1000))
         logger.info("event=kafka_reached next=tokenizer")
-        tokenizer = PromptTokenizer(self._config.model)
-        logger.info("event=tokenizer_loaded next=wait_for_engine")
-        facts = engine.wait_ready()
-        logger.info("event=engine_ready pid=%d device=%s next=join_group", facts.pid, facts.device)
+        loading_tokenizer = _load_tokenizer(self._config.model)
+        facts = engine.wait_ready(LoadingHeartbeats(self._config, engine.pid, parts.job_log))
+        logger.info("event=engine_ready pid=%d device=%s next=tokenizer", facts.pid, facts.device)
+        tokenizer = loading_tokenizer.result()
+        logger.info("event=tokenizer_loaded next=join_group")
         parts.loop.set_admission(parts.admission(tokenizer, facts))
         heartbeats = Heartbeats(HeartbeatWriter(self._config, facts), parts)
         self._wake = parts.loop.wake
@@ -169,3 +176,11 @@ class Worker:
         logger.error("event=consumer_failed reason=%r next=drain_and_exit", reason)
         self._draining.set()
         self._wake()
+
+
+def _load_tokenizer(model: str) -> Future[PromptTokenizer]:
+    """Load it beside the engine: seconds of imports that the main thread would not watch in."""
+    pool = ThreadPoolExecutor(1, "tokenizer")
+    loading = pool.submit(PromptTokenizer, model)
+    pool.shutdown(wait=False)
+    return loading

@@ -19,7 +19,8 @@ from heapq import heappop, heappush
 from openlora.errors import DeadlineExceeded, error_from_code
 from openlora.protocol.codec import encode
 from workers.admission import Admission
-from workers.consumer import Fetched, JobConsumer
+from workers.backlog import Fetched
+from workers.consumer import JobConsumer
 from workers.dead_letters import unrunnable
 from workers.engine_client import EngineClient
 from workers.messages import Load, StepOutputs

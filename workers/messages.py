@@ -23,7 +23,7 @@ class EngineSetup(msgspec.Struct, frozen=True, array_like=True):
 
 
 class ModelFacts(msgspec.Struct, frozen=True, array_like=True, tag="facts"):
-    """The first frame back: the model is loaded and steps can run."""
+    """The model is loaded and steps can run."""
 
     pid: int
     device: str
@@ -36,8 +36,14 @@ class ModelFacts(msgspec.Struct, frozen=True, array_like=True, tag="facts"):
     attention_backend: str
 
 
+class LoadProgress(msgspec.Struct, frozen=True, array_like=True, tag="loading"):
+    """Before the facts, now and then: the share of the model that is loaded, 0 to 1."""
+
+    share: float
+
+
 class SetupFailed(msgspec.Struct, frozen=True, array_like=True, tag="failed"):
-    """The first frame back where the engine cannot start; ``message`` is for the operator."""
+    """In place of the facts where the engine cannot start; ``message`` is for the operator."""
 
     message: str
 

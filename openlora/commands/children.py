@@ -112,6 +112,11 @@ class Child:
         return self._log_path
 
     @property
+    def pid(self) -> int | None:
+        """Process ID of the newest process; None before the first start."""
+        return None if self._process is None else self._process.pid
+
+    @property
     def running(self) -> bool:
         return self._process is not None and self._process.poll() is None
 

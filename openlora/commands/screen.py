@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -68,26 +67,6 @@ class Screen:
                 last = stage
 
         return report
-
-    @contextmanager
-    def waiting(self, title: str) -> Iterator[Callable[[str], None]]:
-        """A spinner for work of unknown length; the callable says what is waited for now."""
-        started = time.monotonic()
-        if not self.live:
-            last = ""
-
-            def say(what: str) -> None:
-                nonlocal last
-                if what != last:
-                    self.line(f"{title}: {what}")
-                    last = what
-
-            yield say
-            return
-        with self.console.status(title) as status:
-            yield lambda what: status.update(
-                f"{title}: {what} ({time.monotonic() - started:.0f} s)"
-            )
 
 
 class LogFollower:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import http.client
-import json
 import shutil
 import sys
 from collections.abc import Mapping, Sequence
@@ -18,10 +16,10 @@ from openlora.commands.children import Child, EmbeddedServer, Part
 from openlora.commands.config import DEFAULT_URL, UpConfig
 from openlora.commands.instance import InstanceDir
 from openlora.commands.placement import visible_gpus, worker_environments
+from openlora.commands.readiness import load_view, read_readiness
 from openlora.commands.screen import Screen
 from openlora.commands.signals import StopSignals
 from openlora.commands.supervisor import Supervisor
-from openlora.errors import SetupError
 from openlora.protocol.status import AdapterRecord
 from workers import config as worker_config
 
@@ -59,7 +57,7 @@ class System:
         _settings(worker_config, {**self._environ, "OPENLORA_MODEL": config.model or DEMO_NAME})
         self._instance = InstanceDir(config.state_dir, config.port, config.model or DEMO_NAME)
         self._gateway: list[Part] = []
-        self._workers: list[Part] = []
+        self._workers: list[Child] = []
         self._broker: list[Part] = []
         self._redis: list[Part] = []
         self.supervisor = Supervisor(
@@ -185,12 +183,16 @@ class System:
             self.supervisor.start(part)
 
     def _wait_until_ready(self) -> None:
-        with self._screen.waiting("Loading the model") as say:
+        names = {worker.pid: worker.name for worker in self._workers}
+        with load_view(self._screen, [*names.values()]) as view:
             while True:
-                waiting_for = _not_ready(self.url)
-                if waiting_for is None:
+                readiness = read_readiness(self.url)
+                if readiness.is_ready:
                     return
-                say(f"waiting for {', '.join(waiting_for) or 'the gateway'}")
+                loaded = {
+                    names[pid]: share for pid, share in readiness.loaded.items() if pid in names
+                }
+                view.show(loaded, readiness.waiting_for if readiness.answers else ["the gateway"])
                 self.supervisor.fail_if_dead()
                 self.supervisor.pause(_READY_POLL_S)
 
@@ -221,28 +223,6 @@ def _settings(module: Any, environ: Mapping[str, str]) -> Any:
     parser = argparse.ArgumentParser()
     module.add_arguments(parser)
     return module.config_from(parser.parse_args([]), environ)
-
-
-def _not_ready(url: str) -> list[str] | None:
-    """What the gateway waits for; [] while it does not answer itself, None once it is ready."""
-    connection = http.client.HTTPConnection(url.removeprefix("http://"), timeout=5)
-    try:
-        connection.request("GET", "/readyz")
-        response = connection.getresponse()
-        body = response.read()
-    except (OSError, http.client.HTTPException):
-        return []
-    finally:
-        connection.close()
-    if response.status == http.HTTPStatus.OK:
-        return None
-    try:
-        return [str(name) for name in json.loads(body)["waiting_for"]]
-    except (ValueError, KeyError, TypeError) as error:
-        raise SetupError(
-            f"{url} answers, but not as an OpenLoRA gateway (status {response.status}); "
-            "another program uses the port"
-        ) from error
 
 
 def _own_command() -> str:

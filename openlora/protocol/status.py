@@ -21,7 +21,11 @@ class PartitionStatus(msgspec.Struct, frozen=True):
 
 
 class Heartbeat(msgspec.Struct, frozen=True):
-    """A worker's state, written every second with a time to live of five."""
+    """A worker's state, written every second with a time to live of five.
+
+    ``loaded``: the share of the model that is in memory; below 1 (and a little longer) nothing
+    that only the model tells is known: numbers are 0 and ``device`` is what was asked for.
+    """
 
     id: str
     pid: int
@@ -43,6 +47,7 @@ class Heartbeat(msgspec.Struct, frozen=True):
     max_lora_rank: int = 0
     hidden_size: int = 0
     attention_backend: str = ""
+    loaded: float = 1.0
 
 
 class AdapterRecord(msgspec.Struct, frozen=True):

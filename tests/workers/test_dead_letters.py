@@ -12,7 +12,7 @@ from kafka import KafkaConsumer, TopicPartition
 from openlora.protocol.names import DEAD_TOPIC, JOBS_TOPIC
 from producer.topics import ensure_topics
 from tests.conftest import Broker
-from workers.consumer import Fetched
+from workers.backlog import Fetched
 from workers.dead_letters import MAX_KEY_BYTES, MAX_VALUE_BYTES, DeadLetters
 from workers.offsets import Position
 

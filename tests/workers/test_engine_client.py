@@ -11,6 +11,7 @@ import pytest
 
 from openlora.errors import SetupError
 from openlora.sampling_params import SamplingParams
+from tests.integration.up_system import write_model
 from tests.workers.running import is_alive, wait_until
 from workers.engine_client import EngineClient, EngineGone
 from workers.messages import EngineSetup, Start
@@ -102,3 +103,24 @@ def test_a_model_that_is_not_there_is_one_clear_error(tmp_path):
     with pytest.raises(SetupError, match="missing"):
         client.wait_ready()
     client.stop()
+
+
+def test_the_load_of_a_real_model_is_told_to_its_end(tmp_path):
+    client = EngineClient(setup(kind="model", model=str(write_model(tmp_path / "model"))))
+    shares = []
+    try:
+        facts = client.wait_ready(shares.append)
+    finally:
+        client.stop()
+    assert facts.hidden_size == 64
+    assert shares == sorted(shares)
+    assert shares[-1] == 1.0
+
+
+def test_a_model_that_does_not_exist_is_one_clear_error(tmp_path):
+    client = EngineClient(setup(kind="model", model=str(tmp_path / "none")))
+    try:
+        with pytest.raises(SetupError, match="no such directory"):
+            client.wait_ready()
+    finally:
+        client.stop()
