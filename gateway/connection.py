@@ -12,9 +12,9 @@ from collections.abc import Coroutine
 from functools import partial
 from typing import Any
 
-from starlette.types import Receive, Send
+from starlette.types import Receive
 
-from gateway.follower import Follower, Outbox
+from gateway.follower import Follower, FrameWriter, Outbox
 from gateway.frames import accepted_frame, error_frame
 from gateway.intake import Intake
 from gateway.metrics import Metrics
@@ -38,7 +38,7 @@ class Connection:
     def __init__(
         self,
         receive: Receive,
-        send: Send,
+        writer: FrameWriter,
         *,
         tenant: str,
         job_log: AsyncJobLog,
@@ -47,14 +47,13 @@ class Connection:
         metrics: Metrics,
     ) -> None:
         self._receive = receive
-        self._send = send
         self._tenant = tenant
         self._log = job_log
         self._intake = intake
         self._relay = relay
         self._metrics = metrics
         self._session = Session()
-        self._outbox = Outbox()
+        self._outbox = Outbox(writer, metrics)
         self._followers: dict[str, Follower] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._sending_since: float | None = None
@@ -69,7 +68,7 @@ class Connection:
             waits = (sender, receiver, self._abandoned)
             await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
             for task in (receiver, sender):
-                if task.done() and (error := task.exception()) and not _is_disconnect(error):
+                if task.done() and (error := task.exception()):
                     raise error
         finally:
             receiver.cancel()
@@ -104,17 +103,11 @@ class Connection:
 
     async def _send_frames(self) -> None:
         outbox = self._outbox
-        send = self._send
         while True:
             await outbox.wait()
-            frames = outbox.take()
-            self._sending_since = time.monotonic()
-            self._metrics.frames_sent += len(frames)
-            if frames:
-                last = frames.pop()
-                for frame in frames:
-                    await send({"type": "websocket.send", "text": frame, "more": True})
-                await send({"type": "websocket.send", "text": last})
+            if outbox.frames:
+                self._sending_since = time.monotonic()
+                await outbox.send()
             self._sending_since = None
             if outbox.lagging and not outbox.frames:
                 follower = next(iter(outbox.lagging))
@@ -244,8 +237,3 @@ def _check_after(view: JobView, after: int) -> None:
             f"after is {after}, but the job has {length} tokens; send the index of the last token "
             "received"
         )
-
-
-def _is_disconnect(error: BaseException) -> bool:
-    """Whether uvicorn says that the client went away while a frame was being sent."""
-    return isinstance(error, OSError)

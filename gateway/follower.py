@@ -8,7 +8,8 @@ a client costs a bounded amount of memory, loses nothing, and holds up nobody el
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Protocol
 
 from gateway.metrics import Metrics
 from gateway.stream import TokenStream
@@ -18,20 +19,37 @@ from openlora.protocol.events import Chunk
 MAX_QUEUED_FRAMES = 1024
 
 
-class Outbox:
-    """Frames that wait for one connection's sender task.
+class FrameWriter(Protocol):
+    """Writes a connection's text frames to its socket."""
 
-    Relay and session append to ``frames`` and call ``wake``; the sender takes the whole list at
-    once, so at most 2 × ``MAX_QUEUED_FRAMES`` and one chunk's frames are held.
+    @property
+    def takes_frames(self) -> bool:
+        """Whether frames written now go out soon: the socket's buffer is not full."""
+
+    async def drain(self) -> None:
+        """Returns once frames are taken, or nobody is there any more to take them."""
+
+    def write_frames(self, texts: Sequence[str]) -> None:
+        """Sends ``texts`` together; never blocks. Drops them where the connection is closed."""
+
+
+class Outbox:
+    """Frames that wait for one connection.
+
+    Relay and session append to ``frames`` and call ``flush``. As long as the client keeps up they
+    are written there and then, all that are there at once. What its socket does not take waits for
+    the connection's sender task; at most 2 × ``MAX_QUEUED_FRAMES`` and one chunk's frames are held.
     """
 
-    __slots__ = ("_reader", "_waiter", "closed", "frames", "lagging")
+    __slots__ = ("_metrics", "_reader", "_waiter", "_writer", "closed", "frames", "lagging")
 
-    def __init__(self) -> None:
+    def __init__(self, writer: FrameWriter, metrics: Metrics) -> None:
         self.frames: list[str] = []
         # an ordered set: first come, first filled up
         self.lagging: dict[Follower, None] = {}
         self.closed = False
+        self._writer = writer
+        self._metrics = metrics
         self._waiter: asyncio.Future[None] | None = None
         self._reader: asyncio.Future[None] | None = None
 
@@ -41,8 +59,21 @@ class Outbox:
         return len(self.frames) >= MAX_QUEUED_FRAMES
 
     def put(self, frame: str) -> None:
-        """Queues a frame that is not part of a token stream."""
+        """Sends a frame that is not part of a token stream."""
         self.frames.append(frame)
+        self.flush()
+
+    def flush(self) -> None:
+        """Writes the frames, or leaves them to the sender where that must not be."""
+        frames = self.frames
+        waiter = self._waiter
+        # Without a waiter the sender has frames in hand, which come first.
+        if frames and waiter is not None and not waiter.done() and self._writer.takes_frames:
+            self._metrics.frames_sent += len(frames)
+            self._writer.write_frames(frames)
+            frames.clear()
+            self._has_room()
+            return
         self.wake()
 
     def wake(self) -> None:
@@ -62,13 +93,22 @@ class Outbox:
             self._waiter = asyncio.get_running_loop().create_future()
             await self._waiter
 
+    async def send(self) -> None:
+        """Writes the frames as soon as the socket takes them: the sender's part."""
+        await self._writer.drain()
+        self._metrics.frames_sent += len(self.frames)
+        self._writer.write_frames(self.take())
+
     def take(self) -> list[str]:
         """All queued frames; the queue is empty afterwards."""
         frames, self.frames = self.frames, []
+        self._has_room()
+        return frames
+
+    def _has_room(self) -> None:
         reader = self._reader
         if reader is not None and not reader.done():
             reader.set_result(None)
-        return frames
 
     async def room(self) -> None:
         """Returns once the outbox is not full."""
@@ -135,19 +175,23 @@ class Follower:
         self.outbox.wake()
 
     def take(self, chunk: Chunk) -> bool:
-        """An event from the shard's channel; True where it was the stream's last."""
+        """An event from the shard's channel; True where it was the stream's last.
+
+        Its frames are in the outbox then, which the caller flushes.
+        """
         if self._lagging:
             self.missed = True
             self._metrics.events_dropped.inc()
             return False
         outbox = self.outbox
+        if len(outbox.frames) >= MAX_QUEUED_FRAMES:
+            outbox.flush()
         frames = outbox.frames
         if len(frames) >= MAX_QUEUED_FRAMES or not self.stream.feed(chunk, frames):
             self.missed = True
             self._metrics.events_dropped.inc()
             self.lag()
             return False
-        outbox.wake()
         return self.stream.end is not None
 
     def catch_up(self, view: JobView | None, *, whole: bool) -> bool:
@@ -171,4 +215,5 @@ class Follower:
             self.lag()
         else:
             self._lagging = False
+        self.outbox.flush()
         return self.stream.end is not None

@@ -11,7 +11,7 @@ import logging
 import time
 from collections.abc import Iterable
 
-from gateway.follower import Follower
+from gateway.follower import Follower, Outbox
 from gateway.metrics import Metrics
 from openlora.errors import JobNotFound, Overloaded
 from openlora.joblog import AsyncJobLog
@@ -42,6 +42,7 @@ class Relay:
         self._metrics = metrics
         self._events = job_log.events([shard])
         self._followers: dict[str, tuple[Follower, ...]] = {}
+        self._filled: set[Outbox] = set()
         self._shards: set[int] = set()
 
     async def run(self) -> None:
@@ -55,12 +56,25 @@ class Relay:
                 self.dispatch(chunks)
 
     def dispatch(self, chunks: Iterable[Chunk]) -> None:
-        """Hands each chunk to the followers of its job."""
+        """Hands each chunk to the followers of its job.
+
+        Their frames are written once nothing more waits to be read from Redis: behind its time,
+        the gateway writes several steps of a stream together.
+        """
+        filled = self._filled
+        if not filled:
+            asyncio.get_running_loop().call_soon(self._flush)
         followers_of = self._followers.get
         for chunk in chunks:
             for follower in followers_of(chunk.job_id, ()):
+                filled.add(follower.outbox)
                 if follower.take(chunk):
                     follower.finish()
+
+    def _flush(self) -> None:
+        filled, self._filled = self._filled, set()
+        for outbox in filled:
+            outbox.flush()
 
     async def follow(self, follower: Follower) -> None:
         """Starts ``follower`` (events wait for its ``begin``); its shard is subscribed on return.
@@ -130,7 +144,7 @@ class Relay:
         failure = Failure(JobNotFound.code, message, JobNotFound.retriable)
         end = Chunk(stream.job_id, stream.epoch, stream.next_index, end=End(failure=failure))
         stream.feed_logged(end, follower.outbox.frames)
-        follower.outbox.wake()
+        follower.outbox.flush()
         return True
 
     async def renew_leases(self) -> None:

@@ -20,6 +20,7 @@ from gateway.auth import SUBPROTOCOL, check_origin, key_of
 from gateway.frames import error_fields
 from gateway.http_api import api_routes
 from gateway.system import Gateway
+from gateway.ws_protocol import TEXT_FRAMES
 from openlora.errors import InternalError, InvalidRequest, OpenLoRAError
 
 log = logging.getLogger(__name__)
@@ -75,7 +76,7 @@ class WebsocketDoor:
         await receive()
         subprotocol = SUBPROTOCOL if SUBPROTOCOL in offered else None
         await send({"type": "websocket.accept", "subprotocol": subprotocol})
-        await self._gateway.serve(receive, send, tenant)
+        await self._gateway.serve(receive, scope["extensions"][TEXT_FRAMES], tenant)
 
 
 def error_response(error: OpenLoRAError) -> Response:

@@ -18,12 +18,13 @@ from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
 from typing import Any
 
-from starlette.types import Receive, Send
+from starlette.types import Receive
 
 from gateway.broker_watch import BrokerWatch
 from gateway.config import GatewayConfig
 from gateway.connection import Connection
 from gateway.directory import AdapterDirectory
+from gateway.follower import FrameWriter
 from gateway.intake import Intake
 from gateway.metrics import Metrics
 from gateway.relay import Relay
@@ -128,11 +129,11 @@ class Gateway:
         await asyncio.gather(*self._tasks, return_exceptions=True)
         await self.redis.aclose()
 
-    async def serve(self, receive: Receive, send: Send, tenant: str) -> None:
+    async def serve(self, receive: Receive, writer: FrameWriter, tenant: str) -> None:
         """Runs one accepted websocket until it is closed."""
         connection = Connection(
             receive,
-            send,
+            writer,
             tenant=tenant,
             job_log=self.job_log,
             intake=self.intake,

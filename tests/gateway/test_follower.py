@@ -16,6 +16,7 @@ from openlora.joblog import JobView
 from openlora.protocol.events import Chunk, End, Token
 from openlora.protocol.jobs import Job
 from openlora.sampling_params import SamplingParams
+from tests.gateway.writers import Socket, full_socket
 
 JOB_ID = "07" + "a" * 24
 JOB = Job(JOB_ID, "t", 1, SamplingParams(seed=1), prompt="x")
@@ -32,7 +33,9 @@ def view(log: list[Chunk], after: int = -1) -> JobView:
 
 
 def new_follower() -> Follower:
-    return Follower(TokenStream("r", JOB_ID), Outbox(), Metrics(), lambda: None)
+    return Follower(
+        TokenStream("r", JOB_ID), Outbox(full_socket(), Metrics()), Metrics(), lambda: None
+    )
 
 
 def drain(follower: Follower) -> list[dict[str, Any]]:
@@ -122,7 +125,7 @@ def _read(follower: Follower, log: list[Chunk]) -> None:
 
 def test_the_sender_waits_for_work_and_the_reader_for_room() -> None:
     async def scenario() -> None:
-        outbox = Outbox()
+        outbox = Outbox(full_socket(), Metrics())
         sender = asyncio.create_task(outbox.wait())
         await asyncio.sleep(0)
         assert not sender.done()
@@ -141,3 +144,79 @@ def test_the_sender_waits_for_work_and_the_reader_for_room() -> None:
         await waiting
 
     asyncio.run(scenario())
+
+
+def test_frames_are_written_at_once_while_the_socket_takes_them() -> None:
+    asyncio.run(_flush_with_and_without_room())
+
+
+async def _flush_with_and_without_room() -> None:
+    socket, metrics = Socket(), Metrics()
+    outbox = Outbox(socket, metrics)
+    outbox.put("before the sender waits")
+    assert socket.writes == []
+
+    async def send_all() -> None:
+        while not outbox.closed:
+            await outbox.wait()
+            await outbox.send()
+
+    sender = asyncio.create_task(send_all())
+    await asyncio.sleep(0)
+    outbox.frames += ["a", "b"]
+    outbox.flush()
+    assert socket.writes == [["before the sender waits"], ["a", "b"]]
+    socket.takes_frames = False
+    outbox.put("c")
+    await asyncio.sleep(0)
+    outbox.put("d")
+    socket.takes_frames = True
+    outbox.put("e")  # does not overtake what the sender has in hand
+    await asyncio.sleep(0.01)
+    assert socket.writes[2:] == [["c", "d", "e"]]
+    assert metrics.frames_sent == 6
+    outbox.close()
+    await sender
+
+
+@given(st.lists(st.sampled_from(["event", "lost", "flush", "full", "room"]), max_size=60))
+def test_whatever_the_socket_takes_each_token_is_written_once(steps: list[str]) -> None:
+    asyncio.run(_follow_with_a_moody_socket(steps))
+
+
+async def _follow_with_a_moody_socket(steps: list[str]) -> None:
+    log = chunks(60)
+    socket = Socket()
+    outbox = Outbox(socket, Metrics())
+    follower = Follower(TokenStream("r", JOB_ID), outbox, Metrics(), lambda: None)
+    published = 0
+
+    async def send_all() -> None:
+        while not outbox.closed:
+            await outbox.wait()
+            if outbox.frames:
+                await outbox.send()
+            if outbox.lagging and not outbox.frames:
+                _read(follower, log[:published])
+
+    sender = asyncio.create_task(send_all())
+    follower.begin()
+    for step in steps:
+        match step:
+            case "full" | "room":
+                socket.takes_frames = step == "room"
+            case "flush":
+                outbox.flush()
+                await asyncio.sleep(0)
+            case "event":
+                follower.take(log[published])
+        published += step in ("event", "lost")
+    socket.takes_frames, published = True, len(log)
+    follower.miss()
+    while follower.stream.end is None or outbox.frames:
+        await asyncio.sleep(0)
+    frames = [json.loads(frame) for frame in socket.frames]
+    assert indices(frames) == [*range(60)]
+    assert frames[-1]["type"] == "done"
+    outbox.close()
+    await sender

@@ -22,6 +22,7 @@ from openlora.joblog import AsyncJobLog, JobView
 from openlora.protocol.events import Chunk, End, Token
 from openlora.protocol.jobs import Job
 from openlora.sampling_params import SamplingParams
+from tests.gateway.writers import Socket, full_socket
 
 JOB_ID = "07" + "a" * 24
 JOB = Job(JOB_ID, "t", 1, SamplingParams(seed=1), prompt="x")
@@ -78,14 +79,14 @@ async def _resume_while_the_end_comes() -> list[dict[str, Any]]:
     received: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
     sent: list[dict[str, Any]] = []
 
-    async def send(message: Any) -> None:
-        sent.append(json.loads(message["text"]))
+    def on_frame(frame: str) -> None:
+        sent.append(json.loads(frame))
         if sent[-1]["type"] in ("done", "error"):
             received.put_nowait({"type": "websocket.disconnect"})
 
     connection = Connection(
         received.get,
-        send,
+        Socket(on_frame=on_frame),
         tenant="t",
         job_log=job_log,
         intake=cast("Intake", None),
@@ -108,7 +109,7 @@ async def _refill_without_a_log(monkeypatch: pytest.MonkeyPatch) -> None:
     log.is_lost = True
     relay = Relay(cast("AsyncJobLog", log), 0, 30_000, Metrics())
     ended: list[str] = []
-    outbox = Outbox()
+    outbox = Outbox(full_socket(), Metrics())
     follower = Follower(TokenStream("r", JOB_ID), outbox, Metrics(), lambda: ended.append("r"))
     await relay.follow(follower)
     follower.begin()
@@ -151,4 +152,4 @@ async def _follow_while_shards_are_left() -> None:
 
 def _follower(shard: int) -> Follower:
     stream = TokenStream("r", f"{shard:02x}" + "a" * 24)
-    return Follower(stream, Outbox(), Metrics(), lambda: None)
+    return Follower(stream, Outbox(full_socket(), Metrics()), Metrics(), lambda: None)
