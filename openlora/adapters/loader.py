@@ -2,25 +2,28 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors import safe_open
 
 from openlora.adapters.lora_set import PAGE_RANK
 from openlora.adapters.pages import PageCounts
 from openlora.adapters.peft_format import (
     AdapterInfo,
     AdapterLayout,
+    ContentHash,
     LoRAModule,
     describe,
     read_layout,
 )
 from openlora.adapters.site_shapes import ModelShape, SiteModule, SiteShape, site_shapes
 from openlora.errors import AdapterFailed
+
+_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_HASH = re.compile(r"[0-9a-f]{64}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,39 +55,58 @@ class LoadedAdapter:
 def load_adapter(directory: Path, model: ModelShape, dtype: torch.dtype) -> LoadedAdapter:
     """Read an adapter for ``model``. Thread-safe; the tensors are on CPU.
 
-    α/r (α/√r with rsLoRA) is folded into B in fp32, before the rounding to ``dtype``.
+    α/r (α/√r with rsLoRA) is folded into B before the rounding to ``dtype``. The files are read
+    once: the bytes that were hashed are those that are used.
 
     Raises:
         AdapterFailed: as ``inspect_adapter``; or it was made for another base model, lacks a
-            module that its configuration targets, or holds values that are not finite.
+            module that its configuration targets, or holds values that are not finite; or a
+            directory named by a content hash holds other content.
     """
     layout = read_layout(directory)
     shapes = site_shapes(model)
-    _check_modules(layout, shapes, model)
-    info = describe(directory, layout)
-    tensors = _Tensors(directory, layout)
+    check_modules(layout, shapes, model)
+    tensors = FileTensors(directory, layout)
+    if _HASH.fullmatch(directory.name) and tensors.hash != directory.name:
+        raise AdapterFailed(
+            f"the store's copy of adapter {directory.name} is damaged (its content has hash "
+            f"{tensors.hash}); delete {directory} and add the adapter again"
+        )
     # Fills and casts of small tensors: inference mode keeps them free of autograd's records.
     with torch.inference_mode():
         sites = tuple(_load_site(layout, shape, model, dtype, tensors) for shape in shapes)
-    return LoadedAdapter(info, sites)
+    return LoadedAdapter(describe(layout, tensors.hash), sites)
 
 
-class _Tensors:
-    """Tensors of the directory's files in fp32."""
+class FileTensors:
+    """The tensors of a directory's files, as they are there, and the hash of what was read."""
 
     def __init__(self, directory: Path, layout: AdapterLayout) -> None:
         self._entries = layout.tensors
-        self._files: dict[str, Any] = {
-            name: safe_open(directory / name, framework="pt")
-            for name in {entry.file for entry in layout.tensors.values()}
-        }
+        self._files: dict[str, bytearray] = {}
+        digest = ContentHash()
+        for name, size in layout.files:
+            # Read, not mapped: a file that is cut short meanwhile would end the process.
+            data = bytearray(size)
+            with (directory / name).open("rb") as file:
+                if file.readinto(data) != size:
+                    raise AdapterFailed(f"{name} became shorter while it was read; load it again")
+            digest.begin(name, size)
+            digest.update(data)
+            self._files[name] = data
+        self.hash = digest.hexdigest()
 
     def get(self, name: str) -> torch.Tensor:
-        tensor: torch.Tensor = self._files[self._entries[name].file].get_tensor(name)
-        tensor = tensor.to(torch.float32)
-        if not tensor.isfinite().all():
-            raise AdapterFailed(f"tensor {name} holds values that are not finite")
-        return tensor
+        """A tensor that shares the memory of its file."""
+        entry = self._entries[name]
+        dtype = _DTYPES[entry.dtype]
+        flat = torch.frombuffer(
+            self._files[entry.file],
+            dtype=dtype,
+            count=(entry.end - entry.start) // dtype.itemsize,
+            offset=entry.start,
+        )
+        return flat.view(entry.shape)
 
 
 def _load_site(
@@ -92,7 +114,7 @@ def _load_site(
     shape: SiteShape,
     model: ModelShape,
     dtype: torch.dtype,
-    tensors: _Tensors,
+    tensors: FileTensors,
 ) -> SiteWeights:
     slots = {module.path: (index, module) for index, module in enumerate(shape.modules)}
     modules = [module for module in layout.modules if module.path in slots]
@@ -106,10 +128,35 @@ def _load_site(
     for module in modules:
         index, place = slots[module.path]
         _fill(a[:, module.layer, :, index], tensors.get(module.a).T)
-        scaled = tensors.get(module.b) * module.scale
-        _check_range(module, scaled, dtype)
-        _fill_blocks(b[:, module.layer], place, shape.block_out, scaled)
+        _fill_blocks(b[:, module.layer], place, shape.block_out, _scaled(module, tensors, dtype))
+    # One sum for all modules: anything that is not finite makes it so, and is then looked for.
+    if not (_sum_is_finite(a) and _sum_is_finite(b)):
+        for module in modules:
+            _check_finite(module, tensors, dtype)
     return SiteWeights(a.flatten(3), b)
+
+
+def _scaled(module: LoRAModule, tensors: FileTensors, dtype: torch.dtype) -> torch.Tensor:
+    """lora_B times the scale, rounded once where the file has another dtype than the pages."""
+    b = tensors.get(module.b)
+    # A product in the pages' own dtype is made in fp32 and rounded once as well.
+    return (b if b.dtype == dtype else b.float()) * module.scale
+
+
+def _sum_is_finite(tensor: torch.Tensor) -> bool:
+    return bool(tensor.sum(dtype=torch.float32).isfinite())
+
+
+def _check_finite(module: LoRAModule, tensors: FileTensors, dtype: torch.dtype) -> None:
+    for name in (module.a, module.b):
+        if not tensors.get(name).isfinite().all():
+            raise AdapterFailed(f"tensor {name} holds values that are not finite")
+    if not tensors.get(module.a).to(dtype).isfinite().all():
+        raise AdapterFailed(f"tensor {module.a} does not fit {dtype}")
+    if not _scaled(module, tensors, dtype).to(dtype).isfinite().all():
+        raise AdapterFailed(
+            f"{module.name}: lora_B times its scale {module.scale:g} does not fit {dtype}"
+        )
 
 
 def _fill(pages: torch.Tensor, a: torch.Tensor) -> None:
@@ -126,14 +173,7 @@ def _fill_blocks(pages: torch.Tensor, place: SiteModule, block_out: int, b: torc
         pages[page, place.first_block : last, : part.shape[1]] = part
 
 
-def _check_range(module: LoRAModule, scaled: torch.Tensor, dtype: torch.dtype) -> None:
-    if scaled.abs().max() > torch.finfo(dtype).max:
-        raise AdapterFailed(
-            f"{module.name}: lora_B times its scale {module.scale:g} does not fit {dtype}"
-        )
-
-
-def _check_modules(layout: AdapterLayout, shapes: Sequence[SiteShape], model: ModelShape) -> None:
+def check_modules(layout: AdapterLayout, shapes: Sequence[SiteShape], model: ModelShape) -> None:
     """Every module exists in the model in this shape, and none that is targeted is missing."""
     expected = {
         module.path: (shape.in_features, module.out_features)

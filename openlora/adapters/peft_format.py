@@ -22,6 +22,8 @@ INDEX_FILE = "adapter_model.safetensors.index.json"
 PICKLE_FILES = ("adapter_model.bin", "adapter_model.pt", "adapter_model.pth")
 DTYPES = ("F32", "F16", "BF16")
 MAX_INDEX_BYTES = 16 << 20
+MAX_ADAPTER_BYTES = 8 << 30
+"""Rank 256 on all linears of a 70B model, in fp32, is 6.6 GB."""
 
 _TENSOR = re.compile(
     r"base_model\.model\.(?P<module>(?:model\.)?layers\.(?P<layer>\d{1,6})\."
@@ -79,13 +81,13 @@ class AdapterLayout:
 
     Attributes:
         config: adapter_config.json.
-        files: names of the files that count, sorted.
+        files: (name, size in bytes) of the files that count, by name.
         tensors: every tensor and the file it is in.
         modules: the pairs, by layer and path.
     """
 
     config: AdapterConfig
-    files: tuple[str, ...]
+    files: tuple[tuple[str, int], ...]
     tensors: Mapping[str, TensorEntry]
     modules: tuple[LoRAModule, ...]
 
@@ -96,17 +98,24 @@ def inspect_adapter(directory: Path) -> AdapterInfo:
     Raises:
         AdapterFailed: naming the file, tensor or field at fault and what to do.
     """
-    return describe(directory, read_layout(directory))
+    layout = read_layout(directory)
+    digest = ContentHash()
+    for name, size in layout.files:
+        digest.begin(name, size)
+        with (directory / name).open("rb") as file:
+            while chunk := file.read(1 << 20):
+                digest.update(chunk)
+    return describe(layout, digest.hexdigest())
 
 
-def describe(directory: Path, layout: AdapterLayout) -> AdapterInfo:
-    """The description of a directory whose layout is read already; reads every byte once."""
+def describe(layout: AdapterLayout, content_hash: str) -> AdapterInfo:
+    """The description of a directory whose layout and hash are known."""
     return AdapterInfo(
         rank=max(module.rank for module in layout.modules),
         targets=tuple(sorted({module.path.rpartition(".")[2] for module in layout.modules})),
         base_model=layout.config.base_model,
-        size_bytes=sum((directory / name).stat().st_size for name in layout.files),
-        hash=content_hash(directory, layout.files),
+        size_bytes=sum(size for _, size in layout.files),
+        hash=content_hash,
         tensors={name: (entry.dtype, entry.shape) for name, entry in layout.tensors.items()},
     )
 
@@ -123,20 +132,36 @@ def read_layout(directory: Path) -> AdapterLayout:
             if tensor in tensors:
                 raise AdapterFailed(f"tensor {tensor[:200]} is in two files")
             tensors[tensor] = entry
-    files = tuple(sorted((CONFIG_FILE, *weights, *extra)))
+    files = tuple(
+        (name, (directory / name).stat().st_size)
+        for name in sorted((CONFIG_FILE, *weights, *extra))
+    )
+    size = sum(size for _, size in files)
+    if size > MAX_ADAPTER_BYTES:
+        raise AdapterFailed(
+            f"the adapter has {size} bytes; at most {MAX_ADAPTER_BYTES} are taken: save it in a "
+            "smaller rank or in half precision"
+        )
     return AdapterLayout(config, files, tensors, _modules(config, tensors))
 
 
-def content_hash(directory: Path, files: tuple[str, ...]) -> str:
-    """SHA-256 in hex over name, size and content of each of ``files``."""
-    digest = hashlib.sha256()
-    for name in sorted(files):
-        path = _inside(directory, name)
-        digest.update(f"{name}\0{path.stat().st_size}\0".encode())
-        with path.open("rb") as file:
-            while chunk := file.read(1 << 20):
-                digest.update(chunk)
-    return digest.hexdigest()
+class ContentHash:
+    """SHA-256 over name, size and content of the files that count, fed in order of their names."""
+
+    def __init__(self) -> None:
+        self._digest = hashlib.sha256()
+
+    def begin(self, name: str, size: int) -> None:
+        """The next file; exactly ``size`` bytes follow."""
+        self._digest.update(f"{name}\0{size}\0".encode())
+
+    def update(self, data: bytes | bytearray | memoryview) -> None:
+        """More bytes of the file begun last."""
+        self._digest.update(data)
+
+    def hexdigest(self) -> str:
+        """The hash in hex."""
+        return self._digest.hexdigest()
 
 
 def _inside(directory: Path, name: str) -> Path:

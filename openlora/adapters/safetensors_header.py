@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ MAX_HEADER_BYTES = 16 << 20
 """An adapter of a few thousand tensors has a header under 1 MiB."""
 
 _LENGTH_BYTES = 8
-_ITEM_BYTES = {
+ITEM_BYTES = {
     "F64": 8,
     "F32": 4,
     "F16": 2,
@@ -32,11 +33,20 @@ _ITEM_BYTES = {
 
 @dataclass(frozen=True, slots=True)
 class TensorEntry:
-    """One tensor of a file: dtype as safetensors names it ("F32", …) and shape."""
+    """One tensor of a file.
+
+    Attributes:
+        dtype: as safetensors names it ("F32", …).
+        shape: its dimensions.
+        file: name of the file that holds it.
+        start, end: where its bytes are in the file.
+    """
 
     dtype: str
     shape: tuple[int, ...]
     file: str
+    start: int
+    end: int
 
 
 def read_header(path: Path) -> dict[str, TensorEntry]:
@@ -64,35 +74,33 @@ def read_header(path: Path) -> dict[str, TensorEntry]:
     if not isinstance(header, dict):
         raise AdapterFailed(f"{path.name} has a header that is no JSON object")
     header.pop("__metadata__", None)
-    spans = []
-    entries = {}
-    for name, fields in header.items():
-        entries[name], span = _entry(path.name, name, fields)
-        spans.append(span)
-    _check_spans(path.name, spans, size - _LENGTH_BYTES - length)
+    data_start = _LENGTH_BYTES + length
+    entries = {name: _entry(path.name, name, fields, data_start) for name, fields in header.items()}
+    _check_spans(path.name, entries.values(), data_start, size)
     return entries
 
 
-def _entry(file: str, name: str, fields: Any) -> tuple[TensorEntry, tuple[int, int]]:
+def _entry(file: str, name: str, fields: Any, data_start: int) -> TensorEntry:
     try:
         dtype, shape, (start, end) = fields["dtype"], fields["shape"], fields["data_offsets"]
         numbers = (*shape, start, end)
         if not all(type(number) is int and number >= 0 for number in numbers):
             raise ValueError("a shape or offset is no number ≥ 0")
-        if end - start != _ITEM_BYTES[dtype] * math.prod(shape):
+        if end - start != ITEM_BYTES[dtype] * math.prod(shape):
             raise ValueError("its bytes do not match its shape")
     except (KeyError, TypeError, ValueError) as error:
         raise AdapterFailed(f"{file}: tensor {name[:200]} is described wrongly: {error}") from error
-    return TensorEntry(dtype, tuple(shape), file), (start, end)
+    return TensorEntry(dtype, tuple(shape), file, data_start + start, data_start + end)
 
 
-def _check_spans(file: str, spans: list[tuple[int, int]], data_bytes: int) -> None:
-    position = 0
-    for start, end in sorted(spans):
+def _check_spans(file: str, entries: Iterable[TensorEntry], data_start: int, size: int) -> None:
+    position = data_start
+    for start, end in sorted((entry.start, entry.end) for entry in entries):
         if start != position:
             raise AdapterFailed(f"{file}: tensors overlap or leave gaps at byte {position}")
         position = end
-    if position != data_bytes:
+    if position != size:
         raise AdapterFailed(
-            f"{file} holds {data_bytes} bytes of data; its header describes {position}"
+            f"{file} holds {size - data_start} bytes of data; its header describes "
+            f"{position - data_start}"
         )

@@ -22,6 +22,8 @@ class Shape:
     num_heads: int = 4
     num_kv_heads: int = 2
     head_dim: int = 8
+    fused_projections: bool = False
+    fused_projections: bool = False
 
 
 SHAPE = Shape()

@@ -13,6 +13,7 @@ from openlora.adapters.lora_set import PAGE_RANK
 from openlora.adapters.page_tensors import PageTensors, page_bytes, pages_for_budget
 from openlora.adapters.pages import PagePool
 from openlora.adapters.site_shapes import site_shapes
+from openlora.adapters.store import AdapterStore
 from openlora.errors import AdapterFailed
 from tests.adapters.peft_dirs import (
     FEATURES,
@@ -119,6 +120,29 @@ def test_values_that_are_not_finite(tmp_path, value):
     edit_tensors(directory, lambda tensors: tensors[name].view(-1)[5].fill_(value))
     with pytest.raises(AdapterFailed, match=r"v_proj\.lora_B\.weight holds values that are not"):
         load_adapter(directory, SHAPE, torch.float32)
+
+
+def test_a_store_that_returns_other_bytes(tmp_path):
+    store = AdapterStore(tmp_path / "store")
+    path = store.path(store.put(write_adapter(tmp_path / "a")).hash)
+    load_adapter(path, SHAPE, torch.float32)
+    weights = path / "adapter_model.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[-3] ^= 1
+    weights.write_bytes(data)
+    with pytest.raises(AdapterFailed, match=r"the store's copy of adapter .* is damaged"):
+        load_adapter(path, SHAPE, torch.float32)
+
+
+@pytest.mark.parametrize("target", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_the_scale_is_rounded_once(tmp_path, dtype, target):
+    directory = write_adapter(tmp_path / "a", dtype=dtype, lora_alpha=3)
+    name = f"{PREFIX}.0.self_attn.v_proj.lora_B.weight"
+    want = (load_file(directory / "adapter_model.safetensors")[name].float() * 0.75).to(target)
+    site = load_adapter(directory, SHAPE, target).sites[0]
+    block = site_shapes(SHAPE)[0].modules[2].first_block
+    assert torch.equal(site.b[0, 0, block, :4].T, want)
 
 
 def test_values_that_do_not_fit_the_target_dtype(tmp_path):

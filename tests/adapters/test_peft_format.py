@@ -224,6 +224,19 @@ def test_oversized_configuration(adapter):
     refused(adapter, "is over")
 
 
+def test_an_adapter_that_is_huge(adapter):
+    header = (adapter / "adapter_model.safetensors").read_bytes()
+    # sparse: nine gigabytes on no disk
+    tensor = {"dtype": "F32", "shape": [9 << 30, 1], "data_offsets": [0, 36 << 30]}
+    raw = json.dumps({f"{Q}.lora_A.weight": tensor}).encode()
+    with (adapter / "adapter_model.safetensors").open("wb") as file:
+        file.write(len(raw).to_bytes(8, "little") + raw)
+        file.truncate(8 + len(raw) + (36 << 30))
+    refused(adapter, "at most 8589934592 are taken")
+    (adapter / "adapter_model.safetensors").write_bytes(header)
+    inspect_adapter(adapter)
+
+
 def test_no_tensors(adapter):
     save_file({}, adapter / "adapter_model.safetensors")
     refused(adapter, "hold no LoRA tensors")

@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import threading
 
 import pytest
+import torch
 
 from openlora.adapters.peft_format import inspect_adapter
 from openlora.adapters.store import AdapterStore
 from openlora.errors import AdapterFailed
-from tests.adapters.peft_dirs import edit_config, write_adapter
+from tests.adapters.peft_dirs import PREFIX, edit_config, edit_tensors, write_adapter
+
+
+def contents(store):
+    """Everything in a store's root but its own two files."""
+    return sorted(p.name for p in store.iterdir() if p.name not in (".holds", ".lock"))
 
 
 def test_put_copies_what_counts_and_nothing_else(tmp_path):
@@ -23,14 +31,14 @@ def test_put_copies_what_counts_and_nothing_else(tmp_path):
         "adapter_model.safetensors",
     ]
     assert inspect_adapter(path) == info
-    assert [p.name for p in (tmp_path / "store").iterdir()] == [info.hash]
+    assert contents(tmp_path / "store") == [info.hash]
 
 
 def test_the_same_content_twice_is_one(tmp_path):
     store = AdapterStore(tmp_path / "store")
     first = store.put(write_adapter(tmp_path / "a"))
     assert store.put(write_adapter(tmp_path / "b")) == first
-    assert len(list((tmp_path / "store").iterdir())) == 1
+    assert contents(tmp_path / "store") == [first.hash]
 
 
 def test_links_within_the_directory_become_files(tmp_path):
@@ -51,6 +59,105 @@ def test_an_unusable_adapter_leaves_nothing(tmp_path):
     assert list((tmp_path).glob("store/*")) == []
 
 
+def test_values_that_are_no_numbers_are_refused_by_tensor(tmp_path):
+    source = write_adapter(tmp_path / "a", dtype=torch.bfloat16)
+    name = f"{PREFIX}.1.self_attn.v_proj.lora_B.weight"
+    edit_tensors(source, lambda tensors: tensors[name].view(-1)[5].fill_(float("nan")))
+    with pytest.raises(AdapterFailed, match=r"1\.self_attn\.v_proj\.lora_B\.weight holds values"):
+        AdapterStore(tmp_path / "store").put(source)
+    assert list((tmp_path).glob("store/*")) == []
+
+
+def test_a_check_refuses_before_anything_is_copied(tmp_path):
+    def refuse(layout):
+        raise AdapterFailed(f"{len(layout.modules)} modules are too many")
+
+    with pytest.raises(AdapterFailed, match="4 modules are too many"):
+        AdapterStore(tmp_path / "store").put(write_adapter(tmp_path / "a"), check=refuse)
+    assert not (tmp_path / "store").exists()
+
+
+def test_only_the_last_holder_deletes(tmp_path):
+    source, store = write_adapter(tmp_path / "a"), AdapterStore(tmp_path / "store")
+    content = store.put(source, holder="one").hash
+    assert store.put(source, holder="other").hash == content
+    assert store.held(content) == ("one", "other")
+    assert not store.release(content, "nobody")
+    assert not store.release(content, "one")
+    assert not store.release(content, "one")
+    assert store.path(content).is_dir()
+    assert store.release(content, "other")
+    assert store.held(content) == ()
+    with pytest.raises(AdapterFailed, match="not in the store"):
+        store.path(content)
+    assert store.put(source, holder="one").hash == content
+    assert store.path(content).is_dir()
+
+
+def test_content_without_holders_stays(tmp_path):
+    store = AdapterStore(tmp_path / "store")
+    content = store.put(write_adapter(tmp_path / "a")).hash
+    assert not store.release(content, "one")
+    assert store.path(content).is_dir()
+
+
+def test_put_and_release_at_once_end_with_what_is_held(tmp_path):
+    source, store = write_adapter(tmp_path / "a"), AdapterStore(tmp_path / "store")
+    content = store.put(source).hash
+    errors = []
+
+    def put_and_release(holder):
+        try:
+            for _ in range(15):
+                store.put(source, holder=holder)
+                assert inspect_adapter(store.path(content)).hash == content
+                store.release(content, holder)
+            store.put(source, holder=holder)
+        except Exception as error:  # noqa: BLE001 - reported below, in the test's own thread
+            errors.append(error)
+
+    threads = [threading.Thread(target=put_and_release, args=(f"h{i}",)) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not errors
+    assert store.held(content) == ("h0", "h1", "h2", "h3")
+    assert inspect_adapter(store.path(content)).hash == content
+    assert contents(tmp_path / "store") == [content]
+
+
+def test_what_a_dead_process_left_is_swept(tmp_path):
+    store = AdapterStore(tmp_path / "store")
+    content = store.put(write_adapter(tmp_path / "a")).hash
+    for name in (".incoming-x", f".trash-{content}-1"):
+        (tmp_path / "store" / name / "adapter").mkdir(parents=True)
+    assert store.sweep() == 0
+    assert store.sweep(older_than_s=0) == 2
+    assert contents(tmp_path / "store") == [content]
+
+
+FULL_DISK = """
+import resource, sys
+from pathlib import Path
+from openlora.adapters.store import AdapterStore
+
+resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+try:
+    AdapterStore(Path(sys.argv[2])).put(Path(sys.argv[1]))
+except OSError as error:
+    print(error)
+"""
+
+
+def test_a_disk_that_takes_no_more_leaves_nothing(tmp_path):
+    source = write_adapter(tmp_path / "a")
+    argv = [sys.executable, "-c", FULL_DISK, str(source), str(tmp_path / "store")]
+    result = subprocess.run(argv, capture_output=True, text=True, check=True)
+    assert "File too large" in result.stdout
+    assert list((tmp_path / "store").iterdir()) == []
+
+
 def test_many_at_once(tmp_path):
     source = write_adapter(tmp_path / "a")
     store = AdapterStore(tmp_path / "store")
@@ -61,7 +168,7 @@ def test_many_at_once(tmp_path):
     for thread in threads:
         thread.join()
     assert len(results) == 8
-    assert [p.name for p in (tmp_path / "store").iterdir()] == [results[0].hash]
+    assert contents(tmp_path / "store") == [results[0].hash]
 
 
 @pytest.mark.parametrize("name", ["..", "../../etc", "a" * 63, "A" * 64, ""])
