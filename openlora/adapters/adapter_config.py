@@ -97,7 +97,10 @@ class AdapterConfig:
         return in_layers and _matches(self.target_modules, module)
 
 
-ALL_LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+ALL_LINEAR = (
+    *("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
+    *("qkv_proj", "gate_up_proj"),
+)
 """What PEFT's "all-linear" means in the supported models: every linear but the head."""
 
 

@@ -23,6 +23,8 @@ class ModelShape(Protocol):
     def num_kv_heads(self) -> int: ...
     @property
     def head_dim(self) -> int: ...
+    @property
+    def fused_projections(self) -> bool: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,10 +82,14 @@ def site_shapes(model: ModelShape) -> tuple[SiteShape, ...]:
     q_size = model.num_heads * model.head_dim
     kv_size = model.num_kv_heads * model.head_dim
     qkv = {"self_attn.q_proj": q_size, "self_attn.k_proj": kv_size, "self_attn.v_proj": kv_size}
+    gate_up = {"mlp.gate_proj": inner, "mlp.up_proj": inner}
+    if model.fused_projections:
+        qkv = {"self_attn.qkv_proj": q_size + 2 * kv_size}
+        gate_up = {"mlp.gate_up_proj": 2 * inner}
     shapes = (
         _site("qkv", hidden, kv_size, qkv),
         _site("o", q_size, hidden, {"self_attn.o_proj": hidden}),
-        _site("gate_up", hidden, inner, {"mlp.gate_proj": inner, "mlp.up_proj": inner}),
+        _site("gate_up", hidden, inner, gate_up),
         _site("down", inner, hidden, {"mlp.down_proj": hidden}),
     )
     assert tuple(shape.name for shape in shapes) == SITES

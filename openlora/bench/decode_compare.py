@@ -26,7 +26,7 @@ from openlora.engine import Engine, EngineConfig, Request
 from openlora.engine.build import choose_device
 from openlora.errors import SetupError
 from openlora.models.config import ModelConfig, read_config
-from openlora.models.llama import weight_shapes
+from openlora.models.weights import weight_shapes
 from openlora.models.load import DTYPES
 
 if TYPE_CHECKING:

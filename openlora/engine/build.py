@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -18,6 +18,9 @@ from openlora.engine.config import EngineConfig
 from openlora.engine.stats import ModelInfo
 from openlora.engine.step import Runner
 from openlora.errors import SetupError
+
+if TYPE_CHECKING:
+    from openlora.models.config import ModelConfig
 
 logger = logging.getLogger(__name__)
 
@@ -93,6 +96,7 @@ def build_parts(config: EngineConfig, progress: Progress | None = None) -> Engin
         device=device,
         load_format=config.load_format,
         progress=progress,
+        configure=lambda model_config: _configured(config, device, model_config),
     )
     num_pages = _num_pages(config, model)
     pages = PageTensors(model.config, num_pages, model.dtype, model.device)
@@ -132,14 +136,28 @@ def build_parts(config: EngineConfig, progress: Progress | None = None) -> Engin
     )
 
 
+def _configured(config: EngineConfig, device: str, model_config: ModelConfig) -> ModelConfig:
+    """The model as these settings serve it; refused, before it is loaded, where they cannot."""
+    if config.max_model_len is not None:
+        if config.max_model_len > model_config.max_model_len:
+            raise SetupError(
+                f"max_model_len is {config.max_model_len}, but the model's own limit is "
+                f"{model_config.max_model_len}"
+            )
+        model_config = model_config.limited_to(config.max_model_len)
+    if device == "cuda":
+        from openlora.engine.cuda_models import check_cuda_model
+
+        check_cuda_model(model_config)
+    return model_config
+
+
 def _model_info(
     config: EngineConfig, model: Any, num_blocks: int, num_pages: tuple[int, ...]
 ) -> ModelInfo:
     limits = [model.config.max_model_len, num_blocks * config.block_size]
-    if config.max_model_len is not None:
-        _check_context(config.max_model_len, *limits)
-        limits.append(config.max_model_len)
     if limits[1] < limits[0]:
+        _check_context(config, limits[1])
         logger.info("the KV cache limits prompt and output to %d tokens", limits[1])
     return ModelInfo(
         model=config.model,
@@ -155,13 +173,11 @@ def _model_info(
     )
 
 
-def _check_context(wanted: int, model_limit: int, cache_limit: int) -> None:
-    if wanted > model_limit:
-        raise SetupError(f"max_model_len is {wanted}, but the model's own limit is {model_limit}")
-    if wanted > cache_limit:
+def _check_context(config: EngineConfig, cache_limit: int) -> None:
+    if config.max_model_len is not None:
         raise SetupError(
-            f"max_model_len is {wanted}, but the KV cache holds {cache_limit} tokens; "
-            "give it more memory (kv_cache_bytes, num_kv_blocks) or lower max_model_len"
+            f"max_model_len is {config.max_model_len}, but the KV cache holds {cache_limit} "
+            "tokens; give it more memory (kv_cache_bytes, num_kv_blocks) or lower max_model_len"
         )
 
 

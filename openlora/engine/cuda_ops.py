@@ -8,7 +8,9 @@ from dataclasses import dataclass
 import torch
 
 from openlora.kernels import triton_attention, triton_fused, triton_prefill_attention
+from openlora.kernels.activation import gelu_tanh_and_mul
 from openlora.kernels.linear import Linear
+from openlora.kernels.norms import norm_heads
 from openlora.kernels.triton_sgmv import SGMVTables, SGMVTiles, sgmv_expand, sgmv_shrink
 from openlora.models.config import ModelConfig
 from openlora.models.ops import LayerPages
@@ -91,6 +93,14 @@ class CudaOps:
 
     def silu_and_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
         return triton_fused.silu_and_mul(gate_up)
+
+    def gelu_tanh_and_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
+        return gelu_tanh_and_mul(gate_up)
+
+    def norm_heads(self, qkv: torch.Tensor, q_norm: torch.Tensor, k_norm: torch.Tensor) -> None:
+        config = self.config
+        heads = qkv.view(qkv.shape[0], -1, config.head_dim)
+        norm_heads(heads, q_norm, k_norm, config.num_kv_heads, config.rms_norm_eps)
 
     def lora_linear(self, linear: Linear, x: torch.Tensor, layer: int, site: int) -> torch.Tensor:
         lora = self.lora

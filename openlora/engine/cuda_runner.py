@@ -31,7 +31,7 @@ from openlora.kernels.triton_attention import DecodeScratch, decode_splits
 from openlora.kernels.triton_fused import take_tokens
 from openlora.kernels.triton_prefill_attention import prefill_tile_tokens
 from openlora.kernels.triton_sgmv import SGMVTables
-from openlora.models.llama import LlamaModel
+from openlora.models.decoder import Decoder
 
 
 class CudaRunner:
@@ -47,7 +47,7 @@ class CudaRunner:
 
     def __init__(
         self,
-        model: LlamaModel,
+        model: Decoder,
         pages: PageTensors,
         kv_cache: KVCache,
         *,

@@ -29,7 +29,7 @@ from openlora.kernels.triton_attention import DecodeScratch, decode_splits
 from openlora.kernels.triton_fused import take_tokens
 from openlora.kernels.triton_sampling import GreedyScratch, greedy
 from openlora.kernels.triton_sgmv import SGMVTables
-from openlora.models.llama import LlamaModel
+from openlora.models.decoder import Decoder
 
 logger = logging.getLogger(__name__)
 
@@ -70,7 +70,7 @@ class DecodeGraphs:
 
     def __init__(
         self,
-        model: LlamaModel,
+        model: Decoder,
         pages: PageTensors,
         kv_cache: KVCache,
         drawn: DrawnTokens,

@@ -12,12 +12,12 @@ from openlora.adapters.page_tensors import PageTensors
 from openlora.engine.kv_cache import KVCache
 from openlora.engine.sampler import sample_rows
 from openlora.engine.step import SampledToken, StepRow
-from openlora.kernels.attention import plan_attention
+from openlora.kernels.attention import AttentionPlan, plan_attention
 from openlora.kernels.kv_write import slot_rows_for
 from openlora.kernels.rope import rope_cos_sin
 from openlora.kernels.sgmv import LoRAPlan, Segment, plan_lora
-from openlora.models.llama import LlamaModel
-from openlora.models.ops import TorchOps
+from openlora.models.decoder import Decoder
+from openlora.models.ops import AttentionInputs, TorchOps
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +40,7 @@ class ModelRunner:
         kv_cache: blocks that the rows' block tables index.
     """
 
-    def __init__(self, model: LlamaModel, pages: PageTensors, kv_cache: KVCache) -> None:
+    def __init__(self, model: Decoder, pages: PageTensors, kv_cache: KVCache) -> None:
         self._model = model
         self._pages = pages
         self._kv_cache = kv_cache
@@ -74,7 +74,6 @@ class ModelRunner:
         positions = self._tensor(
             [row.start + offset for row in rows for offset in range(len(row.token_ids))]
         )
-        cos, sin = rope_cos_sin(positions, self._model.rope_inv_freq, self._model.dtype)
         size = self._kv_cache.block_size
         blocks = self._tensor(
             [
@@ -83,21 +82,39 @@ class ModelRunner:
                 for position in range(row.start, row.start + len(row.token_ids))
             ]
         )
+        full, sliding = self._attention_inputs(rows, positions)
         return TorchOps(
             config=config,
-            cos=cos,
-            sin=sin,
             slot_rows=slot_rows_for(blocks, positions % size, kv_shape),
-            attention_plan=plan_attention(
-                [len(row.token_ids) for row in rows],
-                [row.start + len(row.token_ids) for row in rows],
-                [row.block_table for row in rows],
-                self._kv_cache.layers[0],
-            ),
+            full=full,
+            sliding=sliding,
             kv_layers=self._kv_cache.layers,
             lora_plans=self._plan_lora(rows),
             lora_pages=[site.layers for site in self._pages.sites],
         )
+
+    def _attention_inputs(
+        self, rows: Sequence[StepRow], positions: torch.Tensor
+    ) -> tuple[AttentionInputs, AttentionInputs]:
+        """For layers without and with a window; the same where these do not differ."""
+        model, window = self._model, self._model.config.sliding_window
+
+        def plan(window: int) -> AttentionPlan:
+            return plan_attention(
+                [len(row.token_ids) for row in rows],
+                [row.start + len(row.token_ids) for row in rows],
+                [row.block_table for row in rows],
+                self._kv_cache.layers[0],
+                window,
+            )
+
+        scaling = model.config.rope_scaling
+        factor = 1.0 if scaling is None else scaling.attention_factor
+        cos, sin = rope_cos_sin(positions, model.rope_inv_freq, model.dtype, factor)
+        full = AttentionInputs(cos, sin, plan(0))
+        if model.local_rope_inv_freq is not None:
+            cos, sin = rope_cos_sin(positions, model.local_rope_inv_freq, model.dtype)
+        return full, AttentionInputs(cos, sin, plan(window) if window else full.plan)
 
     def _plan_lora(self, rows: Sequence[StepRow]) -> tuple[LoRAPlan | None, ...]:
         key = tuple((row.lora_set, len(row.token_ids)) for row in rows)

@@ -1,4 +1,4 @@
-"""The gated activation of the MLP."""
+"""The gated activations of the MLP."""
 
 from __future__ import annotations
 
@@ -17,3 +17,9 @@ def silu_and_mul(gate_up: torch.Tensor) -> torch.Tensor:
     """
     gate, up = gate_up.chunk(2, dim=-1)
     return F.silu(gate).mul_(up)
+
+
+def gelu_tanh_and_mul(gate_up: torch.Tensor) -> torch.Tensor:
+    """GELU(gate) · up in GELU's approximation by tanh; shapes as in ``silu_and_mul``."""
+    gate, up = gate_up.chunk(2, dim=-1)
+    return F.gelu(gate, approximate="tanh").mul_(up)

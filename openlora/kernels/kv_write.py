@@ -19,11 +19,12 @@ def rope_and_write_kv(
     """Rotate q and k of every token in place; copy its rotated k and its v into the cache.
 
     Rotation pairs dimension i with i + head_dim/2 (the layout of Hugging Face checkpoints):
-    out = x · cos + roll(x, head_dim/2) · sin.
+    out = x · cos + roll(x, head_dim/2) · sin. Where cos is narrower than a head, so much of each
+    head, its first dimensions, is rotated as if that were all of it.
 
     Args:
         qkv: [tokens, num_heads + 2 · num_kv_heads, head_dim]: q, k, v heads; in place.
-        cos: [tokens, 1, head_dim], qkv's dtype.
+        cos: [tokens, 1, rotary_dim], qkv's dtype; rotary_dim is even, at most head_dim.
         sin: as cos, its first half negated.
         kv_cache: one layer, [2, num_blocks, num_kv_heads, block_size, head_dim]; in place.
         slot_rows: [tokens · 2 · num_kv_heads] int64 from ``slot_rows_for``.
@@ -32,8 +33,9 @@ def rope_and_write_kv(
     """
     num_kv_heads, head_dim = kv_cache.shape[2], kv_cache.shape[4]
     num_heads = qkv.shape[1] - 2 * num_kv_heads
-    qk = qkv[:, : num_heads + num_kv_heads]
-    rolled = qk.roll(head_dim // 2, -1)
+    rotary_dim = cos.shape[-1]
+    qk = qkv[:, : num_heads + num_kv_heads, :rotary_dim]
+    rolled = qk.roll(rotary_dim // 2, -1)
     qk.mul_(cos).addcmul_(rolled, sin)
     kv_cache.view(-1, head_dim).index_copy_(0, slot_rows, qkv[:, num_heads:].reshape(-1, head_dim))
 

@@ -11,11 +11,13 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
 
     Args:
         x: [rows, hidden]; rows may be 0.
-        weight: [hidden], same dtype.
+        weight: [hidden], same dtype, or fp32: then the product is rounded, not its factors.
 
     Returns:
         A new [rows, hidden]; statistics are taken in fp32.
     """
+    if weight.dtype is not x.dtype:
+        return F.rms_norm(x.float(), weight.shape, weight, eps).to(x.dtype)
     return F.rms_norm(x, weight.shape, weight, eps)
 
 
@@ -27,4 +29,19 @@ def add_rms_norm(
     Shapes and dtypes as in ``rms_norm``; ``residual`` has the shape of ``x``.
     """
     residual.add_(x)
-    return F.rms_norm(residual, weight.shape, weight, eps)
+    return rms_norm(residual, weight, eps)
+
+
+def norm_heads(
+    qkv: torch.Tensor, q_norm: torch.Tensor, k_norm: torch.Tensor, num_kv_heads: int, eps: float
+) -> None:
+    """Norm every head of q and of k for itself, in place (QK-norm, Dehghani et al. 2023).
+
+    Args:
+        qkv: [tokens, num_heads + 2 · num_kv_heads, head_dim]: q, k, v heads.
+        q_norm, k_norm: [head_dim], as ``weight`` in ``rms_norm``.
+    """
+    num_heads = qkv.shape[1] - 2 * num_kv_heads
+    q, k = qkv[:, :num_heads], qkv[:, num_heads : num_heads + num_kv_heads]
+    q.copy_(rms_norm(q, q_norm, eps))
+    k.copy_(rms_norm(k, k_norm, eps))

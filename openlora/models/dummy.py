@@ -6,9 +6,9 @@ from collections.abc import Mapping
 
 import torch
 
-from openlora.kernels.rope import RopeScaling
 from openlora.models.config import ModelConfig
-from openlora.models.llama import GetWeight
+from openlora.models.rotary import RopeScaling
+from openlora.models.weights import GetWeight
 
 
 def _llama3(

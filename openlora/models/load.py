@@ -9,11 +9,13 @@ from pathlib import Path
 import torch
 
 from openlora.errors import SetupError, UnknownModel
+from openlora.kernels.linear import Linear
 from openlora.models.checkpoint import SafetensorsCheckpoint
 from openlora.models.config import ModelConfig, read_config
+from openlora.models.decoder import Decoder
 from openlora.models.dummy import DUMMY_CONFIGS, dummy_weights
 from openlora.models.gguf import read_gguf
-from openlora.models.llama import GetWeight, LlamaModel, weight_shapes
+from openlora.models.weights import GetWeight, MakeLinear, weight_shapes
 
 DTYPES = {
     "float32": torch.float32,
@@ -32,7 +34,9 @@ def load_model(
     device: str = "cpu",
     load_format: str = "auto",
     progress: Progress | None = None,
-) -> LlamaModel:
+    configure: Callable[[ModelConfig], ModelConfig] | None = None,
+    make_linear: MakeLinear = Linear,
+) -> Decoder:
     """Load a base model.
 
     Args:
@@ -43,6 +47,9 @@ def load_model(
         device: "cpu", "cuda" or "cuda:N".
         load_format: "auto" or "dummy" (random weights, for benchmarks).
         progress: told of each layer.
+        configure: called with the configuration before any weight is read: what it returns is
+            built, what it raises is raised.
+        make_linear: what the model's linears are made of.
 
     Raises:
         UnknownModel: no such model, or one of an unsupported kind.
@@ -53,17 +60,18 @@ def load_model(
             raise UnknownModel(
                 f"there is no dummy shape {source!r}; known: {', '.join(DUMMY_CONFIGS)}"
             )
-        config = DUMMY_CONFIGS[source]
+        config = _adjusted(DUMMY_CONFIGS[source], configure)
         target = _target_dtype(dtype, config, device)
         get = dummy_weights(weight_shapes(config), target, torch.device(device))
     elif load_format == "auto":
         path = find_model(source)
         if path.suffix == ".gguf":
             config, tensors = read_gguf(path)
+            config = _adjusted(config, configure)
             target = _target_dtype(dtype, config, device)
             get = _converting(tensors.__getitem__, target, torch.device(device))
         else:
-            config = read_config(path)
+            config = _adjusted(read_config(path), configure)
             target = _target_dtype(dtype, config, device)
             checkpoint = SafetensorsCheckpoint(path)
             checkpoint.check(weight_shapes(config))
@@ -71,13 +79,20 @@ def load_model(
     else:
         raise SetupError(f"load_format is {load_format!r}; use auto or dummy")
     with torch.inference_mode():
-        return LlamaModel(
+        return Decoder(
             replace(config, dtype=str(target).removeprefix("torch.")),
             get,
             target,
             torch.device(device),
             progress,
+            make_linear,
         )
+
+
+def _adjusted(
+    config: ModelConfig, configure: Callable[[ModelConfig], ModelConfig] | None
+) -> ModelConfig:
+    return config if configure is None else configure(config)
 
 
 def find_model(source: str) -> Path:

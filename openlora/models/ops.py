@@ -8,11 +8,11 @@ from typing import Protocol
 
 import torch
 
-from openlora.kernels.activation import silu_and_mul
+from openlora.kernels.activation import gelu_tanh_and_mul, silu_and_mul
 from openlora.kernels.attention import AttentionPlan, paged_attention
 from openlora.kernels.kv_write import rope_and_write_kv
 from openlora.kernels.linear import Linear
-from openlora.kernels.norms import add_rms_norm, rms_norm
+from openlora.kernels.norms import add_rms_norm, norm_heads, rms_norm
 from openlora.kernels.sgmv import LoRAPlan, sgmv
 from openlora.models.config import ModelConfig
 
@@ -34,15 +34,36 @@ class DecoderOps(Protocol):
     def lora_linear(self, linear: Linear, x: torch.Tensor, layer: int, site: int) -> torch.Tensor:
         """linear(x) plus the LoRA updates of each row; ``site`` indexes ``SITES``."""
 
+    def norm_heads(self, qkv: torch.Tensor, q_norm: torch.Tensor, k_norm: torch.Tensor) -> None:
+        """RMSNorm of each head of q and of k, in place; qkv as in ``attention``."""
+
     def attention(self, qkv: torch.Tensor, layer: int) -> torch.Tensor:
         """Rotates q and k (qkv may be changed), writes the KV cache, attends over it.
 
-        qkv: [tokens, (num_heads + 2 · num_kv_heads) · head_dim]; returns
+        Window, soft cap and rotary embedding are those that the model's configuration gives the
+        layer. qkv: [tokens, (num_heads + 2 · num_kv_heads) · head_dim]; returns
         [tokens, num_heads · head_dim].
         """
 
     def silu_and_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
         """SiLU of the first half times the second."""
+
+    def gelu_tanh_and_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
+        """GELU (by tanh) of the first half times the second."""
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionInputs:
+    """What attention of one kind of layers reads in a step.
+
+    Attributes:
+        cos, sin: from ``rope_cos_sin`` for the step's positions.
+        plan: from ``plan_attention``.
+    """
+
+    cos: torch.Tensor
+    sin: torch.Tensor
+    plan: AttentionPlan
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,19 +72,18 @@ class TorchOps:
 
     Attributes:
         config: the model's.
-        cos, sin: from ``rope_cos_sin`` for the step's positions.
         slot_rows: from ``slot_rows_for``.
-        attention_plan: from ``plan_attention``.
+        full, sliding: what attention of layers without and with a window reads; only the kinds
+            that the model has are used.
         kv_layers: per layer its KV cache.
         lora_plans: per site a plan; None where no row of the step has pages.
         lora_pages: per site its pages.
     """
 
     config: ModelConfig
-    cos: torch.Tensor
-    sin: torch.Tensor
     slot_rows: torch.Tensor
-    attention_plan: AttentionPlan
+    full: AttentionInputs
+    sliding: AttentionInputs
     kv_layers: Sequence[torch.Tensor]
     lora_plans: Sequence[LoRAPlan | None]
     lora_pages: Sequence[LayerPages]
@@ -83,15 +103,30 @@ class TorchOps:
             sgmv(out, x, *self.lora_pages[site][layer], plan)
         return out
 
-    def attention(self, qkv: torch.Tensor, layer: int) -> torch.Tensor:
+    def norm_heads(self, qkv: torch.Tensor, q_norm: torch.Tensor, k_norm: torch.Tensor) -> None:
         config = self.config
-        num_heads = config.num_heads + 2 * config.num_kv_heads
-        heads = qkv.view(qkv.shape[0], num_heads, config.head_dim)
-        kv_cache = self.kv_layers[layer]
-        rope_and_write_kv(heads, self.cos, self.sin, kv_cache, self.slot_rows)
+        norm_heads(self._heads(qkv), q_norm, k_norm, config.num_kv_heads, config.rms_norm_eps)
+
+    def attention(self, qkv: torch.Tensor, layer: int) -> torch.Tensor:
+        config, kv_cache = self.config, self.kv_layers[layer]
+        inputs = self.sliding if config.is_sliding(layer) else self.full
+        heads = self._heads(qkv)
+        rope_and_write_kv(heads, inputs.cos, inputs.sin, kv_cache, self.slot_rows)
         return paged_attention(
-            heads[:, : config.num_heads], kv_cache, self.attention_plan, config.head_dim**-0.5
+            heads[:, : config.num_heads],
+            kv_cache,
+            inputs.plan,
+            config.attention_scale,
+            config.attention_soft_cap,
         )
 
     def silu_and_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
         return silu_and_mul(gate_up)
+
+    def gelu_tanh_and_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
+        return gelu_tanh_and_mul(gate_up)
+
+    def _heads(self, qkv: torch.Tensor) -> torch.Tensor:
+        config = self.config
+        num_heads = config.num_heads + 2 * config.num_kv_heads
+        return qkv.view(qkv.shape[0], num_heads, config.head_dim)

@@ -25,8 +25,9 @@ from openlora.kernels.triton_attention import DecodeScratch
 from openlora.kernels.triton_prefill_attention import prefill_tile_tokens
 from openlora.kernels.triton_sgmv import SGMVTables
 from openlora.models.config import ModelConfig
+from openlora.models.decoder import Decoder
 from openlora.models.dummy import dummy_weights
-from openlora.models.llama import LlamaModel, weight_shapes
+from openlora.models.weights import weight_shapes
 
 CONFIG = ModelConfig(
     architecture="LlamaForCausalLM",
@@ -66,7 +67,7 @@ MIXED = [
 
 
 def bind(
-    model: LlamaModel, pages: PageTensors, cache: KVCache, rows: list[StepRow]
+    model: Decoder, pages: PageTensors, cache: KVCache, rows: list[StepRow]
 ) -> tuple[CudaOps, StepInputs]:
     """What the CUDA runner binds for a step with prefill, on any device."""
 
@@ -117,7 +118,7 @@ def bind(
 def test_prefill_then_a_mixed_step() -> None:
     generator = torch.Generator().manual_seed(3)
     get = dummy_weights(weight_shapes(CONFIG), torch.float32, DEVICE)
-    model = LlamaModel(CONFIG, lambda name: get(name).mul_(8), torch.float32, DEVICE)
+    model = Decoder(CONFIG, lambda name: get(name).mul_(8), torch.float32, DEVICE)
     pages = PageTensors(CONFIG, (3, 3, 3, 3), torch.float32, DEVICE)
     for site in pages.sites:
         site.a.copy_(torch.randn(site.a.shape, generator=generator) * 0.2)

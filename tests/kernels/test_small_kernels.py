@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from openlora.kernels.activation import silu_and_mul
+from openlora.kernels.activation import gelu_tanh_and_mul, silu_and_mul
 from openlora.kernels.kv_write import rope_and_write_kv, slot_rows_for
 from openlora.kernels.linear import Linear
-from openlora.kernels.norms import add_rms_norm, rms_norm
-from openlora.kernels.rope import RopeScaling, inverse_frequencies, rope_cos_sin
+from openlora.kernels.norms import add_rms_norm, norm_heads, rms_norm
+from openlora.kernels.rope import rope_cos_sin
 
 ROWS = [0, 1, 15, 16, 17, 63, 64, 65]
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3}
@@ -65,7 +65,7 @@ def test_rope_and_write_kv(tokens, dtype):
     qkv = torch.randn(tokens, heads + 2 * kv_heads, head_dim).to(dtype)
     original = qkv.clone()
     positions = torch.randint(0, 1000, (tokens,))
-    inv_freq = inverse_frequencies(head_dim, 10000.0, None)
+    inv_freq = 10000.0 ** (-torch.arange(0, head_dim, 2) / head_dim)
     slots = torch.randperm(num_blocks * block_size)[:tokens]
     cache = torch.full((2, num_blocks, kv_heads, block_size, head_dim), 7.0).to(dtype)
     rows = slot_rows_for(slots // block_size, slots % block_size, cache.shape)
@@ -92,19 +92,65 @@ def test_rope_and_write_kv(tokens, dtype):
     assert (untouched == 7.0).all()
 
 
-def test_llama3_scaling_keeps_short_and_divides_long_wavelengths():
-    scaling = RopeScaling("llama3", 8.0, 1.0, 4.0, 8192)
-    plain = inverse_frequencies(128, 500000.0, None)
-    scaled = inverse_frequencies(128, 500000.0, scaling)
-    wavelength = 2 * torch.pi / plain
-    short, long = wavelength < 8192 / 4, wavelength > 8192
-    torch.testing.assert_close(scaled[short], plain[short])
-    torch.testing.assert_close(scaled[long], plain[long] / 8)
-    between = ~short & ~long
-    assert between.any()
-    assert ((scaled > plain / 8) & (scaled < plain))[between].all()
+def test_a_part_of_each_head_is_rotated_as_if_it_were_all():
+    heads, kv_heads, head_dim, rotary_dim = 3, 1, 12, 8
+    qkv = torch.randn(5, heads + 2 * kv_heads, head_dim)
+    original = qkv.clone()
+    cos, sin = rope_cos_sin(torch.arange(5), torch.rand(rotary_dim // 2), torch.float32)
+    narrow = original[..., :rotary_dim].contiguous()
+    rows = slot_rows_for(torch.zeros(5, dtype=torch.int64), torch.arange(5), (2, 1, 1, 16, 12))
+    cache = torch.zeros(2, 1, kv_heads, 16, head_dim)
+    rope_and_write_kv(qkv, cos, sin, cache, rows)
+    rope_and_write_kv(narrow, cos, sin, torch.zeros(2, 1, kv_heads, 16, rotary_dim), rows)
+    close(qkv[..., :rotary_dim], narrow)
+    assert torch.equal(qkv[..., rotary_dim:], original[..., rotary_dim:])
+    assert torch.equal(cache[0, 0, 0, :5], qkv[:, heads])
 
 
-def test_linear_scaling():
-    scaled = inverse_frequencies(8, 10000.0, RopeScaling("linear", 4.0))
-    torch.testing.assert_close(scaled, inverse_frequencies(8, 10000.0, None) / 4)
+def test_the_attention_factor_scales_cos_and_sin():
+    positions, inv_freq = torch.arange(7), torch.rand(4)
+    plain = rope_cos_sin(positions, inv_freq, torch.float32)
+    for scaled, whole in zip(
+        rope_cos_sin(positions, inv_freq, torch.float32, 1.25), plain, strict=True
+    ):
+        close(scaled, whole * 1.25)
+
+
+def test_a_norm_weight_in_fp32_is_multiplied_before_rounding():
+    x, weight = torch.randn(9, 24).bfloat16(), 1 + torch.randn(24) * 1e-3
+    want = x.float() * x.float().square().mean(-1, keepdim=True).add(1e-5).rsqrt() * weight
+    got = rms_norm(x, weight, 1e-5)
+    assert got.dtype is torch.bfloat16
+    assert torch.equal(got, want.bfloat16())
+
+
+@pytest.mark.parametrize("tokens", ROWS)
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_norm_heads_norms_q_and_k_and_leaves_v(tokens, dtype):
+    qkv = torch.randn(tokens, 4 + 2 * 2, 16).to(dtype)
+    original = qkv.clone()
+    q_norm, k_norm = torch.rand(2, 16).to(dtype)
+    norm_heads(qkv, q_norm, k_norm, 2, 1e-6)
+    for head in range(6):
+        weight = q_norm if head < 4 else k_norm
+        close(qkv[:, head], rms_norm(original[:, head], weight, 1e-6), dtype)
+    assert torch.equal(qkv[:, 6:], original[:, 6:])
+
+
+@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_gelu_tanh_and_mul(rows, dtype):
+    gate_up = torch.randn(rows, 48).to(dtype)
+    gate, up = gate_up.float().chunk(2, dim=-1)
+    inner = (2 / torch.pi) ** 0.5 * (gate + 0.044715 * gate**3)
+    close(gelu_tanh_and_mul(gate_up), 0.5 * gate * (1 + inner.tanh()) * up, dtype)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_a_linear_adds_its_bias(dtype):
+    weight, bias, x = torch.randn(40, 24), torch.randn(40), torch.randn(5, 24)
+    linear = Linear(weight.to(dtype), bias.to(dtype))
+    want = x.to(dtype).float() @ weight.to(dtype).float().T + bias.to(dtype).float()
+    torch.testing.assert_close(
+        linear(x.to(dtype)).float(), want, atol=10 * TOLERANCE[dtype], rtol=TOLERANCE[dtype]
+    )

@@ -7,8 +7,8 @@ import json
 import pytest
 
 from openlora.errors import SetupError, UnknownModel
-from openlora.kernels.rope import RopeScaling
 from openlora.models.config import ModelConfig, read_config
+from openlora.models.rotary import RopeScaling
 
 LLAMA = {
     "architectures": ["LlamaForCausalLM"],
@@ -62,11 +62,10 @@ def test_generation_config_adds_its_eos_tokens(tmp_path):
     [
         ({"architectures": ["GPT2LMHeadModel"]}, "GPT2LMHeadModel; supported: LlamaForCausalLM"),
         ({"architectures": None}, "none named"),
-        ({"attention_bias": True}, "attention_bias"),
-        ({"mlp_bias": True}, "mlp_bias"),
-        ({"hidden_act": "gelu"}, "gelu"),
+        ({"hidden_act": "gelu"}, "gelu; supported: silu, gelu_pytorch_tanh"),
+        ({"use_bidirectional_attention": True}, "only causal"),
         ({"quantization_config": {"bits": 4}}, "quantized"),
-        ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "yarn"),
+        ({"rope_scaling": {"rope_type": "proportional", "factor": 2.0}}, "proportional.*longrope"),
     ],
 )
 def test_what_is_not_supported_is_refused_by_name(fields, says):

@@ -11,8 +11,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from openlora.errors import SetupError, UnknownModel
 from openlora.models.dummy import DUMMY_CONFIGS, dummy_weights
-from openlora.models.llama import weight_shapes
 from openlora.models.load import find_model, load_model
+from openlora.models.weights import weight_shapes
 
 
 @pytest.fixture
@@ -59,7 +59,7 @@ def test_sharded_equals_single(saved, tmp_path):
     assert (tmp_path / "sharded" / "model.safetensors.index.json").is_file()
     one, other = load_model(str(saved)), load_model(str(tmp_path / "sharded"))
     assert torch.equal(one._embedding, other._embedding)
-    assert torch.equal(one._layers[1].post_norm, other._layers[1].post_norm)
+    assert torch.equal(one._layers[1].mlp_norm, other._layers[1].mlp_norm)
 
 
 def test_missing_unexpected_and_misshapen_tensors_are_named(saved):
