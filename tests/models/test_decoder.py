@@ -1,10 +1,11 @@
-"""Decoder logits against transformers on tiny random models."""
+"""Decoder logits against transformers on tiny random models of every family."""
 
 from __future__ import annotations
 
+from copy import deepcopy
+
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from openlora.adapters.lora_set import LoRASet
 from openlora.adapters.page_tensors import PageTensors
@@ -12,54 +13,31 @@ from openlora.engine.kv_cache import KVCache
 from openlora.engine.runner import ModelRunner
 from openlora.engine.step import StepRow
 from openlora.models.load import load_model
-
-CASES = {
-    "grouped": {"num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 8},
-    "all heads, tied": {"num_attention_heads": 4, "tie_word_embeddings": True},
-    "one kv head": {"num_attention_heads": 4, "num_key_value_heads": 1},
-    "wide heads": {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 32},
-    "llama3 rope": {
-        "num_attention_heads": 4,
-        "rope_parameters": {
-            "rope_theta": 500.0,
-            "rope_type": "llama3",
-            "factor": 4.0,
-            "low_freq_factor": 1.0,
-            "high_freq_factor": 4.0,
-            "original_max_position_embeddings": 32,
-        },
-    },
-    "linear rope": {
-        "num_attention_heads": 4,
-        "rope_parameters": {"rope_theta": 500.0, "rope_type": "linear", "factor": 4.0},
-    },
-}
+from tests.models.tiny_families import FAMILIES, SHORT_LONGROPE, VOCAB_SIZE
 
 
-def make(tmp_path, **fields):
-    torch.manual_seed(0)
-    defaults = {"num_key_value_heads": None, "tie_word_embeddings": False}
-    config = LlamaConfig(
-        vocab_size=96,
-        hidden_size=48,
-        intermediate_size=72,
-        num_hidden_layers=3,
-        max_position_embeddings=128,
-        initializer_range=0.2,
-        **(defaults | fields),
-    )
-    model = LlamaForCausalLM(config).eval()
-    for name, parameter in model.named_parameters():
-        if "norm" in name:
-            torch.nn.init.uniform_(parameter, 0.5, 1.5)
-    model.save_pretrained(tmp_path)
-    return model
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """name → (directory, transformers' model), each made once."""
+    made = {}
+
+    def get(name):
+        if name not in made:
+            directory = tmp_path_factory.mktemp("model")
+            made[name] = directory, FAMILIES[name].save(directory)
+        return made[name]
+
+    return get
+
+
+def prompt(length):
+    generator = torch.Generator().manual_seed(1)
+    return torch.randint(0, VOCAB_SIZE, (length,), generator=generator).tolist()
 
 
 @torch.inference_mode()
-def all_logits(directory, token_ids, chunk, dtype="float32"):
+def all_logits(model, token_ids, chunk):
     """Logits of every position, the prompt fed in chunks of ``chunk`` tokens."""
-    model = load_model(str(directory), dtype=dtype)
     cache = KVCache(model.config, 12, model.dtype, model.device, block_size=16)
     runner = ModelRunner(model, PageTensors(model.config, (0,) * 4, model.dtype, "cpu"), cache)
     table = [7, 2, 9, 4, 11]
@@ -72,25 +50,37 @@ def all_logits(directory, token_ids, chunk, dtype="float32"):
     return torch.cat(parts).float()
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("name", FAMILIES)
 @pytest.mark.parametrize("chunk", [64, 17, 1])
-def test_logits_equal_those_of_transformers(tmp_path, case, chunk):
-    reference = make(tmp_path, **CASES[case])
-    token_ids = torch.randint(0, 96, (50,)).tolist()
+def test_logits_equal_those_of_transformers(saved, name, chunk):
+    directory, reference = saved(name)
+    token_ids = prompt(50)
     with torch.inference_mode():
         want = reference(torch.tensor([token_ids])).logits[0]
-    got = all_logits(tmp_path, token_ids, chunk)
+    got = all_logits(load_model(str(directory)), token_ids, chunk)
     torch.testing.assert_close(got, want, atol=2e-4, rtol=2e-4)
 
 
+@pytest.mark.parametrize("name", ["llama, biases", "qwen3", "gemma2", "gemma3", "phi3"])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_half_precision_stays_near_fp32(tmp_path, dtype):
-    reference = make(tmp_path, **CASES["grouped"])
-    token_ids = torch.randint(0, 96, (20,)).tolist()
+def test_half_precision_stays_near_fp32(saved, name, dtype):
+    directory, reference = saved(name)
+    token_ids = prompt(20)
     with torch.inference_mode():
         want = reference(torch.tensor([token_ids])).logits[0]
-        half = reference.to(getattr(torch, dtype))
+        half = deepcopy(reference).to(getattr(torch, dtype))
         theirs = (half(torch.tensor([token_ids])).logits[0].float() - want).abs().mean()
-    ours = (all_logits(tmp_path, token_ids, 7, dtype) - want).abs().mean()
+    ours = (all_logits(load_model(str(directory), dtype=dtype), token_ids, 7) - want).abs().mean()
     # As close to fp32 as transformers in the same dtype, with room for another rounding order.
     assert ours < 2 * theirs
+
+
+def test_longrope_takes_its_short_factors_where_the_limit_allows(tmp_path):
+    reference = SHORT_LONGROPE.save(tmp_path)
+    token_ids = prompt(50)
+    with torch.inference_mode():
+        want = reference(torch.tensor([token_ids])).logits[0]
+    short = load_model(str(tmp_path), configure=lambda config: config.limited_to(64))
+    torch.testing.assert_close(all_logits(short, token_ids, 17), want, atol=2e-4, rtol=2e-4)
+    long = load_model(str(tmp_path))
+    assert not torch.allclose(all_logits(long, token_ids, 17), want, atol=1e-2)
