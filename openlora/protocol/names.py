@@ -24,9 +24,17 @@ WORKERS_KEY = "openlora:workers"
 SWEEPER_KEY = "openlora:sweeper"
 """String with a time to live: the gateway that sweeps now."""
 ADAPTERS_KEY = "openlora:adapters"
-"""Hash: adapter ID → the newest AdapterRecord as JSON."""
+"""Hash: adapter ID (``tenant/ID`` of private ones) → the newest AdapterRecord as JSON."""
+ADAPTERS_CONTENTS_KEY = "{openlora:adapters}:contents"
+"""Hash: content hash → number of registered versions that name it. In the slot of the above."""
+ADAPTERS_DROPPED_KEY = "{openlora:adapters}:dropped"
+"""Sorted set: content that no version names any more, by the time it was dropped (ms)."""
+ADAPTERS_REVISION_KEY = "{openlora:adapters}:revision"
+"""Number of changes to the registry so far."""
+ADAPTERS_HOLDER_KEY = "{openlora:adapters}:holder"
+"""String: the name under which this registry holds content in stores."""
 ADAPTERS_CHANNEL = "openlora:adapters:changed"
-"""Pub/sub: the ID of an adapter that was added, replaced or removed."""
+"""Pub/sub: the revision and the key of an adapter that was added, replaced or removed."""
 
 
 def new_job_id(shard: int) -> str:
@@ -45,13 +53,16 @@ def shard_of(job_id: str) -> int:
 
 
 def job_key(job_id: str) -> str:
-    """Hash: the job's record (job JSON, epoch, length, state, cancel mark, lease, end)."""
+    """Hash: the job's record (job JSON, epoch, state, cancel mark, lease)."""
     return f"openlora:{{{job_id[:2]}}}:job:{job_id}"
 
 
-def log_key(job_id: str) -> str:
-    """List: the job's chunks, oldest first, each one ``Chunk`` as JSON."""
-    return f"openlora:{{{job_id[:2]}}}:log:{job_id}"
+def log_key(job_id: str, epoch: int) -> str:
+    """List: the job's chunks, oldest first, each one ``Chunk`` as JSON.
+
+    A claim renames it to its own epoch: an older worker has nothing to append to.
+    """
+    return f"{job_key(job_id)}:log:{epoch}"
 
 
 def open_jobs_key(shard: int) -> str:
@@ -59,9 +70,19 @@ def open_jobs_key(shard: int) -> str:
     return f"openlora:{{{shard:02x}}}:open"
 
 
+def cancels_key(shard: int) -> str:
+    """Set: open jobs of the shard with a cancel mark."""
+    return f"openlora:{{{shard:02x}}}:cancels"
+
+
 def events_channel(shard: int) -> str:
     """Pub/sub channel of the shard: each message is a JSON array of ``Chunk``."""
     return f"openlora:{{{shard:02x}}}:events"
+
+
+def adapter_versions_key(key: str) -> str:
+    """Hash: version → AdapterRecord of one adapter; ``key`` as in ``ADAPTERS_KEY``."""
+    return f"{{openlora:adapters}}:versions:{key}"
 
 
 def worker_key(worker_id: str) -> str:

@@ -51,7 +51,12 @@ class Heartbeat(msgspec.Struct, frozen=True):
 
 
 class AdapterRecord(msgspec.Struct, frozen=True):
-    """One adapter version in the registry. ``hash`` names its files in the store."""
+    """One adapter version in the registry.
+
+    ``hash`` names its files in the store. ``owner`` is the tenant that may change it ("" is that of
+    keys without a name), ``visibility`` "public" or "private" (to its owner), ``licence`` what the
+    owner said of it.
+    """
 
     id: str
     version: int
@@ -62,3 +67,6 @@ class AdapterRecord(msgspec.Struct, frozen=True):
     size_bytes: int
     source: str
     created_ms: int
+    owner: str = ""
+    visibility: str = "public"
+    licence: str = ""

@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Sequence
 from typing import Any
 
 import redis.asyncio
 
 from openlora.protocol.codec import decode_adapter_record
-from openlora.protocol.names import ADAPTERS_CHANNEL, ADAPTERS_KEY
+from openlora.protocol.names import ADAPTERS_KEY, ADAPTERS_REVISION_KEY, adapter_versions_key
 from openlora.protocol.status import AdapterRecord
+from openlora.registry import scripts
 from openlora.registry.records import (
-    check_adapter_id,
-    fields_of,
-    next_record,
+    OPERATOR,
+    Reference,
+    change_call,
+    parse_reference,
+    private_key,
+    put_call,
     records_of,
-    version_field,
+    result_of,
+    visible_records,
 )
 
 
@@ -24,46 +31,114 @@ class AsyncAdapterRegistry:
     def __init__(self, client: redis.asyncio.Redis) -> None:
         # redis-py types each command as "the answer or an awaitable of it"
         self._redis: Any = client
+        self._put = self._redis.register_script(scripts.PUT)
+        self._remove = self._redis.register_script(scripts.REMOVE)
+        self._rollback = self._redis.register_script(scripts.ROLLBACK)
 
-    async def get(self, adapter_id: str) -> AdapterRecord | None:
-        """The newest version of ``adapter_id``; None where it is not registered."""
-        value = await self._redis.hget(ADAPTERS_KEY, adapter_id)
-        return None if value is None else decode_adapter_record(value)
+    async def get(self, reference: str, tenant: str = OPERATOR) -> AdapterRecord | None:
+        """The version in use of an ID, or the one pinned by ``id@version``; None: not there.
 
-    async def list(self) -> list[AdapterRecord]:
-        """The newest version of every adapter, by ID."""
-        return records_of(await self._redis.hgetall(ADAPTERS_KEY))
+        Raises:
+            InvalidRequest: ``reference`` is malformed.
+        """
+        wanted = parse_reference(reference)
+        private, public = await self._redis.hmget(
+            ADAPTERS_KEY, private_key(tenant, wanted.id), wanted.id
+        )
+        newest = private if private is not None else public
+        if newest is None:
+            return None
+        record = decode_adapter_record(newest)
+        if wanted.version in (None, record.version):
+            return record
+        return await self.pinned(
+            wanted.id if private is None else private_key(tenant, wanted.id), wanted.version
+        )
+
+    async def by_key(self, key: str) -> AdapterRecord | None:
+        """The version in use of what ``key_of`` names."""
+        found = await self._redis.hget(ADAPTERS_KEY, key)
+        return None if found is None else decode_adapter_record(found)
+
+    async def pinned(self, key: str, version: int | None) -> AdapterRecord | None:
+        """One version of what ``key_of`` names."""
+        found = await self._redis.hget(adapter_versions_key(key), version)
+        return None if found is None else decode_adapter_record(found)
+
+    async def list(self, tenant: str | None = None) -> list[AdapterRecord]:
+        """The versions in use of what ``tenant`` may see, by ID; None: of all, by key."""
+        _, records = await self.snapshot()
+        if tenant is None:
+            return [records[key] for key in sorted(records)]
+        return visible_records(records.values(), tenant)
+
+    async def snapshot(self) -> tuple[int, dict[str, AdapterRecord]]:
+        """All versions in use by key, and the revision that they are of."""
+        async with self._redis.pipeline(transaction=True) as pipe:
+            pipe.get(ADAPTERS_REVISION_KEY)
+            pipe.hgetall(ADAPTERS_KEY)
+            revision, fields = await pipe.execute()
+        return int(revision or 0), records_of(fields)
+
+    async def revision(self) -> int:
+        """Number of changes so far."""
+        return int(await self._redis.get(ADAPTERS_REVISION_KEY) or 0)
+
+    async def versions(self, adapter_id: str, tenant: str = OPERATOR) -> Sequence[AdapterRecord]:
+        """All kept versions of an ID, the oldest first."""
+        key = await self._key(adapter_id, tenant)
+        found = await self._redis.hgetall(adapter_versions_key(key))
+        records = [decode_adapter_record(value) for value in found.values()]
+        return sorted(records, key=lambda record: record.version)
 
     async def put(self, record: AdapterRecord) -> AdapterRecord:
         """Registers ``record`` and returns it with its version; ``record.version`` is ignored.
 
-        Content that the newest version already has makes no new version: that one is returned.
+        Content that the version in use already has makes no new version: that one is returned.
 
         Raises:
-            InvalidRequest: the ID is malformed.
+            InvalidRequest: the ID or the visibility is malformed.
+            Forbidden: the ID is another tenant's.
         """
-        check_adapter_id(record.id)
+        call = put_call(record, _now_ms())
+        reply = await self._put(keys=call.keys, args=call.args)
+        stored = result_of(reply, Reference(record.id))
+        assert stored is not None
+        return stored
 
-        async def change(pipe: Any) -> AdapterRecord:
-            newest, last_version = await pipe.hmget(
-                ADAPTERS_KEY, record.id, version_field(record.id)
-            )
-            stored = next_record(record, newest, last_version)
-            pipe.multi()
-            if stored is None:
-                return decode_adapter_record(newest)
-            pipe.hset(ADAPTERS_KEY, mapping=fields_of(stored))
-            pipe.publish(ADAPTERS_CHANNEL, record.id)
-            return stored
+    async def remove(self, reference: str, tenant: str = OPERATOR) -> bool:
+        """Forgets an ID, or one version of it; False: not there. Running jobs keep it.
 
-        result: AdapterRecord = await self._redis.transaction(
-            change, ADAPTERS_KEY, value_from_callable=True
-        )
-        return result
+        Raises:
+            InvalidRequest: the version is the one in use.
+            Forbidden: it is another tenant's.
+        """
+        wanted = parse_reference(reference)
+        key = await self._key(wanted.id, tenant)
+        call = change_call(key, tenant, _now_ms(), wanted.version)
+        reply = await self._remove(keys=call.keys, args=call.args)
+        return reply[0] != b"missing" and result_of(reply, wanted) is None
 
-    async def remove(self, adapter_id: str) -> bool:
-        """Forgets ``adapter_id``; False where it was not registered. Running jobs keep it."""
-        removed = bool(await self._redis.hdel(ADAPTERS_KEY, adapter_id))
-        if removed:
-            await self._redis.publish(ADAPTERS_CHANNEL, adapter_id)
-        return removed
+    async def rollback(
+        self, adapter_id: str, tenant: str = OPERATOR, version: int | None = None
+    ) -> AdapterRecord:
+        """Requests get ``version`` from now on, or the one before that in use.
+
+        Raises:
+            UnknownAdapter: there is no such ID or version.
+            Forbidden: it is another tenant's.
+        """
+        key = await self._key(adapter_id, tenant)
+        call = change_call(key, tenant, _now_ms(), version)
+        reply = await self._rollback(keys=call.keys, args=call.args)
+        stored = result_of(reply, Reference(adapter_id, version))
+        assert stored is not None
+        return stored
+
+    async def _key(self, adapter_id: str, tenant: str) -> str:
+        private = private_key(tenant, adapter_id)
+        return private if await self._redis.hexists(ADAPTERS_KEY, private) else adapter_id
+
+
+def _now_ms() -> int:
+    return time.time_ns() // 1_000_000

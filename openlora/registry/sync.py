@@ -1,70 +1,151 @@
-"""``AdapterRegistry``: the blocking shell, for workers and the command line."""
+"""``AdapterRegistry``: the blocking shell, for workers, the producer and the command line."""
 
 from __future__ import annotations
 
+import secrets
+import time
+from collections.abc import Sequence
 from typing import Any
 
 import redis
 
 from openlora.protocol.codec import decode_adapter_record
-from openlora.protocol.names import ADAPTERS_CHANNEL, ADAPTERS_KEY
+from openlora.protocol.names import (
+    ADAPTERS_CONTENTS_KEY,
+    ADAPTERS_DROPPED_KEY,
+    ADAPTERS_HOLDER_KEY,
+    ADAPTERS_KEY,
+    adapter_versions_key,
+)
 from openlora.protocol.status import AdapterRecord
+from openlora.registry import scripts
 from openlora.registry.records import (
-    check_adapter_id,
-    fields_of,
-    next_record,
+    OPERATOR,
+    Reference,
+    change_call,
+    parse_reference,
+    private_key,
+    put_call,
     records_of,
-    version_field,
+    result_of,
+    visible_records,
 )
 
 
 class AdapterRegistry:
     """Adapter records in Redis; every change is published on ``ADAPTERS_CHANNEL``.
 
+    A tenant sees public adapters and its own private ones; where both have an ID, its own counts.
     The client must return bytes (``decode_responses=False``, redis-py's default).
     """
 
     def __init__(self, client: redis.Redis) -> None:
         # redis-py types each command as "the answer or an awaitable of it"
         self._redis: Any = client
+        self._put = self._redis.register_script(scripts.PUT)
+        self._remove = self._redis.register_script(scripts.REMOVE)
+        self._rollback = self._redis.register_script(scripts.ROLLBACK)
 
-    def get(self, adapter_id: str) -> AdapterRecord | None:
-        """The newest version of ``adapter_id``; None where it is not registered."""
-        value = self._redis.hget(ADAPTERS_KEY, adapter_id)
-        return None if value is None else decode_adapter_record(value)
+    def get(self, reference: str, tenant: str = OPERATOR) -> AdapterRecord | None:
+        """The version in use of an ID, or the one pinned by ``id@version``; None: not there.
 
-    def list(self) -> list[AdapterRecord]:
-        """The newest version of every adapter, by ID."""
-        return records_of(self._redis.hgetall(ADAPTERS_KEY))
+        Raises:
+            InvalidRequest: ``reference`` is malformed.
+        """
+        wanted = parse_reference(reference)
+        private, public = self._redis.hmget(ADAPTERS_KEY, private_key(tenant, wanted.id), wanted.id)
+        newest = private if private is not None else public
+        if newest is None:
+            return None
+        record = decode_adapter_record(newest)
+        if wanted.version in (None, record.version):
+            return record
+        key = wanted.id if private is None else private_key(tenant, wanted.id)
+        pinned = self._redis.hget(adapter_versions_key(key), wanted.version)
+        return None if pinned is None else decode_adapter_record(pinned)
+
+    def list(self, tenant: str | None = None) -> list[AdapterRecord]:
+        """The versions in use of what ``tenant`` may see, by ID; None: of all, by key."""
+        records = records_of(self._redis.hgetall(ADAPTERS_KEY))
+        if tenant is None:
+            return [records[key] for key in sorted(records)]
+        return visible_records(records.values(), tenant)
+
+    def versions(self, adapter_id: str, tenant: str = OPERATOR) -> Sequence[AdapterRecord]:
+        """All kept versions of an ID, the oldest first."""
+        found = self._redis.hgetall(adapter_versions_key(self._key(adapter_id, tenant)))
+        records = [decode_adapter_record(value) for value in found.values()]
+        return sorted(records, key=lambda record: record.version)
 
     def put(self, record: AdapterRecord) -> AdapterRecord:
         """Registers ``record`` and returns it with its version; ``record.version`` is ignored.
 
-        Content that the newest version already has makes no new version: that one is returned.
+        Content that the version in use already has makes no new version: that one is returned.
 
         Raises:
-            InvalidRequest: the ID is malformed.
+            InvalidRequest: the ID or the visibility is malformed.
+            Forbidden: the ID is another tenant's.
         """
-        check_adapter_id(record.id)
+        call = put_call(record, _now_ms())
+        reply = self._put(keys=call.keys, args=call.args)
+        stored = result_of(reply, Reference(record.id))
+        assert stored is not None
+        return stored
 
-        def change(pipe: Any) -> AdapterRecord:
-            newest, last_version = pipe.hmget(ADAPTERS_KEY, record.id, version_field(record.id))
-            stored = next_record(record, newest, last_version)
-            pipe.multi()
-            if stored is None:
-                return decode_adapter_record(newest)
-            pipe.hset(ADAPTERS_KEY, mapping=fields_of(stored))
-            pipe.publish(ADAPTERS_CHANNEL, record.id)
-            return stored
+    def remove(self, reference: str, tenant: str = OPERATOR) -> bool:
+        """Forgets an ID, or one version of it; False: not there. Running jobs keep it.
 
-        result: AdapterRecord = self._redis.transaction(
-            change, ADAPTERS_KEY, value_from_callable=True
-        )
-        return result
+        Raises:
+            InvalidRequest: the version is the one in use.
+            Forbidden: it is another tenant's.
+        """
+        wanted = parse_reference(reference)
+        call = change_call(self._key(wanted.id, tenant), tenant, _now_ms(), wanted.version)
+        reply = self._remove(keys=call.keys, args=call.args)
+        return reply[0] != b"missing" and result_of(reply, wanted) is None
 
-    def remove(self, adapter_id: str) -> bool:
-        """Forgets ``adapter_id``; False where it was not registered. Running jobs keep it."""
-        removed = bool(self._redis.hdel(ADAPTERS_KEY, adapter_id))
-        if removed:
-            self._redis.publish(ADAPTERS_CHANNEL, adapter_id)
-        return removed
+    def rollback(
+        self, adapter_id: str, tenant: str = OPERATOR, version: int | None = None
+    ) -> AdapterRecord:
+        """Requests get ``version`` from now on, or the one before that in use.
+
+        Raises:
+            UnknownAdapter: there is no such ID or version.
+            Forbidden: it is another tenant's.
+        """
+        call = change_call(self._key(adapter_id, tenant), tenant, _now_ms(), version)
+        reply = self._rollback(keys=call.keys, args=call.args)
+        stored = result_of(reply, Reference(adapter_id, version))
+        assert stored is not None
+        return stored
+
+    def holder(self) -> str:
+        """The name under which this registry holds content in stores."""
+        self._redis.set(ADAPTERS_HOLDER_KEY, secrets.token_hex(16), nx=True)
+        name: bytes = self._redis.get(ADAPTERS_HOLDER_KEY)
+        return name.decode()
+
+    def dropped(self, before_ms: int) -> Sequence[str]:
+        """Hashes of content that no version has named since ``before_ms``."""
+        found = self._redis.zrangebyscore(ADAPTERS_DROPPED_KEY, 0, before_ms)
+        return [content.decode() for content in found]
+
+    def is_named(self, content_hash: str) -> bool:
+        """Whether a version names this content."""
+        return bool(self._redis.hexists(ADAPTERS_CONTENTS_KEY, content_hash))
+
+    def expect(self, content_hash: str) -> None:
+        """Content was stored for a version that may never come: collect it then."""
+        self._redis.zadd(ADAPTERS_DROPPED_KEY, {content_hash: _now_ms()}, nx=True)
+
+    def forget(self, content_hash: str) -> None:
+        """Dropped content was released from the store."""
+        self._redis.zrem(ADAPTERS_DROPPED_KEY, content_hash)
+
+    def _key(self, adapter_id: str, tenant: str) -> str:
+        private = private_key(tenant, adapter_id)
+        return private if self._redis.hexists(ADAPTERS_KEY, private) else adapter_id
+
+
+def _now_ms() -> int:
+    return time.time_ns() // 1_000_000
