@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import threading
+from collections.abc import Mapping
 
+from gateway.threads import in_daemon_thread
 from openlora.errors import SetupError
 from producer.topics import TopicKeeper
 
@@ -15,44 +16,40 @@ PERIOD_S = 2.0
 
 
 class BrokerWatch:
-    """A ``TopicKeeper`` that sweeper and health check share.
+    """A ``TopicKeeper`` that sweeper and health check share. Used on one event loop.
 
     Attributes:
         answers: whether the broker answered when it was asked last.
+        partitions: how many each topic had then.
     """
 
     def __init__(self, topics: TopicKeeper) -> None:
         self._topics = topics
-        self._lock = threading.Lock()  # a keeper's connection serves one thread at a time
+        self._lock = asyncio.Lock()  # a keeper's connection serves one call at a time
         self.answers = True
+        self.partitions: Mapping[str, int] = {}
 
-    def ensure(self) -> dict[str, int]:
-        """Makes missing topics; → partitions by topic. Blocks.
+    async def ensure(self) -> None:
+        """Makes missing topics.
 
         Raises:
             SetupError: the broker does not answer, or refuses.
         """
-        with self._lock:
+        async with self._lock:
             try:
-                counts = self._topics.ensure()
+                self.partitions = await in_daemon_thread(self._topics.ensure)
             except SetupError:
                 self.answers = False
                 raise
             self.answers = True
-            return counts
 
     async def run(self) -> None:
         """Asks now and then, until cancelled."""
         while True:
-            await asyncio.sleep(PERIOD_S)
             answered = self.answers
             try:
-                await asyncio.to_thread(self.ensure)
+                await self.ensure()
             except SetupError as error:
                 if answered:
                     log.warning("%s; asked again every %g s", error.message, PERIOD_S)
-
-    def close(self) -> None:
-        """Closes the connection."""
-        with self._lock:
-            self._topics.close()
+            await asyncio.sleep(PERIOD_S)

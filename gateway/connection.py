@@ -22,7 +22,7 @@ from gateway.relay import Relay
 from gateway.session import MAX_LIVE_REQUESTS, Action, Cancel, Resume, Session, Submit
 from gateway.session import Send as SendAction
 from gateway.stream import TokenStream
-from openlora.errors import InternalError, InvalidRequest, JobNotFound, OpenLoRAError
+from openlora.errors import InternalError, InvalidRequest, JobNotFound, OpenLoRAError, Overloaded
 from openlora.joblog import AsyncJobLog, JobView
 from openlora.protocol.jobs import Job
 
@@ -30,6 +30,8 @@ log = logging.getLogger(__name__)
 
 MAX_TASKS = 2 * MAX_LIVE_REQUESTS
 """Requests being accepted and cancels being marked; beyond it the socket is not read."""
+
+CANCEL_RETRY_S = 0.5
 
 
 class Connection:
@@ -123,8 +125,8 @@ class Connection:
                     self._spawn(request_id, self._submit(action))
                 case Resume(request_id, job_id, after):
                     self._spawn(request_id, self._resume(request_id, job_id, after))
-                case Cancel(job_id):
-                    self._spawn(None, self._cancel(job_id))
+                case Cancel(request_id, job_id):
+                    self._spawn(request_id, self._cancel(request_id, job_id))
 
     def _spawn(self, request_id: str | None, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.create_task(work)
@@ -178,8 +180,18 @@ class Connection:
         if follower.catch_up(view, whole=True):
             follower.finish()
 
-    async def _cancel(self, job_id: str) -> None:
-        await self._log.cancel(job_id)
+    async def _cancel(self, request_id: str, job_id: str) -> None:
+        """Marks the job; while Redis is away, again and again for as long as the request lives."""
+        while True:
+            try:
+                await self._log.cancel(job_id)
+            except Overloaded as error:
+                log.warning("job %s: cancel not marked yet: %s", job_id, error.message)
+            else:
+                return
+            await asyncio.sleep(CANCEL_RETRY_S)
+            if self._outbox.closed or self._session.live.get(request_id) != job_id:
+                return
 
     async def _follow(self, request_id: str, job_id: str, index: int) -> Follower:
         follower = Follower(

@@ -34,6 +34,7 @@ def api_routes(gateway: Gateway) -> list[Route]:
         Route("/metrics", api.metrics),
         Route("/v1/models", api.keyed(api.models)),
         Route("/v1/workers", api.keyed(api.workers)),
+        Route("/v1/topics", api.keyed(api.topics)),
         Route("/v1/adapters", api.keyed(api.list_adapters), methods=["GET"]),
         Route("/v1/adapters", api.keyed(api.add_adapter), methods=["POST"]),
         Route("/v1/adapters/{id}", api.keyed(api.show_adapter), methods=["GET"]),
@@ -95,6 +96,10 @@ class HttpApi:
     async def workers(self, request: Request) -> Response:
         """All workers with a heartbeat."""
         return JSONResponse([*map(worker_fields, await self._gateway.job_log.heartbeats())])
+
+    async def topics(self, request: Request) -> Response:
+        """Every partition of the job topics with its owner, offsets and lag."""
+        return JSONResponse(msgspec.to_builtins(await self._gateway.partition_rows()))
 
     async def list_adapters(self, request: Request) -> Response:
         """All adapters, by ID."""

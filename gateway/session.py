@@ -50,8 +50,9 @@ class Resume:
 
 @dataclass(frozen=True, slots=True)
 class Cancel:
-    """Mark the job as cancelled."""
+    """Mark the job of a live request as cancelled."""
 
+    request_id: str
     job_id: str
 
 
@@ -117,7 +118,7 @@ class Session:
         self.live[request_id] = job_id
         if request_id in self._cancel_when_started:
             self._cancel_when_started.remove(request_id)
-            return [Cancel(job_id)]
+            return [Cancel(request_id, job_id)]
         return []
 
     def ended(self, request_id: str) -> None:
@@ -163,7 +164,7 @@ class Session:
         if job_id is None:
             self._cancel_when_started.add(request_id)
             return []
-        return [Cancel(job_id)]
+        return [Cancel(request_id, job_id)]
 
     def _check_new(self, request_id: str) -> None:
         if not 0 < len(request_id) <= MAX_REQUEST_ID_CHARS:

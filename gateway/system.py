@@ -3,7 +3,8 @@
 Start: Redis client → adapter directory and relay tasks → broker client → sweeper. Nothing waits
 for the others to be up: `/readyz` says what is missing, and requests get `overloaded` meanwhile.
 Stop: refuse new jobs → let streams end (up to the drain timeout) → close websockets with 1012 →
-broker client, so that what was promised to it is sent → tasks → Redis client.
+publisher, so that what was promised to it is sent → tasks → Redis client. A call that still looks
+for a lost broker is in a daemon thread and not waited for.
 """
 
 from __future__ import annotations
@@ -28,13 +29,20 @@ from gateway.follower import FrameWriter
 from gateway.intake import Intake
 from gateway.metrics import Metrics
 from gateway.relay import Relay
-from openlora.errors import Overloaded
+from gateway.threads import in_daemon_thread
+from openlora.errors import Overloaded, SetupError
 from openlora.joblog import AsyncJobLog, async_redis_client
-from openlora.protocol.names import SHARD_COUNT
+from openlora.protocol.names import JOB_TOPICS, SHARD_COUNT
 from openlora.protocol.status import Heartbeat
+from producer.group_offsets import read_group_offsets
 from producer.publisher import Publisher
 from producer.sweeper import Sweeper
-from producer.topics import TopicKeeper
+from producer.topics import (
+    PartitionRow,
+    TopicKeeper,
+    describe_partitions,
+    partitions_without_owner,
+)
 
 log = logging.getLogger(__name__)
 
@@ -107,6 +115,22 @@ class Gateway:
             missing.append("worker")
         return Readiness(tuple(missing), tuple(h for h in heartbeats if not h.ready))
 
+    async def partition_rows(self) -> list[PartitionRow]:
+        """Every partition of the job topics; owners and lag come from the workers' heartbeats.
+
+        Raises:
+            Overloaded: Redis does not answer.
+        """
+        heartbeats = await self.job_log.heartbeats()
+        counts = {t: n for t, n in self.broker.partitions.items() if t in JOB_TOPICS}
+        unowned = partitions_without_owner(counts, heartbeats)
+        try:
+            offsets = await in_daemon_thread(lambda: read_group_offsets(self.config.kafka, unowned))
+        except SetupError as error:
+            log.warning("offsets of partitions without owner are not known: %s", error.message)
+            offsets = {}
+        return describe_partitions(counts, heartbeats, offsets)
+
     async def drain(self) -> None:
         """Refuses new jobs and waits until the streams have ended, or the drain timeout is over."""
         self.intake.draining = True
@@ -123,7 +147,6 @@ class Gateway:
     async def stop(self) -> None:
         """Closes everything; connections are closed already."""
         await asyncio.to_thread(self.publisher.close)
-        await asyncio.to_thread(self.broker.close)
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)

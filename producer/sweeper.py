@@ -24,6 +24,8 @@ from producer.publisher import Publisher
 MIN_AGE_MS = 5000
 """Younger jobs are left alone: they may be on their way to the broker, or to a worker's claim."""
 PERIOD_S = 2.0
+FIRST_WAIT_S = 4.0
+LAST_WAIT_S = 64.0
 _LEAD_MS = 10_000  # a gateway that died is replaced after this
 
 _logger = logging.getLogger(__name__)
@@ -34,12 +36,39 @@ class Decision:
     """What to do with open jobs.
 
     ``lost``: jobs that look lost; those that did so in the sweep before are in ``republish``.
+    ``passed``: of the lost, those that the broker has, but whose owner went past them unclaimed.
     """
 
     republish: list[str] = field(default_factory=list)
     cancelled: list[str] = field(default_factory=list)
     expired: list[str] = field(default_factory=list)
     lost: set[str] = field(default_factory=set)
+    passed: set[str] = field(default_factory=set)
+
+
+class Patience:
+    """How often a job that its owner went past is published again: each wait doubles.
+
+    The owner may have it in memory and not have claimed it yet, since Redis or the model is slow:
+    another copy every two seconds would only add to what it is behind with.
+    """
+
+    def __init__(self) -> None:
+        self._waits: dict[str, tuple[float, float]] = {}
+
+    def allows(self, job_id: str, now: float) -> bool:
+        """Whether it may be published at ``now`` (monotonic seconds); if so, that is noted."""
+        due, wait_s = self._waits.get(job_id, (now, FIRST_WAIT_S))
+        if now < due:
+            return False
+        self._waits[job_id] = (now + wait_s, min(2 * wait_s, LAST_WAIT_S))
+        return True
+
+    def forget_old(self, now: float) -> None:
+        """Drop jobs that were not looked for long after they were due."""
+        self._waits = {
+            job_id: wait for job_id, wait in self._waits.items() if now < wait[0] + 2 * LAST_WAIT_S
+        }
 
 
 def decide(
@@ -61,8 +90,10 @@ def decide(
             decision.cancelled.append(job.job_id)
         elif job.expired:
             decision.expired.append(job.job_id)
-        elif _is_lost(job.published, owners):
+        elif _is_missing(job.published, owners) or _is_passed(job.published, owners):
             decision.lost.add(job.job_id)
+            if not _is_missing(job.published, owners):
+                decision.passed.add(job.job_id)
             if job.job_id in lost_before:
                 decision.republish.append(job.job_id)
     return decision
@@ -77,25 +108,35 @@ def _owners(heartbeats: Sequence[Heartbeat]) -> dict[tuple[str, int], PartitionS
     }
 
 
-def _is_lost(
+def _is_missing(
     published: tuple[str, int, int] | None, owners: Mapping[tuple[str, int], PartitionStatus]
 ) -> bool:
-    """Whether no worker will meet an unclaimed job at the place where it was published."""
+    """Whether the broker does not hold the job: it was not acknowledged, or the topic is new."""
     if published is None:
         return True
     topic, partition, offset = published
     owner = owners.get((topic, partition))
-    if owner is None or owner.paused:
-        return False  # it waits for an owner; or the owner does not look at the partition's end
-    if owner.position > offset:
-        return True  # the owner went past it: another message is there now
-    return 0 <= owner.high_water <= offset  # the partition ends before it: the topic is a new one
+    if owner is None or owner.paused or owner.position > offset:
+        return False  # nobody looks at the partition's end
+    return 0 <= owner.high_water <= offset
+
+
+def _is_passed(
+    published: tuple[str, int, int] | None, owners: Mapping[tuple[str, int], PartitionStatus]
+) -> bool:
+    """Whether the owner went past an unclaimed job: another message is there now, or it waits
+    in the owner's memory."""
+    if published is None:
+        return False
+    topic, partition, offset = published
+    owner = owners.get((topic, partition))
+    return owner is not None and not owner.paused and owner.position > offset
 
 
 class Topics(Protocol):
-    """What the sweeper needs of ``TopicKeeper``."""
+    """The broker's topics: ``ensure`` makes those that are missing."""
 
-    def ensure(self) -> dict[str, int]: ...
+    async def ensure(self) -> None: ...
 
 
 class Sweeper:
@@ -108,6 +149,7 @@ class Sweeper:
         self._topics = topics
         self._owner = owner
         self._lost: frozenset[str] = frozenset()
+        self._patience = Patience()
 
     async def run(self) -> None:
         """Until cancelled. What fails is logged and tried again in the next sweep."""
@@ -128,14 +170,22 @@ class Sweeper:
             Overloaded, SetupError: Redis or Kafka does not answer.
         """
         # An in-memory broker comes back without topics; without them nothing can be published.
-        await asyncio.to_thread(self._topics.ensure)
+        await self._topics.ensure()
         heartbeats = await self._log.heartbeats()
         total = Decision()
         async for page in self._log.open_jobs(MIN_AGE_MS):
             decision = decide(page, heartbeats, self._lost)
             total.lost |= decision.lost
+            total.passed |= decision.passed
             for name in ("republish", "cancelled", "expired"):
                 getattr(total, name).extend(getattr(decision, name))
+        now = time.monotonic()
+        self._patience.forget_old(now)
+        total.republish = [
+            job_id
+            for job_id in total.republish
+            if job_id not in total.passed or self._patience.allows(job_id, now)
+        ]
         self._lost = frozenset(total.lost)
         await self._end(total.cancelled, None)
         await self._end(total.expired, Failure("deadline_exceeded", "the deadline passed"))

@@ -136,9 +136,10 @@ def ensure_topics(
 
 
 class PartitionRow(msgspec.Struct, frozen=True):
-    """One partition for an operator's table. Without an owner nothing but its name is known.
+    """One partition for an operator's table.
 
-    Two owners are seen for a moment during a hand-over. ``lag``: jobs not finished for sure.
+    Two owners are seen for a moment during a hand-over. Without one the offsets are the group's;
+    None where nobody could tell them. ``lag``: jobs not finished for sure.
     """
 
     topic: str
@@ -152,11 +153,14 @@ class PartitionRow(msgspec.Struct, frozen=True):
 
 
 def describe_partitions(
-    partitions: Mapping[str, int], heartbeats: Iterable[Heartbeat]
+    partitions: Mapping[str, int],
+    heartbeats: Iterable[Heartbeat],
+    group_offsets: Mapping[tuple[str, int], tuple[int, int]],
 ) -> list[PartitionRow]:
     """A row for every partition of ``partitions`` (count by topic), from the workers' heartbeats.
 
-    Where two workers show a partition, offsets come from the newer heartbeat.
+    Where two workers show a partition, offsets come from the newer heartbeat; where none does,
+    from ``group_offsets``: (committed, end).
     """
     rows = {
         (topic, partition): PartitionRow(topic, partition)
@@ -176,4 +180,19 @@ def describe_partitions(
                 lag=max(0, status.high_water - status.committed),
                 paused=status.paused,
             )
+    for where, (committed, end) in group_offsets.items():
+        if where in rows and not rows[where].owners:
+            lag = max(0, end - committed)
+            rows[where] = PartitionRow(
+                *where, committed=committed, position=committed, high_water=end, lag=lag
+            )
     return [rows[where] for where in sorted(rows)]
+
+
+def partitions_without_owner(
+    partitions: Mapping[str, int], heartbeats: Iterable[Heartbeat]
+) -> list[tuple[str, int]]:
+    """Those of ``partitions`` (count by topic) that no heartbeat shows."""
+    owned = {(s.topic, s.partition) for heartbeat in heartbeats for s in heartbeat.partitions}
+    every = {(topic, number) for topic, count in partitions.items() for number in range(count)}
+    return sorted(every - owned)

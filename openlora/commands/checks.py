@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from openlora.commands.config import UpConfig
+from openlora.commands.memory import available_memory
 from openlora.errors import SetupError
 
 SERVE_PACKAGES = (
@@ -56,14 +57,13 @@ def check_port(host: str, port: int) -> None:
 
 
 def check_memory(config: UpConfig, model_bytes: int) -> None:
-    """Raise SetupError where the machine's free memory is less than the processes will take.
+    """Raise SetupError where the memory that is free, here or in this container, is less than the
+    processes will take.
 
     ``model_bytes``: the weights of one worker as they lie in memory; 0 where unknown.
     """
-    import psutil
-
     needed = config.workers * (model_bytes + PROCESS_BYTES) + PROCESS_BYTES
-    available = psutil.virtual_memory().available
+    available = available_memory()
     if available < needed:
         raise SetupError(
             f"{available / 1e9:.1f} GB of memory are free and about {needed / 1e9:.1f} GB are "

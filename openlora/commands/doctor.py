@@ -22,6 +22,7 @@ from pathlib import Path
 
 from openlora import __version__
 from openlora.commands.checks import ENGINE_PACKAGES, SERVE_PACKAGES, missing_packages
+from openlora.commands.memory import available_memory
 from openlora.errors import SetupError
 
 # Distribution names where they differ from the import name.
@@ -148,11 +149,11 @@ def _machine() -> list[Finding]:
     if not missing_packages(["psutil"]):
         import psutil
 
-        memory = psutil.virtual_memory()
-        state = "ok" if memory.available > 2e9 else "missing"
+        available, total = available_memory(), psutil.virtual_memory().total
+        state = "ok" if available > 2e9 else "missing"
         findings.append(
-            Finding("memory", state, f"{memory.available / 1e9:.1f} GB free of "
-                    f"{memory.total / 1e9:.1f} GB (the demo model needs about 2 GB)")
+            Finding("memory", state, f"{available / 1e9:.1f} GB free of {total / 1e9:.1f} GB, "
+                    "container limits counted (the demo model needs about 2 GB)")
         )  # fmt: skip
     home = Path.home()
     findings.append(Finding("disk", "ok", f"{shutil.disk_usage(home).free / 1e9:.0f} GB free"))

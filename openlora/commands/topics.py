@@ -4,20 +4,15 @@ examples:
   openlora topics
   openlora topics --all --json
 
-Numbers come from the workers' heartbeats. lag: jobs of the partition that have not ended for
-sure. A partition that nobody owns waits for a worker.
+Owners and numbers come from the workers' heartbeats. A partition that nobody owns waits for a
+worker; its numbers are the broker's. lag: jobs of the partition that have not ended for sure.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
 
 from openlora.commands.config import add_client_arguments, client_config, process_environment
-
-if TYPE_CHECKING:
-    from openlora.protocol.status import Heartbeat
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -34,15 +29,15 @@ def run(args: argparse.Namespace) -> int:
 
     from openlora.commands.http_client import HttpClient
     from openlora.commands.tables import print_json, print_table
-    from producer.topics import describe_partitions
+    from producer.topics import PartitionRow
 
-    heartbeats = [_heartbeat(worker) for worker in HttpClient(config).get("/v1/workers")]
-    rows = describe_partitions(_partition_counts(heartbeats), heartbeats)
+    answer = HttpClient(config).get("/v1/topics")
     if args.json:
-        print_json(msgspec.to_builtins(rows))
+        print_json(answer)
         return 0
+    rows = msgspec.convert(answer, list[PartitionRow])
     if not rows:
-        print("no worker owns a partition; `openlora workers` shows who lives")
+        print("the gateway has not reached Kafka yet; ask again, or see its log")
         return 0
     shown = [row for row in rows if args.all or row.high_water or not row.owners]
     if shown:
@@ -52,7 +47,7 @@ def run(args: argparse.Namespace) -> int:
                 (
                     row.topic,
                     row.partition,
-                    ", ".join(row.owners) or None,
+                    ", ".join(row.owners) or "-",
                     row.committed,
                     row.position,
                     row.high_water,
@@ -63,9 +58,10 @@ def run(args: argparse.Namespace) -> int:
             ],
         )
     owned = sum(bool(row.owners) for row in rows)
+    workers = len({owner for row in rows for owner in row.owners})
     lag = sum(row.lag or 0 for row in rows)
     print(
-        f"{len(rows)} partitions, {owned} owned by {len(heartbeats)} worker(s), total lag {lag}"
+        f"{len(rows)} partitions, {owned} owned by {workers} worker(s), total lag {lag}"
         + (
             f"; {len(rows) - len(shown)} without a job are not shown (--all)"
             if shown != rows
@@ -73,21 +69,3 @@ def run(args: argparse.Namespace) -> int:
         )
     )
     return 0
-
-
-def _heartbeat(worker: dict[str, Any]) -> Heartbeat:
-    """An entry of ``/v1/workers`` as the heartbeat it came from."""
-    import msgspec
-
-    from openlora.protocol.status import Heartbeat
-
-    return msgspec.convert({**worker, "model_id": worker["model"]}, Heartbeat)
-
-
-def _partition_counts(heartbeats: Iterable[Heartbeat]) -> dict[str, int]:
-    """Partitions by topic, as far as any worker owns one of the highest number."""
-    counts: dict[str, int] = {}
-    for heartbeat in heartbeats:
-        for status in heartbeat.partitions:
-            counts[status.topic] = max(counts.get(status.topic, 0), status.partition + 1)
-    return counts

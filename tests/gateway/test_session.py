@@ -65,14 +65,14 @@ def test_a_cancel_before_the_job_exists_is_done_when_it_does() -> None:
     session = Session()
     session.receive_text(generate("r1"))
     assert session.receive_text(frame(type="cancel", request_id="r1")) == []
-    assert session.started("r1", JOB_ID) == [Cancel(JOB_ID)]
+    assert session.started("r1", JOB_ID) == [Cancel("r1", JOB_ID)]
 
 
 def test_a_cancel_of_a_running_request_names_its_job() -> None:
     session = Session()
     session.receive_text(generate("r1"))
     session.started("r1", JOB_ID)
-    assert session.receive_text(frame(type="cancel", request_id="r1")) == [Cancel(JOB_ID)]
+    assert session.receive_text(frame(type="cancel", request_id="r1")) == [Cancel("r1", JOB_ID)]
 
 
 def test_a_cancel_that_crosses_done_is_no_error_but_one_of_nothing_is() -> None:
@@ -220,7 +220,7 @@ class SessionMachine(RuleBasedStateMachine):
     def cancels(self, request_id: str) -> None:
         actions = self.session.receive_text(frame(type="cancel", request_id=request_id))
         if request_id in self.running:
-            assert actions == [Cancel(JOB_ID)]
+            assert actions == [Cancel(request_id, JOB_ID)]
         elif request_id in self.starting:
             assert actions == []
             self.wants_cancel.add(request_id)
@@ -232,7 +232,7 @@ class SessionMachine(RuleBasedStateMachine):
     def starts(self, data: st.DataObject) -> None:
         request_id = data.draw(st.sampled_from(sorted(self.starting)))
         actions = self.session.started(request_id, JOB_ID)
-        assert actions == ([Cancel(JOB_ID)] if request_id in self.wants_cancel else [])
+        assert actions == ([Cancel(request_id, JOB_ID)] if request_id in self.wants_cancel else [])
         self.starting.remove(request_id)
         self.wants_cancel.discard(request_id)
         self.running.add(request_id)

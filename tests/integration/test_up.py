@@ -74,6 +74,10 @@ def test_workers_and_topics_tell_who_owns_what(system):
     assert "64 partitions, 64 owned by 1 worker(s)" in system.command("topics").stdout
 
 
+def test_the_load_of_the_model_was_shown(system):
+    assert "Loading the model: worker 1 100%" in system.output
+
+
 def test_chat_through_a_pipe_prints_the_answer_alone(system):
     flags = ("--temperature", "0", "--max-tokens", "8")
     answers = {

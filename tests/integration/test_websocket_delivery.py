@@ -12,9 +12,10 @@ import pytest
 from websockets.exceptions import ConnectionClosed
 from websockets.sync.client import connect
 
-from openlora.joblog import redis_client
+from openlora.joblog import JobLog, redis_client
 from openlora.local import ServerProcess
-from openlora.protocol.names import SWEEPER_KEY, idempotency_key
+from openlora.protocol.events import Chunk, End
+from openlora.protocol.names import SWEEPER_KEY, idempotency_key, job_key
 from tests.conftest import Broker
 from tests.gateway.client import (
     GRACE_S,
@@ -45,6 +46,30 @@ def test_cancel_stops_the_work_at_the_worker(
         assert len(frames) < 200
         text_of(frames)
     wait_for(lambda: not slow_worker.running)
+
+
+def test_a_cancel_is_kept_while_redis_is_away(
+    embedded_broker: Broker, fresh_redis: ServerProcess, tmp_path: Path
+) -> None:
+    with (
+        running_gateway(
+            embedded_broker.bootstrap_servers, fresh_redis.address, tmp_path
+        ) as gateway,
+        connect(gateway.ws_url) as socket,
+        redis_client(fresh_redis.address) as client,
+    ):
+        generate(socket, "r", "a b")
+        job_id = receive(socket)["job_id"]
+        claim = JobLog(client).claim([job_id], "w")[0]
+        fresh_redis.stop()
+        send(socket, type="cancel", request_id="r")
+        wait_for(lambda: "cancel not marked yet" in gateway.log_text(), 30)
+        fresh_redis.start()
+        wait_for(lambda: client.hexists(job_key(job_id), "cancel"))
+        JobLog(client).append([Chunk(job_id, claim.epoch, 0, end=End("cancelled"))])
+        # the next frame: no error came in between
+        done = receive(socket)
+        assert (done["type"], done["finish_reason"]) == ("done", "cancelled")
 
 
 def test_the_job_of_a_client_that_left_ends_after_the_grace(

@@ -17,8 +17,10 @@ from websockets.sync.client import connect
 
 from openlora.joblog import redis_client
 from openlora.local import ServerProcess
+from openlora.protocol.names import JOB_TOPICS
 from openlora.registry import AdapterRegistry
 from tests.conftest import Broker
+from tests.gateway.client import generate, receive
 from tests.gateway.peft_dirs import write_adapter
 from tests.gateway.running import RunningGateway, ScriptedWorker, running_gateway
 
@@ -71,6 +73,29 @@ def test_ready_is_what_brokers_and_a_worker_make_it(
     assert response.json() == {"waiting_for": ["worker"]}
     with ScriptedWorker(redis_server.address):
         assert http.get("/readyz").status_code == 200
+
+
+def test_partitions_without_a_worker_are_shown_with_their_lag(
+    gateway: RunningGateway, http: httpx.Client
+) -> None:
+    rows = http.get("/v1/topics").json()
+    assert {row["topic"] for row in rows} == set(JOB_TOPICS)
+    assert len(rows) == 2 * len({row["partition"] for row in rows})
+    assert not any(row["owners"] for row in rows)
+    with connect(gateway.ws_url) as socket:
+        generate(socket, "r", "x")
+        assert receive(socket)["type"] == "accepted"
+    after = http.get("/v1/topics").json()
+    assert sum(row["lag"] for row in after) == sum(row["lag"] for row in rows) + 1
+    table = subprocess.run(
+        [sys.executable, "-m", "openlora", "topics", "--url", gateway.url],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
+    ).stdout
+    assert f"{len(rows)} partitions, 0 owned by 0 worker(s)" in table
+    assert table.count(" no owner") == len(rows)
 
 
 def test_workers_are_listed_from_their_heartbeats(

@@ -12,6 +12,7 @@ import pytest
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 from websockets.sync.client import connect
 
+from openlora.joblog import core, redis_client
 from openlora.protocol.jobs import Job
 from tests.conftest import Broker
 from tests.gateway.client import (
@@ -26,8 +27,15 @@ from tests.gateway.client import (
     words,
 )
 from tests.gateway.running import RunningGateway, ScriptedWorker, running_gateway
+from tests.joblog.jobs import a_job
 
 pytestmark = pytest.mark.services
+
+
+def store(redis_url: str, job: Job) -> None:
+    call = core.store_call(job, 60_000)
+    with redis_client(redis_url) as client:
+        client.eval(call.script.source, len(call.keys), *call.keys, *call.args)
 
 
 def test_bad_frames_get_errors_and_harm_nothing(
@@ -144,9 +152,23 @@ def test_without_a_broker_nothing_is_accepted(
             assert (error["type"], error["code"]) == ("error", "overloaded")
             assert error["retry_after_ms"] > 0
         wait_for(lambda: "kafka" in httpx.get(f"{gateway.url}/readyz").json()["waiting_for"], 30)
+    # what it finds first after the resume would be the refused job, had it been left open
+    job = a_job()
+    store(redis_address, job)
     worker.resume()
-    time.sleep(0.2)
-    assert worker.jobs == []
+    wait_for(lambda: worker.jobs)
+    assert [found.job_id for found in worker.jobs] == [job.job_id]
+
+
+def test_a_gateway_that_lost_its_broker_stops_at_once(
+    fresh_broker: Broker, redis_address: str, tmp_path: Path
+) -> None:
+    with running_gateway(fresh_broker.bootstrap_servers, redis_address, tmp_path) as gateway:
+        fresh_broker.server.kill()
+        wait_for(lambda: "kafka" in httpx.get(f"{gateway.url}/readyz").json()["waiting_for"], 30)
+        gateway.process.terminate()
+        # a client that looks for its broker is at it for ten seconds
+        assert gateway.process.wait(5) == 0
 
 
 def test_keys_are_checked_at_the_handshake(other_gateway: RunningGateway) -> None:

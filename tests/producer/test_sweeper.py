@@ -16,13 +16,23 @@ from openlora.protocol.names import JOBS_TOPIC, job_key
 from openlora.protocol.status import Heartbeat, PartitionStatus
 from producer import sweeper as sweeper_module
 from producer.publisher import Publisher
-from producer.sweeper import MIN_AGE_MS, Decision, Sweeper, decide
+from producer.sweeper import MIN_AGE_MS, Decision, Patience, Sweeper, decide
 from producer.topics import TopicKeeper
 from tests.conftest import Broker
 from tests.joblog.jobs import a_chunk, a_job
 from tests.joblog.test_log import a_heartbeat
 
 _OLD = MIN_AGE_MS
+
+
+class TopicsOf:
+    """A keeper as the sweeper sees it."""
+
+    def __init__(self, keeper: TopicKeeper) -> None:
+        self._keeper = keeper
+
+    async def ensure(self) -> None:
+        await asyncio.to_thread(self._keeper.ensure)
 
 
 def an_open_job(**fields) -> OpenJob:
@@ -43,6 +53,7 @@ def looks_lost(job: OpenJob, heartbeats: Sequence[Heartbeat]) -> bool:
     second = decide([job], heartbeats, frozenset(first.lost))
     assert second.republish == sorted(first.lost)
     assert (first.cancelled, first.expired) == ([], [])
+    assert first.passed <= first.lost
     return bool(first.lost)
 
 
@@ -78,6 +89,23 @@ def looks_lost(job: OpenJob, heartbeats: Sequence[Heartbeat]) -> bool:
 )
 def test_lost_or_not(job: OpenJob, heartbeats: Sequence[Heartbeat], is_lost: bool) -> None:
     assert looks_lost(job, heartbeats) == is_lost
+
+
+def test_only_a_job_that_its_owner_went_past_waits_to_be_published_again() -> None:
+    assert decide([an_open_job()], [an_owner(position=11)], frozenset()).passed == {"j"}
+    new_topic = an_owner(position=0, high_water=0)
+    assert decide([an_open_job()], [new_topic], frozenset()).passed == set()
+    assert decide([an_open_job(published=None)], [an_owner()], frozenset()).passed == set()
+
+
+def test_each_wait_before_another_copy_doubles() -> None:
+    patience = Patience()
+    allowed = [second for second in range(0, 301, 2) if patience.allows("j", second)]
+    assert allowed == [0, 4, 12, 28, 60, 124, 188, 252]
+    assert patience.allows("another", 300)
+    patience.forget_old(1000)
+    assert patience.allows("j", 1000)
+    assert not patience.allows("j", 1003)
 
 
 def test_what_nobody_runs_and_nobody_wants_is_ended() -> None:
@@ -138,7 +166,7 @@ def test_a_stored_job_that_was_never_published_is_published(
     async def main() -> None:
         async with async_redis_client(redis_url) as client:
             log = AsyncJobLog(client)
-            sweeper = Sweeper(log, publisher, keeper, "g1")
+            sweeper = Sweeper(log, publisher, TopicsOf(keeper), "g1")
             job = a_job()
             await log.store(job, 60_000)
             assert (await sweeper.sweep()).lost == {job.job_id}
@@ -183,7 +211,7 @@ def test_jobs_that_nobody_wants_any_more_are_ended(
             worker.claim([left.job_id], "dead")
             worker.append([a_chunk(left.job_id, 1, 0, 2)])
             await log.renew_leases([left.job_id], -1)
-            await Sweeper(log, publisher, keeper, "g1").sweep()
+            await Sweeper(log, publisher, TopicsOf(keeper), "g1").sweep()
             end = (await log.read(left.job_id)).end
             assert (end.finish_reason, end.completion_tokens) == ("cancelled", 2)
             end = (await log.read(late.job_id)).end
@@ -209,13 +237,11 @@ def test_only_the_gateway_with_the_lock_sweeps_and_a_failure_does_not_end_it(
         def __init__(self) -> None:
             self.asked = asyncio.Event()
 
-        def ensure(self) -> dict[str, int]:
-            loop.call_soon_threadsafe(self.asked.set)
+        async def ensure(self) -> None:
+            self.asked.set()
             raise SetupError("no broker")
 
     async def main() -> None:
-        nonlocal loop
-        loop = asyncio.get_running_loop()
         async with async_redis_client(redis_url) as client:
             log = AsyncJobLog(client)
             topics = [NoTopics(), NoTopics()]
@@ -231,5 +257,4 @@ def test_only_the_gateway_with_the_lock_sweeps_and_a_failure_does_not_end_it(
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
 
-    loop: asyncio.AbstractEventLoop
     asyncio.run(main())

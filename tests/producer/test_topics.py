@@ -12,7 +12,13 @@ from kafka.errors import UnknownTopicOrPartitionError
 from openlora.errors import SetupError
 from openlora.protocol.names import BATCH_TOPIC, DEAD_TOPIC, JOBS_TOPIC
 from openlora.protocol.status import PartitionStatus
-from producer.topics import PartitionRow, TopicKeeper, describe_partitions, ensure_topics
+from producer.topics import (
+    PartitionRow,
+    TopicKeeper,
+    describe_partitions,
+    ensure_topics,
+    partitions_without_owner,
+)
 from tests.conftest import Broker
 from tests.joblog.test_log import a_heartbeat
 
@@ -65,11 +71,15 @@ def test_rows_show_owners_and_lag() -> None:
         a_heartbeat("b", written_ms=20, partitions=(new,)),
         a_heartbeat("a", written_ms=10, partitions=(old, unknown)),
     ]
-    assert describe_partitions({"t": 3, "s": 1}, heartbeats) == [
+    counts = {"t": 3, "s": 1}
+    assert partitions_without_owner(counts, heartbeats) == [("s", 0), ("t", 0), ("t", 2)]
+    # what the broker says of a partition with an owner is older than the owner's word
+    from_broker = {("t", 0): (2, 7), ("t", 1): (0, 1), ("u", 5): (1, 1)}
+    assert describe_partitions(counts, heartbeats, from_broker) == [
         PartitionRow("s", 0),
-        PartitionRow("t", 0),
+        PartitionRow("t", 0, (), 2, 2, 7, lag=5),
         PartitionRow("t", 1, ("a", "b"), 3, 6, 9, lag=6, paused=True),
         PartitionRow("t", 2),
         PartitionRow("u", 0, ("a",), 4, 4, -1, lag=0),
     ]
-    assert describe_partitions({}, []) == []
+    assert describe_partitions({}, [], {}) == []
