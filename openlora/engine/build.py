@@ -85,23 +85,28 @@ def build_parts(config: EngineConfig, progress: Progress | None = None) -> Engin
     # The model's rooms load torch kernels: imported here, so that a scripted engine does not.
     from openlora.adapters.loader import load_adapter
     from openlora.adapters.page_tensors import PageTensors
+    from openlora.engine.cpu_kernels import cpu_runner, make_linear_for, native_kernels_for
     from openlora.engine.kv_cache import KVCache
-    from openlora.engine.runner import ModelRunner
     from openlora.models.load import load_model
 
     device = choose_device(config.device)
+    dtype = "float32" if config.dtype == "auto" and device == "cpu" else config.dtype
+    native = native_kernels_for(config.cpu_kernels, device, dtype)
     model = load_model(
         config.model,
-        dtype="float32" if config.dtype == "auto" and device == "cpu" else config.dtype,
+        dtype=dtype,
         device=device,
         load_format=config.load_format,
         progress=progress,
         configure=lambda model_config: _configured(config, device, model_config),
+        make_linear=make_linear_for(native),
     )
     num_pages = _num_pages(config, model)
     pages = PageTensors(model.config, num_pages, model.dtype, model.device)
     num_blocks = _num_blocks(config, model)
     kv_cache = KVCache(model.config, num_blocks, model.dtype, model.device, config.block_size)
+    if native is not None:
+        model.attention_backend = "native"
     info = _model_info(config, model, num_blocks, num_pages)
     logger.info(
         "model %s on %s in %s, attention by %s; %d KV blocks of %d, pages per site %s",
@@ -123,7 +128,7 @@ def build_parts(config: EngineConfig, progress: Progress | None = None) -> Engin
         )
         steps_ahead = 1
     else:
-        runner = ModelRunner(model, pages, kv_cache)
+        runner = cpu_runner(native, model, pages, kv_cache, config.max_num_seqs)
     return EngineParts(
         runner=runner,
         model_info=info,

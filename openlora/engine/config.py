@@ -9,6 +9,7 @@ from openlora.errors import SetupError
 DEVICES = ("auto", "cpu", "cuda")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 LOAD_FORMATS = ("auto", "dummy")
+CPU_KERNELS = ("auto", "native", "torch")
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +33,8 @@ class EngineConfig:
         max_model_len: longest prompt and output together; None: the model's own limit.
         enable_prefix_caching: keep the KV of past prompts for requests that begin the same.
         load_format: "dummy" makes random weights of the right shape.
+        cpu_kernels: what computes on a CPU. "native": C kernels, compiled on first use; "torch":
+            torch alone; "auto": native where there is a C compiler, else torch.
 
     Raises:
         SetupError: naming the setting, its value and what is allowed.
@@ -51,6 +54,7 @@ class EngineConfig:
     max_model_len: int | None = None
     enable_prefix_caching: bool = True
     load_format: str = "auto"
+    cpu_kernels: str = "auto"
 
     def __post_init__(self) -> None:
         if not self.model:
@@ -58,6 +62,7 @@ class EngineConfig:
         _check_choice("device", self.device, DEVICES)
         _check_choice("dtype", self.dtype, DTYPES)
         _check_choice("load_format", self.load_format, LOAD_FORMATS)
+        _check_choice("cpu_kernels", self.cpu_kernels, CPU_KERNELS)
         for name in ("block_size", "max_num_seqs", "max_num_batched_tokens"):
             _check_at_least(name, getattr(self, name), 1)
         for name in ("kv_cache_bytes", "num_kv_blocks"):

@@ -13,7 +13,7 @@ from openlora.kernels.linear import Linear
 from openlora.kernels.norms import norm_heads
 from openlora.kernels.triton_sgmv import SGMVTables, SGMVTiles, sgmv_expand, sgmv_shrink
 from openlora.models.config import ModelConfig
-from openlora.models.ops import LayerPages
+from openlora.models.ops import EdgeOps, LayerPages
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +63,7 @@ class AttentionBinding:
 
 
 @dataclass(frozen=True, slots=True)
-class CudaOps:
+class CudaOps(EdgeOps):
     """``DecoderOps`` in Triton; the dense matmuls are cuBLAS's.
 
     Attributes:

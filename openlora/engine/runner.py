@@ -51,7 +51,7 @@ class ModelRunner:
     @torch.inference_mode()
     def launch(self, rows: Sequence[StepRow]) -> FinishedStep:
         """Compute KV and logits of every row's tokens, sample where asked; see ``Runner``."""
-        order = sorted(range(len(rows)), key=lambda index: _sort_key(rows[index]))
+        order = batch_order(rows)
         ordered = [rows[index] for index in order]
         ops = self._bind(ordered)
         token_ids = self._tensor([token for row in ordered for token in row.token_ids])
@@ -132,8 +132,15 @@ class ModelRunner:
         return torch.tensor(values, dtype=torch.int64, device=self._model.device)
 
 
+def batch_order(rows: Sequence[StepRow]) -> list[int]:
+    """Indices of ``rows`` in the order in which a step lays them out.
+
+    Decodes first; within them and within the prefills, equal LoRA sets together, base last.
+    """
+    return sorted(range(len(rows)), key=lambda index: _sort_key(rows[index]))
+
+
 def _sort_key(row: StepRow) -> tuple[bool, bool, tuple[tuple[tuple[int, float], ...], ...]]:
-    """Decodes first; within them and within the prefills, equal LoRA sets together, base last."""
     return (len(row.token_ids) != 1, row.lora_set.is_empty, row.lora_set.pages)
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 
 from openlora.kernels.linear import Linear
 from openlora.models.config import ModelConfig
@@ -63,7 +62,8 @@ class Decoder:
         head = self._embedding if config.tie_word_embeddings else get("lm_head.weight")
         self._lm_head = make_linear(head, None)
         # Rounded to the model's dtype, as in training.
-        self._embedding_scale = float(torch.tensor(config.hidden_size**0.5).to(dtype))
+        root = float(torch.tensor(config.hidden_size**0.5).to(dtype))
+        self._embedding_scale = root if config.scale_embeddings else 1.0
         self.rope_inv_freq = inverse_frequencies(
             config.rotary_dim, config.rope_theta, config.rope_scaling, config.max_model_len
         ).to(device)
@@ -83,9 +83,7 @@ class Decoder:
         Returns:
             [tokens, hidden].
         """
-        residual = F.embedding(token_ids, self._embedding)
-        if self.config.scale_embeddings:
-            residual = residual.mul_(self._embedding_scale)
+        residual = ops.embed(self._embedding, token_ids, self._embedding_scale)
         activate = ops.silu_and_mul if self.config.hidden_act == "silu" else ops.gelu_tanh_and_mul
         x = ops.rms_norm(residual, self._layers[0].input_norm)
         mlp = residual
@@ -103,10 +101,10 @@ class Decoder:
             mlp = ops.lora_linear(layer.down, inner, index, DOWN)
             if layer.mlp_out_norm is not None:
                 mlp = ops.rms_norm(mlp, layer.mlp_out_norm)
-        return residual.add_(mlp)
+        return ops.add(mlp, residual)
 
     def logits(self, hidden: torch.Tensor, ops: DecoderOps) -> torch.Tensor:
         """[rows, vocab] logits of hidden states from ``forward``, in the model's dtype."""
-        logits = self._lm_head(ops.rms_norm(hidden, self._norm))
+        logits = ops.linear(self._lm_head, ops.rms_norm(hidden, self._norm))
         cap = self.config.logits_soft_cap
-        return logits.div_(cap).tanh_().mul_(cap) if cap else logits
+        return ops.soft_cap(logits, cap) if cap else logits

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import torch
+import torch.nn.functional as F
 
 from openlora.kernels.activation import gelu_tanh_and_mul, silu_and_mul
 from openlora.kernels.attention import AttentionPlan, paged_attention
@@ -22,6 +23,18 @@ LayerPages = Sequence[tuple[torch.Tensor, torch.Tensor]]
 
 class DecoderOps(Protocol):
     """One step's operations. Shapes: x is [tokens, features], in the model's dtype."""
+
+    def embed(self, table: torch.Tensor, token_ids: torch.Tensor, scale: float) -> torch.Tensor:
+        """Rows of ``table`` times ``scale``; token_ids: [tokens]."""
+
+    def linear(self, linear: Linear, x: torch.Tensor) -> torch.Tensor:
+        """linear(x)."""
+
+    def add(self, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+        """Adds x to residual in place; returns residual."""
+
+    def soft_cap(self, x: torch.Tensor, cap: float) -> torch.Tensor:
+        """cap · tanh(x / cap), in place; returns x."""
 
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         """A new tensor; see ``kernels.norms``."""
@@ -52,6 +65,25 @@ class DecoderOps(Protocol):
         """GELU (by tanh) of the first half times the second."""
 
 
+class EdgeOps:
+    """What happens before and behind the layers, in torch; see ``DecoderOps``."""
+
+    __slots__ = ()
+
+    def embed(self, table: torch.Tensor, token_ids: torch.Tensor, scale: float) -> torch.Tensor:
+        out = F.embedding(token_ids, table)
+        return out if scale == 1.0 else out.mul_(scale)
+
+    def linear(self, linear: Linear, x: torch.Tensor) -> torch.Tensor:
+        return linear(x)
+
+    def add(self, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+        return residual.add_(x)
+
+    def soft_cap(self, x: torch.Tensor, cap: float) -> torch.Tensor:
+        return x.div_(cap).tanh_().mul_(cap)
+
+
 @dataclass(frozen=True, slots=True)
 class AttentionInputs:
     """What attention of one kind of layers reads in a step.
@@ -67,7 +99,7 @@ class AttentionInputs:
 
 
 @dataclass(frozen=True, slots=True)
-class TorchOps:
+class TorchOps(EdgeOps):
     """The operations in torch: CPU's, and the reference on any device.
 
     Attributes:

@@ -1,0 +1,169 @@
+"""The compiled kernels as Python sees them: operations, steps, packed weights.
+
+The structures mirror ``common.h``; what each field of an operation means stands with its kernel.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from enum import IntEnum
+from functools import cache
+from pathlib import Path
+
+import torch
+
+from openlora.kernels.native import build
+from openlora.kernels.native.build import NativeUnavailable
+
+TYPES = {torch.float32: 0, torch.bfloat16: 1}
+"""Element types that the kernels know, with their numbers there."""
+
+MAX_GROUP = 8
+"""Most rows of a LoRA group, see ``plan.py``."""
+
+MAX_HEAD_DIM = 512
+
+
+class Kind(IntEnum):
+    """Operations, in the order of ``KERNELS`` in kernels.c."""
+
+    LINEAR = 0
+    EXPAND = 1
+    NORM = 2
+    NORM_HEADS = 3
+    GATED = 4
+    ROPE = 5
+    ATTENTION = 6
+    EMBED = 7
+    ADD = 8
+    GREEDY = 9
+    SOFT_CAP = 10
+
+
+class Op(ctypes.Structure):
+    """One operation."""
+
+    _fields_ = (
+        ("kind", ctypes.c_int32),
+        ("type", ctypes.c_int32),
+        ("n", ctypes.c_int64 * 8),
+        ("p", ctypes.c_void_p * 8),
+        ("f", ctypes.c_float * 2),
+    )
+
+
+class Site(ctypes.Structure):
+    """One LoRA site of a step."""
+
+    _fields_ = (
+        ("num_groups", ctypes.c_int64),
+        ("num_tasks", ctypes.c_int64),
+        ("groups", ctypes.c_void_p),
+        ("tasks", ctypes.c_void_p),
+        ("pages", ctypes.c_void_p),
+        ("weights", ctypes.c_void_p),
+        ("h", ctypes.c_void_p),
+    )
+
+
+class Step(ctypes.Structure):
+    """What changes from step to step."""
+
+    _fields_ = (
+        ("rows", ctypes.c_int64),
+        ("decode_rows", ctypes.c_int64),
+        ("token_ids", ctypes.c_void_p),
+        ("slots", ctypes.c_void_p),
+        ("context_lens", ctypes.c_void_p),
+        ("block_tables", ctypes.c_void_p),
+        ("table_width", ctypes.c_int64),
+        ("cos", ctypes.c_void_p * 2),
+        ("sin", ctypes.c_void_p * 2),
+        ("sites", Site * 4),
+    )
+
+
+def make_op(
+    kind: Kind,
+    dtype: torch.dtype,
+    tensors: Sequence[torch.Tensor | None],
+    numbers: Sequence[int],
+    factors: Sequence[float] = (),
+) -> Op:
+    """An operation over ``tensors``, which must outlive it, on elements of ``dtype``."""
+    op = Op(kind, TYPES[dtype])
+    op.n[: len(numbers)] = numbers
+    op.p[: len(tensors)] = [None if t is None else t.data_ptr() for t in tensors]
+    op.f[: len(factors)] = factors
+    return op
+
+
+class NativeKernels:
+    """The compiled kernels.
+
+    Args:
+        cache: see ``build.load``.
+
+    Raises:
+        NativeUnavailable: they cannot be had here.
+    """
+
+    def __init__(self, cache: Path | None = None) -> None:
+        self._library = build.load(cache)
+        self._run = self._library.ol_run
+        self._run.argtypes = (ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p, ctypes.c_int64)
+        self._run.restype = None
+        self._library.ol_pack.restype = None
+        for name in ("ol_abi", "ol_packed_bytes"):
+            getattr(self._library, name).restype = ctypes.c_int64
+        expected = (ctypes.sizeof(Op), ctypes.sizeof(Step), MAX_GROUP, MAX_HEAD_DIM)
+        if tuple(self._library.ol_abi(which) for which in range(4)) != expected:
+            raise NativeUnavailable("the compiled kernels do not fit this version")
+
+    def run(self, op: Op, step: Step) -> None:
+        """Run one operation on ``step``."""
+        self._run(ctypes.addressof(op), 1, ctypes.addressof(step), torch.get_num_threads())
+
+    def run_all(self, ops: ctypes.Array[Op], step: Step, *, skip_last: bool = False) -> None:
+        """Run ``ops`` in order on ``step``, with or without the last of them."""
+        count, threads = len(ops) - skip_last, torch.get_num_threads()
+        self._run(ctypes.addressof(ops), count, ctypes.addressof(step), threads)
+
+    def pack(self, weight: torch.Tensor) -> torch.Tensor:
+        """``weight`` [out, in], fp32 or bf16, as the LINEAR operation reads it; opaque bytes."""
+        number, (rows, columns) = TYPES[weight.dtype], weight.shape
+        sizes = (ctypes.c_int64(rows), ctypes.c_int64(columns), ctypes.c_int64(number))
+        packed = torch.empty(self._library.ol_packed_bytes(*sizes), dtype=torch.uint8)
+        _ask_for_huge_pages(packed)
+        weight = weight.contiguous()
+        self._library.ol_pack(
+            ctypes.c_void_p(weight.data_ptr()),
+            *sizes,
+            ctypes.c_void_p(packed.data_ptr()),
+            ctypes.c_int64(torch.get_num_threads()),
+        )
+        return packed
+
+
+@cache
+def native_kernels() -> NativeKernels:
+    """The kernels of this process, compiled or loaded at the first call.
+
+    Raises:
+        NativeUnavailable: they cannot be had here.
+    """
+    return NativeKernels()
+
+
+_HUGE_PAGE_BYTES = 2 << 20
+_MADV_HUGEPAGE = 14
+
+
+def _ask_for_huge_pages(tensor: torch.Tensor) -> None:
+    """Gigabytes read in 4 KiB pages cost many translations; a system without larger ones does."""
+    madvise = getattr(ctypes.CDLL(None), "madvise", None)
+    start = -(-tensor.data_ptr() // _HUGE_PAGE_BYTES) * _HUGE_PAGE_BYTES
+    end = (tensor.data_ptr() + tensor.nbytes) // _HUGE_PAGE_BYTES * _HUGE_PAGE_BYTES
+    if madvise is not None and end > start:
+        madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), _MADV_HUGEPAGE)
