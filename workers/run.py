@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from openlora.engine.detokenizer import Detokenizer
 from openlora.engine.stop_checker import StopChecker
 from openlora.errors import OpenLoRAError
+from openlora.joblog import ASK
 from openlora.protocol.events import Candidate, Chunk, End, Failure, FinishReason, Token
 from openlora.protocol.jobs import Job
 from workers.messages import Output
@@ -36,6 +37,7 @@ class Run:
         positions: the messages that stand for this job; a duplicate adds its own.
         tokens: all tokens from index 0, those of earlier workers included.
         logged: how many of them the log is known to hold.
+        entries: how many chunks the log is known to hold; ASK where that is not known.
         end: set once, by ``finish`` or ``fail``; goes out with the next chunk.
         restarted: the next chunk opens a log that was lost.
         last_heard: monotonic time of the log's last answer about this job.
@@ -48,6 +50,7 @@ class Run:
         "_started_ms",
         "_tokenizer",
         "end",
+        "entries",
         "epoch",
         "in_engine",
         "job",
@@ -75,6 +78,7 @@ class Run:
         self.positions = [position]
         self.tokens: list[Token] = []
         self.logged = 0
+        self.entries = ASK
         self.end: End | None = None
         self.restarted = False
         self.in_engine = False
@@ -92,7 +96,9 @@ class Run:
         Returns why the job is finished already, if the logged tokens say so.
         """
         reason: FinishReason | None = None
+        self.entries = 0
         for chunk in chunks:
+            self.entries += 1
             for token in chunk.tokens:
                 self.tokens.append(token)
                 text = self._detokenizer.feed(token.token_id)

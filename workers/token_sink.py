@@ -14,13 +14,15 @@ from enum import Enum, auto
 from typing import TypeVar
 
 from openlora.errors import Overloaded
-from openlora.joblog import AppendResult, Claim, JobLog
+from openlora.joblog import ASK, AppendResult, Claim, JobLog
 from workers.run import Run
 
 T = TypeVar("T")
 
 FIRST_BACKOFF_S = 0.05
 LAST_BACKOFF_S = 1.0
+ASK_INTERVAL_S = 0.5
+"""How old a log's answer about a job, in which its lease was looked at, may become."""
 
 logger = logging.getLogger("workers.token_sink")
 
@@ -63,22 +65,34 @@ class TokenSink:
     def append(self, runs: Sequence[Run]) -> list[tuple[Run, Verdict]]:
         """Log what each run has not logged yet (nothing new: ask how it stands).
 
+        Returns what becomes of those that do not simply go on.
+
         Raises:
             Stopped: the worker must stop now.
         """
         verdicts: list[tuple[Run, Verdict]] = []
-        pending = list(runs)
+        pending = runs
         while pending:
+            now = time.monotonic()
             chunks = [run.chunk() for run in pending]
-            results = self.patiently(lambda chunks=chunks: self._job_log.append(chunks))  # type: ignore[misc]
+            entries = [
+                run.entries if now - run.last_heard < ASK_INTERVAL_S else ASK for run in pending
+            ]
+            answers = self.patiently(lambda c=chunks, e=entries: self._job_log.extend(c, e))  # type: ignore[misc]
             again = []
-            heard = time.monotonic()
-            for run, result in zip(pending, results, strict=True):
-                run.last_heard = heard
-                verdict = self._judge(run, result)
+            for position, (run, chunk) in enumerate(zip(pending, chunks, strict=True)):
+                answer = answers.get(position)
+                if answer is None:
+                    self.tokens_logged += len(chunk.tokens)
+                    run.logged += len(chunk.tokens)
+                    run.entries += 1
+                    continue
+                run.last_heard = now
+                run.entries = answer.entries
+                verdict = self._judge(run, answer)
                 if verdict is None:
                     again.append(run)
-                else:
+                elif verdict is not Verdict.GOES_ON:
                     verdicts.append((run, verdict))
             pending = again
         return verdicts

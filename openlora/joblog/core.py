@@ -11,35 +11,17 @@ from redis.exceptions import NoScriptError
 
 from openlora.errors import InvalidRequest
 from openlora.joblog import scripts
-from openlora.joblog.scripts import Script
+from openlora.joblog.scripts import Call
 from openlora.protocol import codec, names
 from openlora.protocol.events import Chunk, End
 from openlora.protocol.jobs import Job
 
-ENDED_TTL_S = 24 * 3600
-"""How long the log of an ended job stays while its offset is not committed."""
 RETIRED_TTL_S = 3600
 """How long it stays from then on: ends outlive the committed offset by this."""
 IDEMPOTENCY_TTL_S = 24 * 3600
 HEARTBEAT_TTL_S = 5
 RECREATED_LEASE_MS = 30_000
 """Lease of a log that was lost and opened anew: time for the job's gateway to renew it."""
-
-_STATUS: tuple[Literal["taken", "fenced", "gone", "gap"], ...] = ("taken", "fenced", "gone", "gap")
-_KIND_TOKENS, _KIND_END, _KIND_RESTARTED = 0, 1, 2
-
-
-class AppendResult(msgspec.Struct, frozen=True, gc=False):
-    """What became of one chunk.
-
-    taken: logged, or logged before (a repeat). fenced: another worker claimed the job. gone: there
-    is no such job. gap: it does not follow the log; send what comes from index ``length`` on.
-    ``length`` is the number of tokens in the log now. ``cancelled``: the job should stop.
-    """
-
-    status: Literal["taken", "fenced", "gone", "gap"]
-    length: int
-    cancelled: bool
 
 
 class Claim(msgspec.Struct, frozen=True):
@@ -74,19 +56,6 @@ class OpenJob(msgspec.Struct, frozen=True):
     claimed_by: str | None
 
 
-class Call(msgspec.Struct, frozen=True):
-    """One script with its keys and arguments."""
-
-    script: Script
-    keys: list[str]
-    args: list[bytes | str | int]
-
-    @property
-    def evalsha(self) -> list[bytes | str | int]:
-        """Arguments of EVALSHA."""
-        return [self.script.sha, len(self.keys), *self.keys, *self.args]
-
-
 def knows_command(info: Sequence[Any]) -> bool:
     """Whether the server has the command that COMMAND INFO was asked about."""
     return bool(info) and info[0] is not None
@@ -111,18 +80,19 @@ def published_call(job_id: str, topic: str, partition: int, offset: int) -> Call
 
 def discard_call(job_id: str) -> Call:
     """The job will not run; a tombstone stays for an hour."""
-    keys = [*_job_keys(job_id), names.open_jobs_key(names.shard_of(job_id))]
+    shard = names.shard_of(job_id)
+    keys = [names.job_key(job_id), names.cancels_key(shard), names.open_jobs_key(shard)]
     return Call(scripts.DISCARD, keys, [job_id, RETIRED_TTL_S])
 
 
 def claim_call(job_id: str, worker_id: str) -> Call:
     """Take a job; ``decode_claim`` reads the reply."""
-    return Call(scripts.CLAIM, _job_keys(job_id), [worker_id])
+    return Call(scripts.CLAIM, [names.job_key(job_id)], [worker_id])
 
 
 def recreate_call(job: Job, above_epoch: int, worker_id: str) -> Call:
     """Open a lost log anew, or claim it; ``decode_claim`` reads the reply."""
-    keys = [*_job_keys(job.job_id), names.open_jobs_key(names.shard_of(job.job_id))]
+    keys = [names.job_key(job.job_id), names.open_jobs_key(names.shard_of(job.job_id))]
     lease = RECREATED_LEASE_MS if job.leased else 0
     return Call(
         scripts.RECREATE,
@@ -141,49 +111,15 @@ def decode_claim(reply: Sequence[Any]) -> Claim:
     return Claim("claimed", reply[1], tuple(map(codec.decode_chunk, reply[3:])), bool(reply[2]))
 
 
-def append_calls(chunks: Sequence[Chunk]) -> list[tuple[list[int], Call]]:
-    """One call per delivery shard, each with the positions of its chunks in ``chunks``."""
-    positions: defaultdict[str, list[int]] = defaultdict(list)
-    for position, chunk in enumerate(chunks):
-        positions[chunk.job_id[:2]].append(position)
-    return [(where, _append_call([chunks[i] for i in where])) for where in positions.values()]
-
-
-def _append_call(chunks: Sequence[Chunk]) -> Call:
-    keys: list[str] = []
-    facts = []
-    values: list[bytes | str | int] = [ENDED_TTL_S, b""]
-    encode = codec.encode
-    for chunk in chunks:
-        keys += _job_keys(chunk.job_id)
-        if chunk.end is not None:
-            kind = _KIND_END
-        else:
-            kind = _KIND_RESTARTED if chunk.restarted else _KIND_TOKENS
-        facts.append((chunk.epoch, chunk.first_index, len(chunk.tokens), kind))
-        values.append(encode(chunk))
-    values[1] = encode(facts)
-    shard = names.shard_of(chunks[0].job_id)
-    keys += (names.events_channel(shard), names.open_jobs_key(shard))
-    return Call(scripts.APPEND, keys, values)
-
-
-def decode_append(reply: Sequence[int]) -> list[AppendResult]:
-    """APPEND's reply: one result for each chunk of its call, in order."""
-    return [
-        AppendResult(_STATUS[status], length, cancelled == 1)
-        for status, length, cancelled in zip(reply[::3], reply[1::3], reply[2::3], strict=True)
-    ]
-
-
 def retire_call(job_id: str) -> Call:
     """The job's offset is committed: keep its end for an hour only."""
-    return Call(scripts.RETIRE, _job_keys(job_id), [RETIRED_TTL_S])
+    return Call(scripts.RETIRE, [names.job_key(job_id)], [RETIRED_TTL_S])
 
 
 def cancel_call(job_id: str) -> Call:
     """Mark an open job."""
-    return Call(scripts.CANCEL, [names.job_key(job_id)], [])
+    keys = [names.job_key(job_id), names.cancels_key(names.shard_of(job_id))]
+    return Call(scripts.CANCEL, keys, [])
 
 
 def renew_calls(job_ids: Iterable[str], lease_ms: int) -> list[Call]:
@@ -194,9 +130,9 @@ def renew_calls(job_ids: Iterable[str], lease_ms: int) -> list[Call]:
     return [Call(scripts.RENEW, keys, [lease_ms]) for keys in by_shard.values()]
 
 
-def read_call(job_id: str) -> Call:
-    """A job and its whole log; ``decode_view`` reads the reply."""
-    return Call(scripts.READ, _job_keys(job_id), [])
+def read_call(job_id: str, after: int = -1) -> Call:
+    """A job and its log behind index ``after``; ``decode_view`` reads the reply."""
+    return Call(scripts.READ, [names.job_key(job_id)], [after])
 
 
 def decode_view(reply: Sequence[Any], after: int) -> JobView | None:
@@ -292,7 +228,3 @@ def decode_open_job(
         published=where,
         claimed_by=None if claimed_by is None else claimed_by.decode(),
     )
-
-
-def _job_keys(job_id: str) -> list[str]:
-    return [names.job_key(job_id), names.log_key(job_id)]

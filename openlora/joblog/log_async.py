@@ -9,9 +9,11 @@ import redis
 import redis.asyncio
 
 from openlora.joblog import core
+from openlora.joblog.append import append_calls, decode_append
 from openlora.joblog.clients import redis_errors
-from openlora.joblog.core import Acceptance, Call, JobView, OpenJob
+from openlora.joblog.core import Acceptance, JobView, OpenJob
 from openlora.joblog.events import EventStream
+from openlora.joblog.scripts import Call
 from openlora.protocol import codec, names
 from openlora.protocol.events import Chunk, End
 from openlora.protocol.jobs import Job
@@ -63,7 +65,7 @@ class AsyncJobLog:
         restarted, whose first chunk says so: the reader's ``after`` may be of the run that was
         lost, which the chunk's epoch tells.
         """
-        return core.decode_view((await self._run([core.read_call(job_id)]))[0], after)
+        return core.decode_view((await self._run([core.read_call(job_id, after)]))[0], after)
 
     async def finish(self, job_id: str, end: End) -> bool:
         """End an open job from here: whoever runs it is fenced. False if it had ended already.
@@ -74,8 +76,8 @@ class AsyncJobLog:
         if claim.status != "claimed":
             return False
         length = sum(len(chunk.tokens) for chunk in claim.chunks)
-        ((_, call),) = core.append_calls([Chunk(job_id, claim.epoch, length, end=end)])
-        return core.decode_append((await self._run([call]))[0])[0].status == "taken"
+        ((_, call),) = append_calls([Chunk(job_id, claim.epoch, length, end=end)])
+        return decode_append((await self._run([call]))[0])[0].status == "taken"
 
     async def claim_idempotency(
         self, tenant: str, key: str, digest: str, job_id: str

@@ -1,13 +1,13 @@
 """The Lua scripts of the job log, each with its contract. All of them run on one delivery shard.
 
-Keys of a job: ``job`` (hash) and ``log`` (list of ``Chunk`` as JSON, oldest first). Fields of the
-hash:
+A job has a hash, ``job``, and a log: a list of ``Chunk`` as JSON, oldest first, whose key is the
+hash's key with the epoch behind it (``names.log_key``). Scripts are given the hash's key alone and
+find the log's, which is in the same slot. Fields of the hash:
 
     job          the ``Job`` as JSON
     state        open | ended | discarded
     epoch        number of claims; 0 until the first one
-    length       number of tokens in the log
-    base         ``length`` at the newest claim: what is before it is an older epoch's
+    base         tokens in the log at the newest claim: what is before it is an older epoch's
     cancel       present once somebody asked to cancel
     lease_until  Redis's clock in ms; absent: the job needs nobody who watches
     deadline     Unix ms; absent: none. Workers keep to the job's own; this is for the sweeper
@@ -23,35 +23,24 @@ STORE      KEYS job, open            ARGV job ID, job JSON, lease ms (0: none), 
            A job that exists stays as it is. → 1 stored, 0 existed
 PUBLISHED  KEYS job                  ARGV topic:partition:offset
            Nothing happens to a job that is gone. → 1 | 0
-DISCARD    KEYS job, log, open       ARGV job ID, seconds to keep the tombstone
+DISCARD    KEYS job, cancels, open   ARGV job ID, seconds to keep the tombstone
            The job will not run: claims say "ended", appends "gone", reads find nothing. → 1
-CLAIM      KEYS job, log             ARGV worker ID
+CLAIM      KEYS job                  ARGV worker ID
            → {"missing"} | {"ended", epoch} | {"claimed", epoch, cancelled, chunk…}
-RECREATE   KEYS job, log, open       ARGV worker ID, job ID, job JSON, epoch, lease ms, deadline
+RECREATE   KEYS job, open            ARGV worker ID, job ID, job JSON, epoch, lease ms, deadline
            A log that is missing is opened at epoch + 1; one that is there is claimed, at an epoch
            above both. → as CLAIM
-APPEND     KEYS job1, log1, …, channel, open
-           ARGV seconds to keep ended jobs, JSON [[epoch, first index, tokens, kind], …], chunk1, …
-           kind: 0 tokens, 1 end, 2 restarted. Per chunk, in order:
-             no such job, or discarded                           gone
-             another epoch                                       fenced
-             no tokens and kind 0                                taken: a probe, nothing is written
-             first index = length, job open                      taken: logged and published
-             all of it within base..length (and the job ended,   taken: a repeat, not logged and
-               if it is an end)                                    not published again
-             anything else                                       gap
-           The taken chunks are published as one JSON array. Not publishing repeats is safe: pub/sub
-           may lose any message, and readers who miss an index read the log.
-           → {status, length, cancelled, …}, three integers for each chunk
-RETIRE     KEYS job, log             ARGV seconds
+APPEND     see append.py
+RETIRE     KEYS job                  ARGV seconds
            Shortens the life of an ended job. → 1 | 0
-CANCEL     KEYS job
+CANCEL     KEYS job, cancels
            Marks an open job; its worker learns it from the next append or claim. → 1 marked,
            0 not open
 RENEW      KEYS job1, …              ARGV lease ms
            Open jobs that have a lease get a new one. → number renewed
-READ       KEYS job, log
-           → {} | {job JSON, epoch, cancelled, chunk…}
+READ       KEYS job                  ARGV index
+           The chunks that hold an index above it, and maybe some before them; of a log that was
+           restarted all. → {} | {job JSON, epoch, cancelled, chunk…}
 ONCE       KEYS key                  ARGV value, seconds to live
            The first value wins. → {value that won}
 RELEASE    KEYS key                  ARGV start of the value
@@ -66,6 +55,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from hashlib import sha1
 
+import msgspec
+
 
 @dataclass(frozen=True)
 class Script:
@@ -79,6 +70,19 @@ class Script:
         return sha1(self.source.encode(), usedforsecurity=False).hexdigest()
 
 
+class Call(msgspec.Struct, frozen=True):
+    """One script with its keys and arguments."""
+
+    script: Script
+    keys: list[str]
+    args: list[bytes | str | int]
+
+    @property
+    def evalsha(self) -> list[bytes | str | int]:
+        """Arguments of EVALSHA."""
+        return [self.script.sha, len(self.keys), *self.keys, *self.args]
+
+
 _TIME = """
 local function now_ms()
     local time = redis.call('TIME')
@@ -88,19 +92,31 @@ end
 
 # SPUBLISH (Redis 7) reaches one shard of a cluster instead of every node. The server itself says
 # whether it has it, so publishers need no state; subscribers ask when they connect.
-_PUBLISH = """
+PUBLISH = """
 local function publish(channel, message)
     local reply = redis.pcall('SPUBLISH', channel, message)
     if type(reply) == 'table' and reply.err then redis.call('PUBLISH', channel, message) end
 end
 """
 
-_CANCELLED = (
+JOB_STATE = (
     _TIME
     + """
 local function is_cancelled(cancel, lease_until, now)
     if cancel or (lease_until and now > tonumber(lease_until)) then return 1 end
     return 0
+end
+local function log_of(job, epoch)
+    return job .. ':log:' .. epoch
+end
+local function length_with(chunk)
+    local fields = cjson.decode(chunk)
+    return fields[3] + #fields[4]
+end
+local function entries_and_length(log)
+    local last = redis.call('LINDEX', log, -1)
+    if not last then return 0, 0 end
+    return redis.call('LLEN', log), length_with(last)
 end
 """
 )
@@ -110,7 +126,7 @@ STORE = Script(
     + """
 if redis.call('EXISTS', KEYS[1]) == 1 then return 0 end
 local now = now_ms()
-redis.call('HSET', KEYS[1], 'job', ARGV[2], 'state', 'open', 'epoch', 0, 'length', 0, 'base', 0)
+redis.call('HSET', KEYS[1], 'job', ARGV[2], 'state', 'open', 'epoch', 0, 'base', 0)
 if ARGV[3] ~= '0' then redis.call('HSET', KEYS[1], 'lease_until', now + ARGV[3]) end
 if ARGV[4] ~= '0' then redis.call('HSET', KEYS[1], 'deadline', ARGV[4]) end
 redis.call('ZADD', KEYS[2], now, ARGV[1])
@@ -127,8 +143,12 @@ return 1
 )
 
 DISCARD = Script(
-    """
-redis.call('DEL', KEYS[1], KEYS[2])
+    JOB_STATE
+    + """
+local epoch = redis.call('HGET', KEYS[1], 'epoch')
+if epoch then redis.call('DEL', log_of(KEYS[1], epoch)) end
+redis.call('DEL', KEYS[1])
+redis.call('SREM', KEYS[2], ARGV[1])
 redis.call('ZREM', KEYS[3], ARGV[1])
 redis.call('HSET', KEYS[1], 'state', 'discarded')
 redis.call('EXPIRE', KEYS[1], ARGV[2])
@@ -137,16 +157,22 @@ return 1
 )
 
 _CLAIM = (
-    _CANCELLED
+    JOB_STATE
     + """
-local function claim(job, log, worker, above)
-    local f = redis.call('HMGET', job, 'state', 'epoch', 'length', 'cancel', 'lease_until')
+local function claim(job, worker, above)
+    local f = redis.call('HMGET', job, 'state', 'epoch', 'cancel', 'lease_until')
     if not f[1] then return {'missing'} end
     if f[1] ~= 'open' then return {'ended', tonumber(f[2] or 0)} end
     local epoch = math.max(tonumber(f[2]), above) + 1
-    redis.call('HSET', job, 'epoch', epoch, 'base', f[3], 'claimed_by', worker)
+    local log = log_of(job, f[2])
     local reply = redis.call('LRANGE', log, 0, -1)
-    table.insert(reply, 1, is_cancelled(f[4], f[5], now_ms()))
+    local base = 0
+    if #reply > 0 then
+        base = length_with(reply[#reply])
+        redis.call('RENAME', log, log_of(job, epoch))
+    end
+    redis.call('HSET', job, 'epoch', epoch, 'base', base, 'claimed_by', worker)
+    table.insert(reply, 1, is_cancelled(f[3], f[4], now_ms()))
     table.insert(reply, 1, epoch)
     table.insert(reply, 1, 'claimed')
     return reply
@@ -154,78 +180,33 @@ end
 """
 )
 
-CLAIM = Script(_CLAIM + "return claim(KEYS[1], KEYS[2], ARGV[1], 0)")
+CLAIM = Script(_CLAIM + "return claim(KEYS[1], ARGV[1], 0)")
 
 RECREATE = Script(
     _CLAIM
     + """
-local reply = claim(KEYS[1], KEYS[2], ARGV[1], tonumber(ARGV[4]))
+local reply = claim(KEYS[1], ARGV[1], tonumber(ARGV[4]))
 if reply[1] ~= 'missing' then return reply end
 local now = now_ms()
 local epoch = ARGV[4] + 1
-redis.call('DEL', KEYS[2])
-redis.call('HSET', KEYS[1], 'job', ARGV[3], 'state', 'open', 'epoch', epoch, 'length', 0,
-    'base', 0, 'claimed_by', ARGV[1])
+redis.call('DEL', log_of(KEYS[1], epoch))
+redis.call('HSET', KEYS[1], 'job', ARGV[3], 'state', 'open', 'epoch', epoch, 'base', 0,
+    'claimed_by', ARGV[1])
 if ARGV[5] ~= '0' then redis.call('HSET', KEYS[1], 'lease_until', now + ARGV[5]) end
 if ARGV[6] ~= '0' then redis.call('HSET', KEYS[1], 'deadline', ARGV[6]) end
-redis.call('ZADD', KEYS[3], now, ARGV[2])
+redis.call('ZADD', KEYS[2], now, ARGV[2])
 return {'claimed', epoch, 0}
 """
 )
 
-APPEND = Script(
-    _CANCELLED
-    + _PUBLISH
-    + """
-local TAKEN, FENCED, GONE, GAP = 0, 1, 2, 3
-local END = 1
-local channel, open = KEYS[#KEYS - 1], KEYS[#KEYS]
-local now = now_ms()
-local fresh, reply = {}, {}
-for i, chunk in ipairs(cjson.decode(ARGV[2])) do
-    local job, log = KEYS[2 * i - 1], KEYS[2 * i]
-    local epoch, first, count, kind = chunk[1], chunk[2], chunk[3], chunk[4]
-    local f = redis.call('HMGET', job, 'state', 'epoch', 'length', 'base', 'cancel', 'lease_until')
-    local length = tonumber(f[3] or 0)
-    local status = GAP
-    if not f[1] or f[1] == 'discarded' then
-        status = GONE
-    elseif tonumber(f[2]) ~= epoch then
-        status = FENCED
-    elseif count == 0 and kind == 0 then
-        status = TAKEN
-    elseif f[1] == 'open' and first == length then
-        status = TAKEN
-        length = length + count
-        redis.call('RPUSH', log, ARGV[i + 2])
-        fresh[#fresh + 1] = ARGV[i + 2]
-        if kind == END then
-            redis.call('HSET', job, 'length', length, 'state', 'ended')
-            redis.call('ZREM', open, string.match(job, '[^:]+$'))
-            redis.call('EXPIRE', job, ARGV[1])
-            redis.call('EXPIRE', log, ARGV[1])
-        elseif count > 0 then
-            redis.call('HSET', job, 'length', length)
-        end
-    elseif first >= tonumber(f[4]) and first + count <= length
-        and (kind ~= END or f[1] == 'ended') then
-        status = TAKEN
-    end
-    reply[3 * i - 2] = status
-    reply[3 * i - 1] = length
-    reply[3 * i] = is_cancelled(f[5], f[6], now)
-end
-if #fresh > 0 then publish(channel, '[' .. table.concat(fresh, ',') .. ']') end
-return reply
-"""
-)
-
 RETIRE = Script(
-    """
-if redis.call('HGET', KEYS[1], 'state') ~= 'ended' then return 0 end
+    JOB_STATE
+    + """
+local f = redis.call('HMGET', KEYS[1], 'state', 'epoch')
+if f[1] ~= 'ended' then return 0 end
 if redis.call('TTL', KEYS[1]) > tonumber(ARGV[1]) then
     redis.call('EXPIRE', KEYS[1], ARGV[1])
-    redis.call('EXPIRE', KEYS[2], ARGV[1])
+    redis.call('EXPIRE', log_of(KEYS[1], f[2]), ARGV[1])
 end
 return 1
 """
@@ -235,6 +216,7 @@ CANCEL = Script(
     """
 if redis.call('HGET', KEYS[1], 'state') ~= 'open' then return 0 end
 redis.call('HSET', KEYS[1], 'cancel', 1)
+redis.call('SADD', KEYS[2], string.match(KEYS[1], '[^:]+$'))
 return 1
 """
 )
@@ -256,11 +238,21 @@ return renewed
 )
 
 READ = Script(
-    _CANCELLED
+    JOB_STATE
     + """
+local PAGE = 64
 local f = redis.call('HMGET', KEYS[1], 'state', 'job', 'epoch', 'cancel', 'lease_until')
 if not f[1] or f[1] == 'discarded' then return {} end
-local reply = redis.call('LRANGE', KEYS[2], 0, -1)
+local log, after, start = log_of(KEYS[1], f[3]), tonumber(ARGV[1]), 0
+local oldest = after >= 0 and redis.call('LINDEX', log, 0)
+if oldest and not cjson.decode(oldest)[6] then
+    start = redis.call('LLEN', log)
+    repeat
+        start = math.max(0, start - PAGE)
+        local first_index = cjson.decode(redis.call('LINDEX', log, start))[3]
+    until start == 0 or first_index <= after + 1
+end
+local reply = redis.call('LRANGE', log, start, -1)
 table.insert(reply, 1, is_cancelled(f[4], f[5], now_ms()))
 table.insert(reply, 1, tonumber(f[3]))
 table.insert(reply, 1, f[2])

@@ -18,7 +18,7 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from openlora.joblog import AppendResult, Claim, JobLog, core, redis_client
+from openlora.joblog import ASK, AppendResult, Claim, JobLog, core, redis_client
 from openlora.protocol import codec, names
 from openlora.protocol.events import Chunk
 from openlora.protocol.jobs import Job
@@ -54,7 +54,7 @@ class ModelJob:
         is_new = False
         end = chunk.first_index + len(chunk.tokens)
         if self.state == "discarded":
-            return AppendResult("gone", 0, False), False
+            return AppendResult("gone", 0, False, 0), False
         if chunk.epoch != self.epoch:
             status = "fenced"
         elif not chunk.tokens and chunk.end is None and not chunk.restarted:
@@ -69,7 +69,7 @@ class ModelJob:
             status = "gap" if is_late_end else "taken"
         else:
             status = "gap"
-        return AppendResult(status, self.length, self.cancelled), is_new
+        return AppendResult(status, self.length, self.cancelled, len(self.chunks)), is_new
 
 
 class LogMachine(RuleBasedStateMachine):
@@ -85,6 +85,7 @@ class LogMachine(RuleBasedStateMachine):
         self.jobs = [a_job(leased=False) for _ in range(2)]
         self.known: dict[int, ModelJob] = {}
         self.sent: list[Chunk] = []
+        self.known_entries: list[int] = []
         self.pubsub = self.redis.pubsub(ignore_subscribe_messages=True)
         self.pubsub.ssubscribe(names.events_channel(SHARD))
         self.pubsub.get_message(timeout=1)
@@ -134,14 +135,15 @@ class LogMachine(RuleBasedStateMachine):
                 st.integers(0, 3),
                 seldom,
                 seldom,
+                st.sampled_from([0] * 4 + [-1, 1, None]),  # entries, from the log's; None asks
             ),
             min_size=1,
             max_size=4,
         )
     )
     def append(self, wanted) -> None:
-        chunks = []
-        for which, epoch, first, count, end, restarted in wanted:
+        chunks, off = [], []
+        for which, epoch, first, count, end, restarted, known in wanted:
             model = self.known.get(which) or ModelJob(self.jobs[which])
             first_index = max(0, model.length + first)
             chunks.append(
@@ -154,27 +156,43 @@ class LogMachine(RuleBasedStateMachine):
                     restarted=restarted,
                 )
             )
-        self._append(chunks)
+            off.append(known)
+        self._append(chunks, off)
 
     @rule()
     @precondition(lambda self: self.sent)
     def repeat(self) -> None:
         """The reply was lost: the same call again."""
-        self._append(self.sent)
+        self._append(self.sent, [None] * len(self.sent), self.known_entries)
 
-    def _append(self, chunks: list[Chunk]) -> None:
-        self.sent = chunks
-        expected, published = [], []
-        for chunk in chunks:
+    def _append(
+        self, chunks: list[Chunk], off: list[int | None], repeated: list[int] | None = None
+    ) -> None:
+        """``off``: how wrong the caller is about the log's entries; None: it does not know."""
+        entries: list[int] = []
+        asked, published = {}, []
+        for position, (chunk, wrong) in enumerate(zip(chunks, off, strict=True)):
             model = self.known.get([j.job_id for j in self.jobs].index(chunk.job_id))
             if model is None:
-                expected.append(AppendResult("gone", 0, False))
+                entries.append(ASK if wrong is None else max(0, wrong))
+                asked[position] = AppendResult("gone", 0, False, 0)
                 continue
+            held = len(model.chunks)
+            follows = model.state == "open" and chunk.first_index == model.length
+            known = ASK if wrong is None else max(0, held + wrong)
+            if repeated is not None:
+                known = repeated[position]
+            # who knows a log's entries knows its length and its end
+            entries.append(known if known != held or follows else ASK)
             result, is_new = model.append(chunk)
-            expected.append(result)
+            asked[position] = result
             if is_new:
                 published.append(chunk)
-        assert self.log.append(chunks) == expected
+                is_plain = bool(chunk.tokens) and chunk.end is None and not chunk.restarted
+                if is_plain and entries[-1] == held > 0 and not model.cancelled:
+                    del asked[position]  # nothing to be said of it
+        self.sent, self.known_entries = chunks, entries
+        assert self.log.extend(chunks, entries) == asked
         message = self.pubsub.get_message(timeout=1 if published else 0)
         got = () if message is None else codec.decode_chunks(message["data"])
         assert list(got) == published
@@ -207,12 +225,14 @@ class LogMachine(RuleBasedStateMachine):
         if not really:
             return
         job_id = self.jobs[which].job_id
-        self.redis.delete(names.job_key(job_id), names.log_key(job_id))
+        self.redis.delete(names.job_key(job_id), *self.redis.keys(f"{names.job_key(job_id)}:log:*"))
         self.redis.zrem(names.open_jobs_key(SHARD), job_id)
+        self.redis.srem(names.cancels_key(SHARD), job_id)
         self.known.pop(which, None)
 
     @invariant()
     def redis_holds_what_the_model_holds(self) -> None:
+        marked = {job_id.decode() for job_id in self.redis.smembers(names.cancels_key(SHARD))}
         for which, job in enumerate(self.jobs):
             view = core.decode_view(self.run(core.read_call(job.job_id)), -1)
             model = self.known.get(which)
@@ -221,8 +241,12 @@ class LogMachine(RuleBasedStateMachine):
                 continue
             end = model.chunks[-1].end if model.chunks else None
             assert view == core.JobView(job, model.epoch, tuple(model.chunks), end, model.cancelled)
-            job_ttl = self.redis.ttl(names.job_key(job.job_id))
-            assert (job_ttl == -1) == (model.state == "open")
+            is_marked = model.cancelled and model.state == "open"
+            assert (job.job_id in marked) == is_marked
+            logs = self.redis.keys(f"{names.job_key(job.job_id)}:log:*")
+            assert logs == [names.log_key(job.job_id, model.epoch).encode()] * bool(model.chunks)
+            for key in [names.job_key(job.job_id), *logs]:
+                assert (self.redis.ttl(key) == -1) == (model.state == "open")
         open_ids = self.redis.zrange(names.open_jobs_key(SHARD), 0, -1)
         assert {i.decode() for i in open_ids} == {
             model.job.job_id for model in self.known.values() if model.state == "open"

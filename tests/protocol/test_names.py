@@ -17,8 +17,8 @@ def test_a_job_lives_in_the_slot_of_its_shard(shard: int) -> None:
     assert names.is_job_id(job_id)
     assert names.shard_of(job_id) == shard
     places = [
-        *(names.job_key(job_id), names.log_key(job_id), names.open_jobs_key(shard)),
-        names.events_channel(shard),
+        *(names.job_key(job_id), names.log_key(job_id, 1), names.open_jobs_key(shard)),
+        *(names.cancels_key(shard), names.events_channel(shard)),
     ]
     assert len(set(places)) == len(places)
     assert {re.search(r"\{(.*?)\}", place).group(1) for place in places} == {f"{shard:02x}"}

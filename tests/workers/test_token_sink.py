@@ -6,13 +6,14 @@ import threading
 
 import pytest
 
-from openlora.joblog import JobLog, redis_client
+from openlora.joblog import JobLog, core, redis_client
+from openlora.protocol.codec import decode_chunk
 from openlora.protocol.events import Token
 from openlora.protocol.names import job_key, log_key
 from tests.workers.running import a_job
 from workers.offsets import Position
 from workers.run import Run
-from workers.token_sink import Stopped, TokenSink, Verdict
+from workers.token_sink import ASK_INTERVAL_S, Stopped, TokenSink, Verdict
 
 pytestmark = pytest.mark.services
 
@@ -32,8 +33,12 @@ class Bench:
         claim = self.log.recreate(job, 0, "me")
         return Run(job, 1, claim.epoch, Position(("t", 0), 0, 1), None, ())
 
+    def key(self, run):
+        epoch = int(self.redis.hget(job_key(run.job.job_id), "epoch"))
+        return log_key(run.job.job_id, epoch)
+
     def length(self, run):
-        return int(self.redis.hget(job_key(run.job.job_id), "length"))
+        return sum(len(decode_chunk(c).tokens) for c in self.redis.lrange(self.key(run), 0, -1))
 
 
 @pytest.fixture
@@ -52,20 +57,42 @@ def test_runs_go_on_end_and_count(bench):
     say(going, 2)
     say(ending, 1)
     ending.finish("length")
-    assert bench.sink.append([going, ending]) == [
-        (going, Verdict.GOES_ON),
-        (ending, Verdict.ENDED),
-    ]
+    assert bench.sink.append([going, ending]) == [(ending, Verdict.ENDED)]
     assert (going.logged, bench.sink.tokens_logged) == (2, 3)
     assert bench.length(going) == 2
 
 
 def test_a_mark_is_heard_by_a_run_with_nothing_to_say(bench):
     run = bench.run()
-    assert bench.sink.append([run]) == [(run, Verdict.GOES_ON)]
-    bench.redis.hset(job_key(run.job.job_id), "cancel", 1)
+    assert bench.sink.append([run]) == []
+    bench.log._run([core.cancel_call(run.job.job_id)])
     assert bench.sink.append([run]) == [(run, Verdict.CANCEL)]
-    assert bench.redis.llen(log_key(run.job.job_id)) == 0
+    assert bench.redis.llen(bench.key(run)) == 0
+
+
+def test_a_mark_is_heard_by_a_run_that_says_something_and_by_no_other(bench):
+    run, other = bench.run(), bench.run()
+    for _ in range(2):
+        say(run, 1)
+        say(other, 1)
+        assert bench.sink.append([run, other]) == []
+    bench.log._run([core.cancel_call(run.job.job_id)])
+    say(run, 1)
+    say(other, 1)
+    assert bench.sink.append([run, other]) == [(run, Verdict.CANCEL)]
+    assert (bench.length(run), bench.length(other)) == (3, 3)
+
+
+def test_a_lease_that_ran_out_is_heard_within_the_interval_at_which_runs_ask(bench):
+    run = bench.run()
+    say(run, 1)
+    assert bench.sink.append([run]) == []
+    bench.redis.hset(job_key(run.job.job_id), "lease_until", 1)
+    say(run, 1)
+    assert bench.sink.append([run]) == []
+    run.last_heard -= ASK_INTERVAL_S
+    say(run, 1)
+    assert bench.sink.append([run]) == [(run, Verdict.CANCEL)]
 
 
 def test_one_fenced_run_fails_alone(bench):
@@ -73,11 +100,19 @@ def test_one_fenced_run_fails_alone(bench):
     bench.log.claim([fenced.job.job_id], "another")
     say(fenced, 1)
     say(other, 1)
-    assert bench.sink.append([fenced, other]) == [
-        (fenced, Verdict.MOVED),
-        (other, Verdict.GOES_ON),
-    ]
-    assert bench.length(fenced) == 0
+    assert bench.sink.append([fenced, other]) == [(fenced, Verdict.MOVED)]
+    assert (bench.length(fenced), bench.length(other)) == (0, 1)
+
+
+def test_a_run_in_mid_stream_is_fenced_at_its_next_token(bench):
+    run = bench.run()
+    for _ in range(2):
+        say(run, 1)
+        assert bench.sink.append([run]) == []
+    bench.log.claim([run.job.job_id], "another")
+    say(run, 1)
+    assert bench.sink.append([run]) == [(run, Verdict.MOVED)]
+    assert bench.length(run) == 2
 
 
 def test_what_a_restored_log_lacks_is_sent_again(bench):
@@ -85,10 +120,9 @@ def test_what_a_restored_log_lacks_is_sent_again(bench):
     for _ in range(3):
         say(run, 1)
         bench.sink.append([run])
-    bench.redis.rpop(log_key(run.job.job_id))
-    bench.redis.hset(job_key(run.job.job_id), "length", 2)
+    bench.redis.rpop(bench.key(run))
     say(run, 1)
-    assert bench.sink.append([run]) == [(run, Verdict.GOES_ON)]
+    assert bench.sink.append([run]) == []
     assert bench.length(run) == 4
 
 
@@ -100,7 +134,7 @@ def test_the_owner_opens_a_lost_log_anew_and_others_do_not(bench):
     epoch = mine.epoch
     bench.redis.flushall()
     say(mine, 1)
-    assert bench.sink.append([mine]) == [(mine, Verdict.GOES_ON)]
+    assert bench.sink.append([mine]) == []
     assert mine.epoch > epoch
     assert bench.length(mine) == 3
     bench.is_owner = False
