@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from openlora.commands.config import UpConfig
-from openlora.commands.memory import available_memory
+from openlora.engine.host_memory import available_memory
 from openlora.errors import SetupError
 
 SERVE_PACKAGES = (

@@ -22,7 +22,7 @@ from pathlib import Path
 
 from openlora import __version__
 from openlora.commands.checks import ENGINE_PACKAGES, SERVE_PACKAGES, missing_packages
-from openlora.commands.memory import available_memory
+from openlora.engine.host_memory import available_memory
 from openlora.errors import SetupError
 
 # Distribution names where they differ from the import name.

@@ -6,9 +6,7 @@ import argparse
 import socket
 import subprocess
 import sys
-from types import SimpleNamespace
 
-import psutil
 import pytest
 
 from openlora.commands.checks import (
@@ -48,7 +46,7 @@ def test_a_host_that_is_none_is_named():
 
 
 def test_too_little_memory_is_told_with_both_numbers(monkeypatch):
-    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=10**9))
+    monkeypatch.setattr("openlora.commands.checks.available_memory", lambda: 10**9)
 
     with pytest.raises(SetupError) as raised:
         check_memory(up("--workers", "2"), 10**9)

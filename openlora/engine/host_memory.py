@@ -1,7 +1,8 @@
-"""How much memory this process and its children may still take."""
+"""How much memory this process and its children may still take. Stdlib only."""
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 _UNLIMITED = 1 << 60
@@ -13,9 +14,16 @@ def available_memory(root: Path = Path("/")) -> int:
 
     ``root``: of the file system that holds /proc and /sys.
     """
-    import psutil
+    return min([_machine_room(root), *cgroup_rooms(root)])
 
-    return min([int(psutil.virtual_memory().available), *cgroup_rooms(root)])
+
+def _machine_room(root: Path) -> int:
+    for line in _lines(root / "proc/meminfo"):
+        name, _, value = line.partition(":")
+        if name == "MemAvailable":
+            return int(value.split()[0]) * 1024
+    # No Linux: what the machine has, for nothing in the standard library says what is free.
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def cgroup_rooms(root: Path) -> list[int]:
