@@ -158,7 +158,8 @@ class Connection:
         job_id = await self._intake.commit(job, draft)
         if job_id == job.job_id:
             self._accept(follower, job)
-            follower.begin()
+            if follower.begin():
+                follower.finish()
         else:
             self._drop(request_id)
             await self._resume(request_id, job_id, -1)
@@ -166,8 +167,7 @@ class Connection:
     async def _resume(self, request_id: str, job_id: str, after: int) -> None:
         # subscribed before the log is read: nothing can fall between the two
         follower = await self._follow(request_id, job_id, after + 1)
-        # what is dropped from here on may be lacking in what is read
-        follower.missed = False
+        follower.begin_read()
         view = await self._log.read(job_id)
         if view is None or view.job.tenant != self._tenant:
             raise JobNotFound(f"job {job_id!r} is not known; it never was, or its log has expired")

@@ -17,6 +17,11 @@ from openlora.joblog import JobView
 from openlora.protocol.events import Chunk
 
 MAX_QUEUED_FRAMES = 1024
+MAX_HELD_CHUNKS = 64
+"""Events of a stream that wait for `accepted`, or for its log to be read, before they are dropped
+(and the log read once more)."""
+
+_FLOWING, _HOLDING, _DROPPING = range(3)
 
 
 class FrameWriter(Protocol):
@@ -120,6 +125,9 @@ class Outbox:
 class Follower:
     """One client stream following one job.
 
+    Events *flow* to the client; are *held* until they may follow what comes first (`accepted`,
+    or what the log is being read for); or are *dropped* while a slow client's outbox drains.
+
     Attributes:
         finish: called by the relay when the last frame is in the outbox.
         leased: the job lives as long as somebody follows it.
@@ -128,8 +136,9 @@ class Follower:
     """
 
     __slots__ = (
-        "_lagging",
+        "_held",
         "_metrics",
+        "_state",
         "finish",
         "leased",
         "log_lost_at",
@@ -152,46 +161,68 @@ class Follower:
         self.missed = False
         self.log_lost_at: float | None = None
         # Nothing may overtake `accepted`: events wait until `begin`.
-        self._lagging = True
+        self._state = _HOLDING
+        self._held: list[Chunk] = []
         self._metrics = metrics
 
-    def begin(self) -> None:
-        """``accepted`` is queued: events may follow it; what came before is read from the log."""
-        if self.missed:
-            self.lag()
-        else:
-            self._lagging = False
+    def begin(self) -> bool:
+        """``accepted`` is queued: events may follow it; True where the stream ended with them."""
+        return self._flow_on()
 
     def miss(self) -> None:
         """Events were lost on the way: the log knows them."""
         self.missed = True
-        if not self._lagging:
+        if self._state == _FLOWING:
             self.lag()
 
     def lag(self) -> None:
         """From now on the log is what counts, until the sender has read it."""
-        self._lagging = True
+        self._state = _DROPPING
+        self._held.clear()
         self.outbox.lagging[self] = None
         self.outbox.wake()
+
+    def begin_read(self) -> None:
+        """The log is read now: what comes meanwhile may be lacking there, and is kept."""
+        self.missed = False
+        self._state = _HOLDING
 
     def take(self, chunk: Chunk) -> bool:
         """An event from the shard's channel; True where it was the stream's last.
 
         Its frames are in the outbox then, which the caller flushes.
         """
-        if self._lagging:
-            self.missed = True
-            self._metrics.events_dropped.inc()
+        if self._state != _FLOWING:
+            self._keep(chunk)
             return False
         outbox = self.outbox
         if len(outbox.frames) >= MAX_QUEUED_FRAMES:
             outbox.flush()
         frames = outbox.frames
         if len(frames) >= MAX_QUEUED_FRAMES or not self.stream.feed(chunk, frames):
-            self.missed = True
             self._metrics.events_dropped.inc()
             self.lag()
             return False
+        return self.stream.end is not None
+
+    def _keep(self, chunk: Chunk) -> None:
+        if self._state == _HOLDING and len(self._held) < MAX_HELD_CHUNKS and not self.missed:
+            self._held.append(chunk)
+        else:
+            self.missed = True
+            self._held.clear()
+            self._metrics.events_dropped.inc()
+
+    def _flow_on(self) -> bool:
+        """Lets go of what was held; True where that ended the stream."""
+        if self.missed:
+            self.lag()
+            return False
+        self._state = _FLOWING
+        held, self._held = self._held, []
+        for chunk in held:
+            self.take(chunk)
+        self.outbox.flush()
         return self.stream.end is not None
 
     def catch_up(self, view: JobView | None, *, whole: bool) -> bool:
@@ -211,9 +242,4 @@ class Follower:
                 self.stream.feed_logged(chunk, self.outbox.frames)
             self._metrics.tokens_refilled.inc(max(0, self.stream.next_index - before))
         # A lost log is opened anew by the job's worker; its first event says so.
-        if self.missed:
-            self.lag()
-        else:
-            self._lagging = False
-        self.outbox.flush()
-        return self.stream.end is not None
+        return self._flow_on() or self.stream.end is not None

@@ -116,7 +116,7 @@ class Relay:
         whether it is still the one that the stream was in.
         """
         stream = follower.stream
-        follower.missed = False
+        follower.begin_read()
         self._metrics.log_reads.inc()
         try:
             view = await self._log.read(stream.job_id, after=stream.next_index - 1)

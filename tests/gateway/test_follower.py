@@ -9,7 +9,7 @@ from typing import Any
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gateway.follower import MAX_QUEUED_FRAMES, Follower, Outbox
+from gateway.follower import MAX_HELD_CHUNKS, MAX_QUEUED_FRAMES, Follower, Outbox
 from gateway.metrics import Metrics
 from gateway.stream import TokenStream
 from openlora.joblog import JobView
@@ -46,15 +46,35 @@ def indices(frames: list[dict[str, Any]]) -> list[int]:
     return [frame["index"] for frame in frames if frame["type"] == "token"]
 
 
-def test_nothing_overtakes_accepted_and_what_came_before_is_read() -> None:
+def test_nothing_overtakes_accepted_and_what_came_before_is_kept() -> None:
     follower, log = new_follower(), chunks(3)
-    assert not follower.take(log[0])
+    for chunk in log[:2]:
+        assert not follower.take(chunk)
     assert follower.outbox.frames == []
-    follower.begin()
-    assert list(follower.outbox.lagging) == [follower]
-    follower.missed = False
-    follower.catch_up(view(log[:2]), whole=True)
+    assert not follower.begin()
+    assert not follower.outbox.lagging
     assert indices(drain(follower)) == [0, 1]
+    assert not follower.take(log[2])
+    assert follower.take(log[3])
+
+
+def test_a_job_that_ends_before_it_is_accepted() -> None:
+    follower, log = new_follower(), chunks(1)
+    for chunk in log:
+        follower.take(chunk)
+    assert follower.begin()
+    assert [frame["type"] for frame in drain(follower)] == ["token", "done"]
+
+
+def test_what_is_more_than_may_be_kept_is_read() -> None:
+    follower, log = new_follower(), chunks(MAX_HELD_CHUNKS + 1)
+    for chunk in log:
+        follower.take(chunk)
+    assert not follower.begin()
+    assert list(follower.outbox.lagging) == [follower]
+    follower.begin_read()
+    assert follower.catch_up(view(log), whole=True)
+    assert indices(drain(follower)) == [*range(MAX_HELD_CHUNKS + 1)]
 
 
 def test_a_follower_that_missed_nothing_reads_nothing() -> None:
@@ -75,40 +95,54 @@ def test_a_full_outbox_takes_no_more_tokens() -> None:
         seen += indices(drain(follower))
         assert follower in follower.outbox.lagging
         del follower.outbox.lagging[follower]
-        follower.missed = False
+        follower.begin_read()
         follower.catch_up(view(log, follower.stream.next_index - 1), whole=False)
         assert len(follower.outbox.frames) <= MAX_QUEUED_FRAMES + 1
     seen += indices(drain(follower))
     assert seen == [*range(3 * MAX_QUEUED_FRAMES)]
 
 
-def test_an_event_missed_while_the_log_is_read_leads_to_another_read() -> None:
+def test_an_event_that_comes_while_the_log_is_read_follows_what_was_read() -> None:
     follower, log = new_follower(), chunks(2)
     follower.begin()
     follower.lag()
     del follower.outbox.lagging[follower]
-    follower.missed = False
+    follower.take(log[0])  # dropped: the log has it by the time it is read
+    follower.begin_read()
     old = view(log[:1])
     follower.take(log[1])  # published after the log was read, before the answer is looked at
-    follower.catch_up(old, whole=True)
-    assert follower in follower.outbox.lagging
+    assert not follower.catch_up(old, whole=True)
+    assert not follower.outbox.lagging
+    assert indices(drain(follower)) == [0, 1]
 
 
-@given(st.lists(st.sampled_from(["event", "lost", "drain", "read"]), max_size=60))
+@given(st.lists(st.sampled_from(["event", "lost", "drain", "read", "begin_read"]), max_size=60))
 def test_in_any_order_of_events_losses_and_reads_each_token_comes_once(steps: list[str]) -> None:
     follower, log = new_follower(), chunks(60)
     follower.begin()
     frames: list[dict[str, Any]] = []
     published = 0
+    answer: JobView | None = None  # of a read whose answer is on its way
     for step in steps:
         if step == "drain":
             frames += drain(follower)
+        elif step == "begin_read":
+            if answer is None and follower in follower.outbox.lagging:
+                del follower.outbox.lagging[follower]
+                follower.begin_read()
+                answer = view(log[:published], follower.stream.next_index - 1)
         elif step == "read":
-            _read(follower, log[:published])
+            if answer is not None:
+                follower.catch_up(answer, whole=False)
+                answer = None
+            else:
+                _read(follower, log[:published])
         else:
             if step == "event":
                 follower.take(log[published])
             published += 1
+    if answer is not None:
+        follower.catch_up(answer, whole=False)
     follower.miss()  # as after a reconnect
     _read(follower, log)
     frames += drain(follower)
@@ -119,7 +153,7 @@ def test_in_any_order_of_events_losses_and_reads_each_token_comes_once(steps: li
 def _read(follower: Follower, log: list[Chunk]) -> None:
     if follower in follower.outbox.lagging:
         del follower.outbox.lagging[follower]
-        follower.missed = False
+        follower.begin_read()
         follower.catch_up(view(log, follower.stream.next_index - 1), whole=False)
 
 
