@@ -21,6 +21,7 @@ COMMANDS = {
     "up": ("openlora.commands.up", "start everything: brokers, workers, gateway"),
     "gateway": ("openlora.commands.gateway", "run one gateway"),
     "worker": ("openlora.commands.worker", "run one worker"),
+    "producer": ("openlora.commands.producer", "run one producer: batches, as a Celery worker"),
     "brokers": ("openlora.commands.brokers", "run the embedded Kafka broker and Redis server"),
     "chat": ("openlora.commands.chat", "chat in the terminal"),
     "adapters": ("openlora.commands.adapters", "add, list, show and remove adapters"),

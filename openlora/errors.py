@@ -8,6 +8,8 @@
     ├── UnknownAdapter        unknown_adapter 404
     ├── UnknownModel          unknown_model 404
     ├── JobNotFound           job_not_found 404
+    ├── FileNotFound          file_not_found 404
+    ├── BatchNotFound         batch_not_found 404
     ├── PayloadTooLarge       payload_too_large 413
     ├── AdapterFailed         adapter_failed 422
     ├── RateLimited           rate_limited 429, carries retry_after_ms
@@ -91,6 +93,20 @@ class JobNotFound(OpenLoRAError):
     status = 404
 
 
+class FileNotFound(OpenLoRAError):
+    """No file of this ID is known (or none of this tenant)."""
+
+    code = "file_not_found"
+    status = 404
+
+
+class BatchNotFound(OpenLoRAError):
+    """No batch of this ID is known (or none of this tenant)."""
+
+    code = "batch_not_found"
+    status = 404
+
+
 class PayloadTooLarge(OpenLoRAError):
     """A frame or body is over the size limit."""
 
@@ -153,6 +169,8 @@ _BY_CODE: dict[str, type[OpenLoRAError]] = {
         UnknownAdapter,
         UnknownModel,
         JobNotFound,
+        FileNotFound,
+        BatchNotFound,
         PayloadTooLarge,
         AdapterFailed,
         RateLimited,

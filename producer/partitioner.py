@@ -7,8 +7,10 @@ spread over the partitions.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from openlora.protocol import names
-from openlora.protocol.jobs import Job
+from openlora.protocol.jobs import AdapterRef, Job
 
 _SEED = 0x9747B28C
 _M = 0x5BD1E995
@@ -24,9 +26,14 @@ def topic_of(job: Job) -> str:
 def key_of(job: Job) -> bytes | None:
     """The message key; None for the base model. An ensemble goes by its adapter of largest
     absolute weight, ties by smallest ID."""
-    if not job.adapters:
+    return key_of_adapters(job.adapters)
+
+
+def key_of_adapters(adapters: Sequence[AdapterRef]) -> bytes | None:
+    """The same for adapters alone: what a bundle of lines shares."""
+    if not adapters:
         return None
-    return min(job.adapters, key=lambda ref: (-abs(ref.weight), ref.id)).id.encode()
+    return min(adapters, key=lambda ref: (-abs(ref.weight), ref.id)).id.encode()
 
 
 def partition_of(key: bytes, num_partitions: int) -> int:

@@ -14,9 +14,11 @@ from kafka.errors import KafkaError, TopicAlreadyExistsError
 
 from openlora.errors import SetupError
 from openlora.protocol import names
+from openlora.protocol.bulk import RESULTS_TOPIC
 from openlora.protocol.status import Heartbeat
 
 DEFAULT_PARTITIONS = 32
+RESULTS_PARTITIONS = 4
 _TIMEOUT_MS = 10_000
 
 _logger = logging.getLogger(__name__)
@@ -45,6 +47,8 @@ class TopicKeeper:
         self._partitions = dict.fromkeys(names.JOB_TOPICS, partitions)
         # Few messages, read by people: one partition keeps them in order.
         self._partitions[names.DEAD_TOPIC] = 1
+        # Bundles of answers, for whichever collector is there: a few keep several of them busy.
+        self._partitions[RESULTS_TOPIC] = RESULTS_PARTITIONS
         self._admin: Any = self._connect()
 
     def __enter__(self) -> TopicKeeper:

@@ -7,10 +7,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from openlora.adapters.store import AdapterStore
-from openlora.joblog import JobLog
+from openlora.joblog import JobLog, redis_client
 from workers.admission import Admission
 from workers.backlog import Fetched
 from workers.budgets import Budgets
+from workers.bulk import BulkLane
+from workers.bulk_outlet import BulkOutlet
 from workers.config import WorkerConfig
 from workers.consumer import JobConsumer
 from workers.dead_letters import DeadLetters
@@ -33,6 +35,7 @@ class Parts:
     consumer: JobConsumer
     loop: WorkerLoop
     dead_letters: DeadLetters
+    bulk: BulkLane
 
     def admission(self, tokenizer: PromptTokenizer, facts: ModelFacts) -> Admission:
         """How messages become runs, once model and tokenizer are loaded."""
@@ -40,6 +43,7 @@ class Parts:
         def end_position(fetched: Fetched, job_id: str | None) -> None:
             self.consumer.end(fetched.position, job_id)
 
+        self.bulk.prepare(tokenizer, facts)
         return Admission(
             worker_id=self.config.worker_id,
             job_log=self.job_log,
@@ -86,4 +90,16 @@ def assemble(
     sink = TokenSink(job_log, config.worker_id, stop_now, owns)
     loop = WorkerLoop(engine, sink, consumer, job_log.retire)
     dead_letters = DeadLetters(config.kafka, config.worker_id, on_dead_letter_written)
-    return Parts(config, engine, job_log, sink, consumer, loop, dead_letters)
+    bulk = BulkLane(
+        config.worker_id,
+        engine,
+        BulkOutlet(config.kafka, redis_client(config.redis)),
+        dead_letters,
+        AdapterStore(config.store),
+        budget=config.batch_budget,
+        owns=consumer.owns,
+        end_position=lambda position: consumer.end(position, None),
+        next_ticket=loop.next_ticket,
+    )
+    loop.set_bulk(bulk)
+    return Parts(config, engine, job_log, sink, consumer, loop, dead_letters, bulk)

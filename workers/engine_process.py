@@ -36,7 +36,7 @@ from workers.messages import (
     Start,
     StepOutputs,
 )
-from workers.scripted_engine import ScriptedEngine
+from workers.scripted_engine import SCRIPTED_SEATS, ScriptedEngine
 
 if TYPE_CHECKING:
     from openlora.engine import Engine
@@ -190,6 +190,7 @@ def _facts(engine: Engine | ScriptedEngine) -> ModelFacts:
         hidden_size=info.hidden_size,
         max_lora_rank=getattr(info, "max_lora_rank", 0),
         attention_backend=info.attention_backend,
+        max_num_seqs=engine.config.max_num_seqs if hasattr(engine, "config") else SCRIPTED_SEATS,
     )
 
 

@@ -160,6 +160,7 @@ class Worker:
         left = parts.consumer.wait_left(0 if at_once else LEAVE_TIMEOUT_S)
         logger.info("event=group_left clean=%s next=remove_heartbeat", left)
         parts.dead_letters.close(0 if at_once else DEAD_LETTERS_TIMEOUT_S)
+        parts.bulk.outlet.close(0 if at_once else DEAD_LETTERS_TIMEOUT_S)
         heartbeats.remove()
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:

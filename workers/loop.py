@@ -20,6 +20,7 @@ from openlora.errors import DeadlineExceeded, error_from_code
 from openlora.protocol.codec import encode
 from workers.admission import Admission
 from workers.backlog import Fetched
+from workers.bulk import BulkLane, is_bundle
 from workers.consumer import JobConsumer
 from workers.dead_letters import unrunnable
 from workers.engine_client import EngineClient
@@ -53,6 +54,7 @@ class WorkerLoop:
         self._consumer = consumer
         self._retire_jobs = retire
         self._admission: Admission | None = None
+        self._bulk: BulkLane | None = None
         self._runs: dict[int, Run] = {}
         self._by_job: dict[str, Run] = {}
         self._deadlines: list[tuple[int, int]] = []
@@ -72,6 +74,10 @@ class WorkerLoop:
         """How messages become runs; once, before the first turn."""
         self._admission = admission
 
+    def set_bulk(self, lane: BulkLane) -> None:
+        """Who runs bundles of lines; once, before the first turn."""
+        self._bulk = lane
+
     def next_ticket(self) -> int:
         """A number no run has had."""
         return next(self._tickets)
@@ -83,7 +89,11 @@ class WorkerLoop:
 
     def deliver(self, batch: Iterable[Fetched]) -> None:
         """Messages to admit. Thread-safe."""
-        self._inbox.extend(batch)
+        for fetched in batch:
+            if self._bulk is not None and is_bundle(fetched):
+                self._bulk.deliver((fetched,))
+            else:
+                self._inbox.append(fetched)
         self.wake()
 
     def retire(self, job_ids: list[str]) -> None:
@@ -100,6 +110,8 @@ class WorkerLoop:
     def drop_inbox(self) -> None:
         """Leave messages that were not admitted yet to the next owner: their offsets stay open."""
         self._inbox.clear()
+        if self._bulk is not None:
+            self._bulk.drop_all()
 
     def turn(self, timeout_s: float) -> None:
         """Wait for events for ``timeout_s`` at most, then handle all of them once.
@@ -108,12 +120,18 @@ class WorkerLoop:
             EngineGone: the engine process has ended.
             Stopped: the worker must stop now and Redis does not answer.
         """
-        self._wait(0.0 if self._inbox else min(timeout_s, self._until_deadline()))
+        bulk = self._bulk
+        is_busy = self._inbox or (bulk is not None and bulk.could_admit(self.open_runs))
+        self._wait(0.0 if is_busy else min(timeout_s, self._until_deadline()))
         steps = self._engine.receive()
         if steps:
             self._emit(steps)
+            if bulk is not None:
+                bulk.take(steps)
         if self._inbox:
             self._admit()
+        elif bulk is not None and not bulk.is_idle:
+            bulk.refill(self.open_runs)
         self._end_overdue()
         if time.monotonic() >= self._probe_due:
             self._probe()
@@ -175,7 +193,7 @@ class WorkerLoop:
                 if verdict is Verdict.CANCEL:
                     run.finish("cancelled")
                     runs.append(run)
-                elif verdict is not Verdict.GOES_ON:
+                else:
                     self._forget(run, ended=verdict is Verdict.ENDED)
 
     def _forget(self, run: Run, *, ended: bool) -> None:

@@ -34,6 +34,7 @@ class ModelFacts(msgspec.Struct, frozen=True, array_like=True, tag="facts"):
     hidden_size: int
     max_lora_rank: int
     attention_backend: str
+    max_num_seqs: int = 64
 
 
 class LoadProgress(msgspec.Struct, frozen=True, array_like=True, tag="loading"):

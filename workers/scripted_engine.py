@@ -19,6 +19,8 @@ CLOCK_TICKS = 1 << 15
 
 SCRIPTED_VOCAB_SIZE = CLOCK_TICKS
 SCRIPTED_MODEL_LEN = 1 << 17
+SCRIPTED_SEATS = 512
+"""It has no limit; what is said to those who plan by one."""
 
 
 def clock_token(now_ns: int) -> int:

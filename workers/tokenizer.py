@@ -3,13 +3,25 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from openlora.errors import InvalidRequest, SetupError
-from openlora.protocol.jobs import Job
+from openlora.protocol.jobs import Message
 
 if TYPE_CHECKING:
     import tokenizers
+
+
+class Prompted(Protocol):
+    """What asks for a completion: a job, or a line of a bundle."""
+
+    @property
+    def prompt(self) -> str | None:
+        """A text to continue, or None."""
+
+    @property
+    def messages(self) -> tuple[Message, ...] | None:
+        """A conversation to answer, or None."""
 
 
 class PromptTokenizer:
@@ -32,7 +44,7 @@ class PromptTokenizer:
             raise SetupError(f"the tokenizer of {model} has no tokenizer.json; convert it first")
         self.backend = cast("tokenizers.Tokenizer", self._tokenizer.backend_tokenizer)
 
-    def encode(self, job: Job) -> list[int]:
+    def encode(self, job: Prompted) -> list[int]:
         """The job's prompt, or its messages in the chat template with the assistant's turn open.
 
         Raises:
@@ -47,7 +59,7 @@ class PromptTokenizer:
             raise InvalidRequest("the prompt is empty; send at least one character")
         return token_ids
 
-    def _render(self, job: Job) -> str:
+    def _render(self, job: Prompted) -> str:
         from jinja2 import TemplateError
 
         if not self._tokenizer.chat_template:

@@ -22,7 +22,8 @@ def encode(message: object) -> bytes:
     return _encoder.encode(message)
 
 
-def _decoder(kind: type[T], name: str) -> Callable[[bytes | str], T]:
+def checked_decoder(kind: type[T], name: str) -> Callable[[bytes | str], T]:
+    """A decoder of JSON to ``kind``; what is none raises InvalidRequest naming ``name``."""
     decode = msgspec.json.Decoder(kind).decode
 
     def decode_checked(data: bytes | str) -> T:
@@ -34,8 +35,8 @@ def _decoder(kind: type[T], name: str) -> Callable[[bytes | str], T]:
     return decode_checked
 
 
-decode_job = _decoder(Job, "job")
-decode_chunk = _decoder(Chunk, "chunk")
-decode_chunks = _decoder(tuple[Chunk, ...], "array of chunks")
-decode_heartbeat = _decoder(Heartbeat, "heartbeat")
-decode_adapter_record = _decoder(AdapterRecord, "adapter record")
+decode_job = checked_decoder(Job, "job")
+decode_chunk = checked_decoder(Chunk, "chunk")
+decode_chunks = checked_decoder(tuple[Chunk, ...], "array of chunks")
+decode_heartbeat = checked_decoder(Heartbeat, "heartbeat")
+decode_adapter_record = checked_decoder(AdapterRecord, "adapter record")

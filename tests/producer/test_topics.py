@@ -10,6 +10,7 @@ from kafka.admin import KafkaAdminClient
 from kafka.errors import UnknownTopicOrPartitionError
 
 from openlora.errors import SetupError
+from openlora.protocol.bulk import RESULTS_TOPIC
 from openlora.protocol.names import BATCH_TOPIC, DEAD_TOPIC, JOBS_TOPIC
 from openlora.protocol.status import PartitionStatus
 from producer.topics import (
@@ -37,7 +38,7 @@ def _delete(servers: str, topics: set[str]) -> None:
 @pytest.mark.services
 def test_topics_are_made_once_with_the_number_of_partitions(broker: Broker) -> None:
     servers = broker.bootstrap_servers
-    made = {JOBS_TOPIC: 5, BATCH_TOPIC: 5, DEAD_TOPIC: 1}
+    made = {JOBS_TOPIC: 5, BATCH_TOPIC: 5, DEAD_TOPIC: 1, RESULTS_TOPIC: 4}
     _delete(servers, set(made))
     assert ensure_topics(servers, 5) == made
     # What exists keeps its partitions: a new setting does not move anybody's adapters.
@@ -54,7 +55,11 @@ def test_topics_come_back_after_an_in_memory_broker_restarted(fresh_broker: Brok
         made = keeper.ensure()
         fresh_broker.server.kill()
         fresh_broker.server.start()
-        assert keeper.ensure() == made == {JOBS_TOPIC: 4, BATCH_TOPIC: 4, DEAD_TOPIC: 1}
+        assert (
+            keeper.ensure()
+            == made
+            == {JOBS_TOPIC: 4, BATCH_TOPIC: 4, DEAD_TOPIC: 1} | {RESULTS_TOPIC: 4}
+        )
 
 
 def test_no_broker_is_one_clear_line(port: int, monkeypatch: pytest.MonkeyPatch) -> None:

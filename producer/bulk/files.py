@@ -1,0 +1,191 @@
+"""Files of the store: inputs as they were sent, and what batches made of them.
+
+    files/<file id>                      an input, immutable
+    batches/<batch id>/chunks, ids       lines by what they run on; custom_ids  (while it runs)
+    batches/<batch id>/segments          results as they came                   (while it runs)
+    batches/<batch id>/results/NNNNNN    results of a range of lines, in their order
+
+The folder is shared by gateways and producers; what the files are is in Redis.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import secrets
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import msgspec
+import redis
+
+from openlora.errors import FileNotFound, InvalidRequest, PayloadTooLarge
+from openlora.joblog.clients import redis_errors
+from openlora.protocol.codec import encode
+from producer.bulk.records import FileRecord
+from producer.bulk.state import now_ms
+
+MAX_FILE_BYTES = 16 << 30
+_COPY_BYTES = 1 << 20
+_FAILED = b'"error":{'
+_ERROR_BYTES = 8192
+"""An error comes last in its line, and its message is cut long before this."""
+
+
+class BatchFolder:
+    """Where a batch keeps its files."""
+
+    def __init__(self, root: Path, batch_id: str) -> None:
+        self.path = root / "batches" / batch_id
+        self.segments = self.path / "segments"
+
+    def chunk(self, number: int) -> Path:
+        """Lines of a piece of the input, by bucket."""
+        return self.path / "chunks" / f"{number:06d}"
+
+    def ids(self, number: int) -> Path:
+        """custom_ids of the same piece."""
+        return self.path / "ids" / f"{number:06d}"
+
+    @property
+    def plan(self) -> Path:
+        """What is published when."""
+        return self.path / "plan.json"
+
+    def result(self, number: int) -> Path:
+        """Results of a range of lines."""
+        return self.path / "results" / f"{number:06d}"
+
+    def remove_working_files(self) -> None:
+        """The results are complete: all else goes."""
+        for name in ("chunks", "ids", "segments"):
+            shutil.rmtree(self.path / name, ignore_errors=True)
+        self.plan.unlink(missing_ok=True)
+
+    def results(self) -> list[Path]:
+        """All of them, in the order of the lines."""
+        return sorted((self.path / "results").glob("[0-9]*"))
+
+
+class FileStore:
+    """Files by ID, each of one tenant. Safe for several threads."""
+
+    def __init__(self, root: Path, client: redis.Redis) -> None:
+        self.root = root
+        self._redis: Any = client
+
+    def put(self, source: BinaryIO, tenant: str, filename: str, purpose: str) -> FileRecord:
+        """Copy ``source`` to its end into the store; it is there whole or not at all.
+
+        Raises:
+            InvalidRequest: it is empty. PayloadTooLarge: it is over the limit.
+            OSError: the disk is full, or the folder cannot be written.
+            Overloaded: Redis does not answer.
+        """
+        file_id = f"file-{secrets.token_hex(12)}"
+        path = self.root / "files" / file_id
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f".{file_id}")
+        try:
+            digest, size = _copy(source, temporary)
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+        record = FileRecord(file_id, tenant, filename, purpose, size, now_ms(), digest)
+        self.record(record)
+        return record
+
+    def record(self, record: FileRecord) -> None:
+        """Make a file known whose content is in place. Raises Overloaded."""
+        with redis_errors(self._redis), self._redis.pipeline() as pipeline:
+            pipeline.set(_file_key(record.id), encode(record))
+            pipeline.zadd(_files_key(record.tenant), {record.id: record.created_ms})
+            pipeline.execute()
+
+    def get(self, file_id: str, tenant: str) -> FileRecord:
+        """A file of this tenant. Raises FileNotFound, Overloaded."""
+        with redis_errors(self._redis):
+            value = self._redis.get(_file_key(file_id))
+        record = None if value is None else msgspec.json.decode(value, type=FileRecord)
+        if record is None or record.tenant != tenant:
+            raise FileNotFound(f"there is no file {file_id[:64]!r}; GET /v1/files lists them")
+        return record
+
+    def all_of(self, tenant: str) -> list[FileRecord]:
+        """All files of the tenant, newest first. Raises Overloaded."""
+        with redis_errors(self._redis):
+            ids = self._redis.zrevrange(_files_key(tenant), 0, -1)
+            values = self._redis.mget([_file_key(i.decode()) for i in ids]) if ids else []
+        return [msgspec.json.decode(value, type=FileRecord) for value in values if value]
+
+    def remove(self, record: FileRecord) -> None:
+        """Forget a file and, for an input, its content; a batch that reads it then fails."""
+        with redis_errors(self._redis), self._redis.pipeline() as pipeline:
+            pipeline.delete(_file_key(record.id))
+            pipeline.zrem(_files_key(record.tenant), record.id)
+            pipeline.execute()
+        if not record.batch_id:
+            self.path(record).unlink(missing_ok=True)
+
+    def path(self, record: FileRecord) -> Path:
+        """An input's content."""
+        return self.root / "files" / record.id
+
+    def content(self, record: FileRecord) -> Iterator[bytes]:
+        """The file's bytes, a few at a time. Raises FileNotFound where its content is gone."""
+        if not record.batch_id:
+            yield from _read(self.path(record))
+            return
+        for part in self.folder(record.batch_id).results():
+            lines = part.read_bytes().splitlines(keepends=True)
+            yield b"".join(line for line in lines if is_failed(line) == (record.part == "errors"))
+
+    def results(self, batch_id: str) -> Iterator[bytes]:
+        """Answers and errors of a batch, in the order of its input."""
+        for part in self.folder(batch_id).results():
+            yield part.read_bytes()
+
+    def folder(self, batch_id: str) -> BatchFolder:
+        """Where a batch keeps its files."""
+        return BatchFolder(self.root, batch_id)
+
+
+def is_failed(result: bytes) -> bool:
+    """Whether a line of results is an error. Within a string the quotes would be escaped."""
+    return result.rfind(_FAILED, max(0, len(result) - _ERROR_BYTES)) >= 0
+
+
+def _copy(source: BinaryIO, path: Path) -> tuple[str, int]:
+    digest = hashlib.sha256()
+    size = 0
+    with path.open("wb") as target:
+        while part := source.read(_COPY_BYTES):
+            size += len(part)
+            if size > MAX_FILE_BYTES:
+                raise PayloadTooLarge(f"the file is over {MAX_FILE_BYTES} bytes; split it")
+            digest.update(part)
+            target.write(part)
+        if not size:
+            raise InvalidRequest("the file is empty; send at least one line")
+        target.flush()
+        os.fsync(target.fileno())
+    return digest.hexdigest(), size
+
+
+def _read(path: Path) -> Iterator[bytes]:
+    try:
+        with path.open("rb") as file:
+            while part := file.read(_COPY_BYTES):
+                yield part
+    except FileNotFoundError as error:
+        raise FileNotFound(f"the content of {path.name} is gone from the store") from error
+
+
+def _file_key(file_id: str) -> str:
+    return f"openlora:file:{file_id}"
+
+
+def _files_key(tenant: str) -> str:
+    return f"openlora:files:of:{tenant}"

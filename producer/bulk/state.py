@@ -1,0 +1,274 @@
+"""Batches in Redis: one hash each, one bitmap of finished lines, one hash of progress by adapter.
+
+A step is begun and finished by compare-and-set on the hash's ``step``, so that of a task that runs
+twice only the first counts; lines are counted by their bits, so that of two answers only the first
+counts.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import msgspec
+import redis
+
+from openlora.joblog.clients import redis_errors
+from openlora.protocol.bulk import stop_key
+from openlora.protocol.codec import encode
+from producer.bulk.records import BatchRecord, BatchState, Ending, LineError, Step
+
+OPEN_KEY = "openlora:batches:open"
+"""Set: IDs of batches that are not over."""
+MAX_ERRORS = 20
+_STOP_TTL_S = 7 * 86_400
+_MARKS_AT_ONCE = 2000
+
+_BEGIN = """
+local current = redis.call('HMGET', KEYS[1], 'step', 'step_ms')
+if (current[1] or '') ~= ARGV[1] or (current[2] or '0') ~= ARGV[2] then return 0 end
+redis.call('HSET', KEYS[1], 'step', ARGV[3], 'step_ms', ARGV[4])
+return 1
+"""
+_FINISH = """
+if (redis.call('HGET', KEYS[1], 'step') or '') ~= ARGV[1] then return 0 end
+redis.call('HSET', KEYS[1], 'step', '', 'problem', '', unpack(ARGV, 2))
+return 1
+"""
+_END = """
+local known = redis.call('HMGET', KEYS[1], 'phase', 'ending')
+if not known[1] then return 'missing' end
+if known[1] == 'closing' or known[1] == 'assembling' or known[1] == 'over' then return known[1] end
+if not known[2] or known[2] == '' then
+  redis.call('HSET', KEYS[1], 'ending', ARGV[1], 'ending_ms', ARGV[2])
+  redis.call('SET', KEYS[2], '1', 'EX', ARGV[3])
+end
+return 'ended'
+"""
+# ARGV: now, source, adapter, then line, prompt tokens, completion tokens, failed for each
+_MARK = """
+local phase = redis.call('HGET', KEYS[1], 'phase')
+if not phase or phase == 'over' then return -1 end
+local fresh, failed, prompt, completion = 0, 0, 0, 0
+for i = 4, #ARGV, 4 do
+  if redis.call('SETBIT', KEYS[2], ARGV[i], 1) == 0 then
+    fresh = fresh + 1
+    prompt = prompt + ARGV[i + 1]
+    completion = completion + ARGV[i + 2]
+    failed = failed + ARGV[i + 3]
+  end
+end
+if fresh > 0 then
+  redis.call('HINCRBY', KEYS[1], 'done', fresh)
+  redis.call('HINCRBY', KEYS[1], 'failed', failed)
+  redis.call('HINCRBY', KEYS[1], 'prompt_tokens', prompt)
+  redis.call('HINCRBY', KEYS[1], 'completion_tokens', completion)
+  redis.call('HSET', KEYS[1], 'last_ms', ARGV[1])
+  if ARGV[2] == 'worker' then redis.call('HINCRBY', KEYS[1], 'answered', fresh) end
+  redis.call('HINCRBY', KEYS[3], ARGV[3], fresh)
+end
+return fresh
+"""
+
+
+class Mark(msgspec.Struct, frozen=True):
+    """One line that has its result."""
+
+    line: int
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    failed: bool = False
+
+
+def now_ms() -> int:
+    """Unix time in milliseconds."""
+    return time.time_ns() // 1_000_000
+
+
+class BatchStates:
+    """All batches. Safe for several threads; every method may raise Overloaded (no Redis)."""
+
+    def __init__(self, client: redis.Redis) -> None:
+        self._redis: Any = client
+        self._begin = client.register_script(_BEGIN)
+        self._finish = client.register_script(_FINISH)
+        self._end = client.register_script(_END)
+        self._mark = client.register_script(_MARK)
+
+    def create(self, record: BatchRecord, max_open: int) -> bool:
+        """Store a new batch; False where the tenant has ``max_open`` open ones already."""
+        with redis_errors(self._redis):
+            tenant_open = _tenant_open_key(record.tenant)
+            if self._redis.scard(tenant_open) >= max_open:
+                return False
+            with self._redis.pipeline() as pipeline:
+                pipeline.hset(
+                    _hash(record.id),
+                    mapping=_fields({"record": encode(record), "phase": "reading"}),
+                )
+                pipeline.zadd(_tenant_key(record.tenant), {record.id: record.created_ms})
+                pipeline.sadd(tenant_open, record.id)
+                pipeline.sadd(OPEN_KEY, record.id)
+                pipeline.execute()
+            return True
+
+    def get(self, batch_id: str) -> BatchState | None:
+        """The batch as it is now; None where there is none."""
+        with redis_errors(self._redis):
+            return _state(self._redis.hgetall(_hash(batch_id)))
+
+    def page(self, tenant: str, limit: int, after: str | None) -> tuple[list[BatchState], bool]:
+        """The tenant's batches behind ``after``, newest first; and whether there are more."""
+        with redis_errors(self._redis):
+            key = _tenant_key(tenant)
+            rank = None if after is None else self._redis.zrevrank(key, after)
+            first = 0 if rank is None else rank + 1
+            ids = self._redis.zrevrange(key, first, first + limit)
+            states = [self.get(batch_id.decode()) for batch_id in ids[:limit]]
+            return [state for state in states if state is not None], len(ids) > limit
+
+    def open_ids(self) -> list[str]:
+        """Batches that are not over."""
+        with redis_errors(self._redis):
+            return sorted(member.decode() for member in self._redis.smembers(OPEN_KEY))
+
+    def begin(self, state: BatchState, step: Step) -> bool:
+        """Note that ``step`` is queued; False where the batch moved on since ``state``."""
+        keys = [_hash(state.id)]
+        with redis_errors(self._redis):
+            args: list[str | int] = [state.step, state.step_ms, step.token, now_ms()]
+            return bool(self._begin(keys=keys, args=args))
+
+    def change(self, state: BatchState, fields: Mapping[str, object]) -> bool:
+        """Set fields of a batch without a step; False where the batch moved on."""
+        return self._set(state.id, state.step, fields)
+
+    def finish(self, batch_id: str, step: Step, fields: Mapping[str, object]) -> bool:
+        """The step is done, with these fields; False where somebody else finished it before."""
+        return self._set(batch_id, step.token, fields)
+
+    def _set(self, batch_id: str, step: str, fields: Mapping[str, object]) -> bool:
+        words = [word for pair in _fields(fields).items() for word in pair]
+        with redis_errors(self._redis):
+            return bool(self._finish(keys=[_hash(batch_id)], args=[step, *words]))
+
+    def report_problem(self, batch_id: str, problem: str) -> None:
+        """Show why the batch does not go on; the next step that is done takes it away."""
+        with redis_errors(self._redis):
+            if self._redis.hexists(_hash(batch_id), "record"):
+                self._redis.hset(_hash(batch_id), "problem", problem)
+
+    def end(self, batch_id: str, ending: Ending) -> bool:
+        """Ask for an early end: workers stop at once. False where there is no such batch."""
+        keys = [_hash(batch_id), stop_key(batch_id)]
+        with redis_errors(self._redis):
+            answer = self._end(keys=keys, args=[ending, now_ms(), _STOP_TTL_S])
+            return bool(answer != b"missing")
+
+    def stop_workers(self, batch_id: str) -> None:
+        """Tell workers that nobody wants more answers."""
+        with redis_errors(self._redis):
+            self._redis.set(stop_key(batch_id), 1, ex=_STOP_TTL_S)
+
+    def mark(self, batch_id: str, marks: Sequence[Mark], *, source: str, adapter: str) -> int:
+        """These lines have their results; how many of them are new; -1 where the batch is over.
+
+        ``source`` "worker": they count as answered.
+        """
+        fresh = 0
+        for first in range(0, len(marks), _MARKS_AT_ONCE):
+            args: list[str | int] = [now_ms(), source, adapter]
+            for mark in marks[first : first + _MARKS_AT_ONCE]:
+                args += [mark.line, mark.prompt_tokens, mark.completion_tokens, int(mark.failed)]
+            with redis_errors(self._redis):
+                keys = [_hash(batch_id), _bits(batch_id), _adapters(batch_id)]
+                count = int(self._mark(keys=keys, args=args))
+            if count < 0:
+                return -1
+            fresh += count
+        return fresh
+
+    def finished_lines(self, batch_id: str) -> bytes:
+        """A bit for every line: is its result there? See ``has_bit``."""
+        with redis_errors(self._redis):
+            return self._redis.get(_bits(batch_id)) or b""
+
+    def adapter_progress(self, batch_id: str) -> dict[str, int]:
+        """Lines done by adapter ID; "" is the base model."""
+        with redis_errors(self._redis):
+            counts = self._redis.hgetall(_adapters(batch_id))
+        return {name.decode(): int(count) for name, count in counts.items()}
+
+    def add_error(self, batch_id: str, errors: Iterable[LineError]) -> None:
+        """Keep the first ``MAX_ERRORS`` errors to show with the batch."""
+        with redis_errors(self._redis), self._redis.pipeline() as pipeline:
+            for error in errors:
+                pipeline.rpush(_errors(batch_id), encode(error))
+            pipeline.ltrim(_errors(batch_id), 0, MAX_ERRORS - 1)
+            pipeline.execute()
+
+    def errors(self, batch_id: str) -> list[LineError]:
+        """The first errors."""
+        with redis_errors(self._redis):
+            entries = self._redis.lrange(_errors(batch_id), 0, -1)
+        return [msgspec.json.decode(entry, type=LineError) for entry in entries]
+
+    def close(self, state: BatchState) -> None:
+        """The batch is over: what only a running one needs goes."""
+        with redis_errors(self._redis), self._redis.pipeline() as pipeline:
+            pipeline.srem(OPEN_KEY, state.id)
+            pipeline.srem(_tenant_open_key(state.record.tenant), state.id)
+            pipeline.delete(_bits(state.id))
+            pipeline.execute()
+
+
+def has_bit(bits: bytes, line: int) -> bool:
+    """Whether Redis' bitmap ``bits`` has ``line``'s bit (the highest bit of a byte comes first)."""
+    place = line >> 3
+    return place < len(bits) and bool(bits[place] & (0x80 >> (line & 7)))
+
+
+def _fields(fields: Mapping[str, object]) -> dict[str, Any]:
+    return {
+        name: value if isinstance(value, str | bytes | int) else encode(value)
+        for name, value in fields.items()
+    }
+
+
+def _state(fields: Mapping[bytes, bytes]) -> BatchState | None:
+    if b"record" not in fields:
+        return None
+    values: dict[str, Any] = {}
+    for name, value in fields.items():
+        key = name.decode()
+        if key == "record":
+            values[key] = msgspec.json.decode(value, type=BatchRecord)
+        elif value:
+            values[key] = value.decode()
+    # Redis gives numbers as text
+    return msgspec.convert(values, BatchState, strict=False)
+
+
+def _hash(batch_id: str) -> str:
+    return f"openlora:{{{batch_id}}}:batch"
+
+
+def _bits(batch_id: str) -> str:
+    return f"openlora:{{{batch_id}}}:done"
+
+
+def _adapters(batch_id: str) -> str:
+    return f"openlora:{{{batch_id}}}:adapters"
+
+
+def _errors(batch_id: str) -> str:
+    return f"openlora:{{{batch_id}}}:errors"
+
+
+def _tenant_key(tenant: str) -> str:
+    return f"openlora:batches:of:{tenant}"
+
+
+def _tenant_open_key(tenant: str) -> str:
+    return f"openlora:batches:open:{tenant}"

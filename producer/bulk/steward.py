@@ -1,0 +1,97 @@
+"""The steward: looks at open batches and queues what each needs next.
+
+It holds nothing: whatever process dies, the next look at Redis says how to go on. Several stewards
+do no harm, since a step is begun by compare-and-set.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable
+from typing import cast
+
+import redis
+
+from openlora.errors import OpenLoRAError, Overloaded
+from producer.bulk.records import STEP_LOST_MS, BatchState, Change, Step, StepKind, next_move
+from producer.bulk.state import BatchStates, now_ms
+from producer.bulk.workers_seen import heartbeats, nothing_pending
+
+PERIOD_S = 0.25
+_ERROR_PAUSE_S = 1.0
+_PENDING_CHECK_MS = 5000
+
+logger = logging.getLogger("producer.steward")
+
+
+class Steward:
+    """Moves batches on. ``queue`` puts a step of a batch into Celery's queue; it may raise OSError.
+
+    ``advance`` may be called by any thread.
+    """
+
+    def __init__(
+        self, states: BatchStates, client: redis.Redis, queue: Callable[[str, Step], None]
+    ) -> None:
+        self._states = states
+        self._client = client
+        self._queue = queue
+        # A step that was queued before this process began may have died with the one before it.
+        self._began_ms = now_ms()
+
+    def run(self, stopping: threading.Event) -> None:
+        """Until ``stopping`` is set. What fails is logged and looked at again."""
+        while not stopping.is_set():
+            try:
+                for batch_id in self._states.open_ids():
+                    self.advance(batch_id)
+            except (OpenLoRAError, OSError, redis.RedisError) as error:
+                logger.warning("event=look_failed error=%r next=look_again", error)
+                stopping.wait(_ERROR_PAUSE_S)
+            stopping.wait(PERIOD_S)
+
+    def advance(self, batch_id: str) -> None:
+        """Queue the batch's next step, if it has one now.
+
+        Raises:
+            Overloaded, OSError: Redis does not answer.
+        """
+        while (state := self._states.get(batch_id)) is not None:
+            if state.step:
+                self._queue_again_if_lost(state)
+                return
+            if state.phase == "over":
+                self._states.close(state)
+                return
+            move = next_move(state, now_ms(), nothing_pending=self._nothing_pending(state))
+            if move is None:
+                return
+            if isinstance(move, Change):
+                if "ending" in move.fields:
+                    self._states.stop_workers(batch_id)
+                logger.info("event=batch batch=%s %s", batch_id, move.fields)
+                self._states.change(state, move.fields)
+            else:
+                if self._states.begin(state, move):
+                    self._queue(batch_id, move)
+                return
+
+    def _queue_again_if_lost(self, state: BatchState) -> None:
+        is_lost = now_ms() - state.step_ms > STEP_LOST_MS or state.step_ms < self._began_ms
+        kind, _, number = state.step.partition(":")
+        step = Step(cast(StepKind, kind), int(number))
+        if is_lost and self._states.begin(state, step):
+            logger.warning(
+                "event=step_lost batch=%s step=%s next=queue_again", state.id, step.token
+            )
+            self._queue(state.id, step)
+
+    def _nothing_pending(self, state: BatchState) -> bool:
+        """Asked only where a running batch has been silent for a while."""
+        if state.phase != "running" or now_ms() - state.last_ms < _PENDING_CHECK_MS:
+            return False
+        try:
+            return nothing_pending(heartbeats(self._client))
+        except Overloaded:
+            return False

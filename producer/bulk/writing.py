@@ -1,0 +1,118 @@
+"""Steps ``close``, ``assemble`` and ``finish``: every line gets its one result, in its place."""
+
+from __future__ import annotations
+
+import time
+from typing import Literal
+
+import msgspec
+
+from openlora.errors import DeadlineExceeded, InvalidRequest, OpenLoRAError
+from openlora.protocol.bulk import BulkGroup
+from producer.bulk.blocks import write_durably
+from producer.bulk.chunks import chunk_records
+from producer.bulk.files import is_failed
+from producer.bulk.records import RANGE_LINES, BatchState, FileRecord
+from producer.bulk.results import SegmentReader
+from producer.bulk.state import has_bit, now_ms
+from producer.bulk.steps import Fields, Refusal, Tools
+
+ASSEMBLE_S = 2.0
+
+
+class BatchCancelled(OpenLoRAError):
+    """The batch was cancelled before the line was run."""
+
+    code = "batch_cancelled"
+
+
+class _WithId(msgspec.Struct):
+    custom_id: str | None = None
+
+
+def close(tools: Tools, state: BatchState, number: int) -> Fields:
+    """The batch ends early: lines of chunk ``number`` without a result get their error."""
+    done = tools.states.finished_lines(state.id)
+    error = _why(state)
+    refusals = []
+    for group, line, raw in chunk_records(tools.folder(state).chunk(number)):
+        if not has_bit(done, line):
+            shape = msgspec.json.decode(group, type=BulkGroup).shape
+            custom_id = msgspec.json.decode(raw, type=_WithId).custom_id
+            refusals.append(Refusal(line, shape, custom_id, error))
+    tools.refuse(state, f"unfinished-{number:06d}", refusals, show=False)
+    return {"closed": number + 1}
+
+
+def _why(state: BatchState) -> OpenLoRAError:
+    if state.ending == "cancelled":
+        return BatchCancelled("the batch was cancelled before this line was run")
+    if state.ending == "expired":
+        return DeadlineExceeded("the batch expired before this line was run")
+    return InvalidRequest("the batch failed before this line was run; its errors say why")
+
+
+def assemble(tools: Tools, state: BatchState, number: int) -> Fields:
+    """Write the results of ranges ``number``, … in order, as many as there is time for."""
+    folder = tools.folder(state)
+    reader = SegmentReader(folder.segments)
+    deadline = time.monotonic() + ASSEMBLE_S
+    answers, errors, count = state.answers_bytes, state.errors_bytes, state.results_lines
+    failed = state.results_failed
+    while number * RANGE_LINES < state.line:
+        results = reader.range(number)
+        write_durably(folder.result(number), results)
+        bad = [len(result) for result in results if is_failed(result)]
+        failed += len(bad)
+        errors += sum(bad)
+        answers += sum(map(len, results)) - sum(bad)
+        count += len(results)
+        number += 1
+        if time.monotonic() > deadline:
+            break
+    return {
+        "part": number,
+        "answers_bytes": answers,
+        "errors_bytes": errors,
+        "results_lines": count,
+        "results_failed": failed,
+    }
+
+
+def finish(tools: Tools, state: BatchState, _: int) -> Fields:
+    """The results become files; what only a running batch needs goes.
+
+    What was counted while lines came gives way to what the results hold: an answer may have come
+    between the look at a line and its closing.
+    """
+    record = state.record
+    parts: tuple[tuple[Literal["answers", "errors"], int], ...] = (
+        ("answers", state.answers_bytes),
+        ("errors", state.errors_bytes),
+    )
+    for part, size in parts:
+        if size:
+            tools.store.record(
+                FileRecord(
+                    id=result_file_id(record.id, part),
+                    tenant=record.tenant,
+                    filename=f"{record.id}-{part}.jsonl",
+                    purpose="batch_output",
+                    size=size,
+                    created_ms=now_ms(),
+                    batch_id=record.id,
+                    part=part,
+                )
+            )
+    tools.folder(state).remove_working_files()
+    return {
+        "phase": "over",
+        "over_ms": now_ms(),
+        "done": state.results_lines,
+        "failed": state.results_failed,
+    }
+
+
+def result_file_id(batch_id: str, part: str) -> str:
+    """The ID under which a part of a batch's results is a file."""
+    return f"file-{batch_id.removeprefix('batch_')}-{part}"

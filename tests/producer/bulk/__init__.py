@@ -1,0 +1,1 @@
+"""Batches, from the file read to the file written."""
