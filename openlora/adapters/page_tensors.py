@@ -86,12 +86,3 @@ def page_bytes(model: ModelShape, dtype: torch.dtype) -> PageCounts:
         shape.page_elements_per_layer * model.num_layers * dtype.itemsize
         for shape in site_shapes(model)
     )
-
-
-def pages_for_budget(model: ModelShape, budget_bytes: int, dtype: torch.dtype) -> PageCounts:
-    """As many pages of every site as fit ``budget_bytes`` together, the same number of each.
-
-    A rank-16 adapter on all seven linears takes one page of each site.
-    """
-    count = max(budget_bytes, 0) // sum(page_bytes(model, dtype))
-    return (count,) * len(page_bytes(model, dtype))

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +17,8 @@ from openlora.adapters.lora_set import PAGE_RANK
 from openlora.adapters.pages import PagePool, SitePages
 from openlora.engine.adapter_loads import Loaded
 from openlora.engine.config import EngineConfig
+from openlora.engine.host_memory import available_memory
+from openlora.engine.memory import check_context, check_weights, plan_memory, usable_bytes
 from openlora.engine.stats import ModelInfo
 from openlora.engine.step import Runner
 from openlora.errors import SetupError
@@ -23,13 +27,6 @@ if TYPE_CHECKING:
     from openlora.models.config import ModelConfig
 
 logger = logging.getLogger(__name__)
-
-_MIB = 1 << 20
-_CPU_KV_CACHE_BYTES = 512 * _MIB
-_CPU_ADAPTER_CACHE_BYTES = 256 * _MIB
-_CUDA_ADAPTER_SHARE = 0.2
-_CUDA_RESERVE_BYTES = 1024 * _MIB
-"""Left free for activations, logits and the libraries' workspaces."""
 
 Progress = Callable[[int, int], None]
 
@@ -84,27 +81,40 @@ def build_parts(config: EngineConfig, progress: Progress | None = None) -> Engin
     """
     # The model's rooms load torch kernels: imported here, so that a scripted engine does not.
     from openlora.adapters.loader import load_adapter
-    from openlora.adapters.page_tensors import PageTensors
+    from openlora.adapters.page_tensors import PageTensors, page_bytes
     from openlora.engine.cpu_kernels import cpu_runner, make_linear_for, native_kernels_for
-    from openlora.engine.kv_cache import KVCache
+    from openlora.engine.kv_cache import KVCache, block_bytes
     from openlora.models.load import load_model
 
     device = choose_device(config.device)
     dtype = "float32" if config.dtype == "auto" and device == "cpu" else config.dtype
     native = native_kernels_for(config.cpu_kernels, device, dtype)
-    model = load_model(
-        config.model,
-        dtype=dtype,
-        device=device,
-        load_format=config.load_format,
-        progress=progress,
-        configure=lambda model_config: _configured(config, device, model_config),
-        make_linear=make_linear_for(native),
+    with _named_out_of_memory(f"the weights of {config.model}", "use a smaller model or dtype"):
+        model = load_model(
+            config.model,
+            dtype=dtype,
+            device=device,
+            load_format=config.load_format,
+            progress=progress,
+            configure=lambda model_config: _configured(config, device, dtype, model_config),
+            make_linear=make_linear_for(native),
+        )
+    size_of_block = block_bytes(model.config, model.dtype, config.block_size)
+    plan = plan_memory(
+        config,
+        device,
+        page_bytes=page_bytes(model.config, model.dtype),
+        block_bytes=size_of_block,
+        usable=_usable_bytes(config, device),
     )
-    num_pages = _num_pages(config, model)
-    pages = PageTensors(model.config, num_pages, model.dtype, model.device)
-    num_blocks = _num_blocks(config, model)
-    kv_cache = KVCache(model.config, num_blocks, model.dtype, model.device, config.block_size)
+    check_context(config, plan.num_blocks, size_of_block)
+    num_pages, num_blocks = plan.num_pages, plan.num_blocks
+    with _named_out_of_memory(
+        f"{num_blocks} KV blocks and {num_pages} adapter pages",
+        "lower memory_fraction, kv_cache_bytes or adapter_cache_bytes",
+    ):
+        pages = PageTensors(model.config, num_pages, model.dtype, model.device)
+        kv_cache = KVCache(model.config, num_blocks, model.dtype, model.device, config.block_size)
     if native is not None:
         model.attention_backend = "native"
     info = _model_info(config, model, num_blocks, num_pages)
@@ -141,8 +151,13 @@ def build_parts(config: EngineConfig, progress: Progress | None = None) -> Engin
     )
 
 
-def _configured(config: EngineConfig, device: str, model_config: ModelConfig) -> ModelConfig:
+def _configured(
+    config: EngineConfig, device: str, dtype: str, model_config: ModelConfig
+) -> ModelConfig:
     """The model as these settings serve it; refused, before it is loaded, where they cannot."""
+    from openlora.models.load import DTYPES
+    from openlora.models.weights import weight_shapes
+
     if config.max_model_len is not None:
         if config.max_model_len > model_config.max_model_len:
             raise SetupError(
@@ -154,22 +169,24 @@ def _configured(config: EngineConfig, device: str, model_config: ModelConfig) ->
         from openlora.engine.cuda_models import check_cuda_model
 
         check_cuda_model(model_config)
+    item_bytes = DTYPES[model_config.dtype if dtype == "auto" else dtype].itemsize
+    num_weights = sum(math.prod(shape) for shape in weight_shapes(model_config).values())
+    check_weights(config, device, num_weights * item_bytes, _usable_bytes(config, device))
     return model_config
 
 
 def _model_info(
     config: EngineConfig, model: Any, num_blocks: int, num_pages: tuple[int, ...]
 ) -> ModelInfo:
-    limits = [model.config.max_model_len, num_blocks * config.block_size]
-    if limits[1] < limits[0]:
-        _check_context(config, limits[1])
-        logger.info("the KV cache limits prompt and output to %d tokens", limits[1])
+    max_model_len = min(model.config.max_model_len, num_blocks * config.block_size)
+    if max_model_len < model.config.max_model_len:
+        logger.info("the KV cache limits prompt and output to %d tokens", max_model_len)
     return ModelInfo(
         model=config.model,
         vocab_size=model.config.vocab_size,
         hidden_size=model.config.hidden_size,
         num_layers=model.config.num_layers,
-        max_model_len=min(limits),
+        max_model_len=max_model_len,
         max_lora_rank=min(num_pages) * PAGE_RANK,
         eos_token_ids=tuple(model.config.eos_token_ids),
         dtype=str(model.dtype).removeprefix("torch."),
@@ -178,45 +195,27 @@ def _model_info(
     )
 
 
-def _check_context(config: EngineConfig, cache_limit: int) -> None:
-    if config.max_model_len is not None:
+def _usable_bytes(config: EngineConfig, device: str) -> int:
+    if device == "cuda":
+        free, total = torch.cuda.mem_get_info()
+    else:
+        free = total = available_memory()
+    return usable_bytes(config, device, free, total)
+
+
+@contextmanager
+def _named_out_of_memory(what: str, remedy: str) -> Iterator[None]:
+    """An allocation that fails nevertheless is an error of the settings.
+
+    Raises:
+        SetupError: with what did not fit, and what to do.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        # On a CPU torch has no class of its own for it.
+        if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(error):
+            raise
         raise SetupError(
-            f"max_model_len is {config.max_model_len}, but the KV cache holds {cache_limit} "
-            "tokens; give it more memory (kv_cache_bytes, num_kv_blocks) or lower max_model_len"
-        )
-
-
-def _num_pages(config: EngineConfig, model: Any) -> tuple[int, ...]:
-    from openlora.adapters.page_tensors import pages_for_budget
-
-    if config.adapter_pages is not None:
-        return config.adapter_pages
-    budget = config.adapter_cache_bytes
-    if budget is None and model.device.type == "cuda":
-        budget = int(_free_cuda_bytes(config) * _CUDA_ADAPTER_SHARE)
-    elif budget is None:
-        budget = _CPU_ADAPTER_CACHE_BYTES
-    return pages_for_budget(model.config, budget, model.dtype)
-
-
-def _num_blocks(config: EngineConfig, model: Any) -> int:
-    from openlora.engine.kv_cache import blocks_for_budget
-
-    if config.num_kv_blocks is not None:
-        return config.num_kv_blocks
-    budget = config.kv_cache_bytes
-    if budget is None:
-        is_cuda = model.device.type == "cuda"
-        budget = _free_cuda_bytes(config) if is_cuda else _CPU_KV_CACHE_BYTES
-    num_blocks = blocks_for_budget(model.config, budget, model.dtype, config.block_size)
-    if num_blocks < 1:
-        raise SetupError(
-            f"{budget / _MIB:.0f} MiB hold not one KV block; "
-            "raise kv_cache_bytes or memory_fraction, or use a smaller model"
-        )
-    return num_blocks
-
-
-def _free_cuda_bytes(config: EngineConfig) -> int:
-    free, total = torch.cuda.mem_get_info()
-    return max(0, int(free - total * (1 - config.memory_fraction)) - _CUDA_RESERVE_BYTES)
+            f"{what} do not fit into memory ({str(error).splitlines()[0]}); {remedy}"
+        ) from error

@@ -21,12 +21,13 @@ class EngineConfig:
         device: "auto" takes CUDA where there is a device.
         dtype: of weights, KV and adapters; "auto" takes the model's own on CUDA, float32 on CPU.
         block_size: positions in one KV block.
-        kv_cache_bytes: memory of the KV cache; None: a share of what the device has free
-            (``memory_fraction``) on CUDA, 512 MiB on CPU.
+        kv_cache_bytes: memory of the KV cache; None: what weights and adapters leave, on CPU at
+            most 512 MiB.
         num_kv_blocks: exact number of blocks instead of ``kv_cache_bytes``.
-        memory_fraction: share of the device's memory that weights, adapters and KV may fill.
-        adapter_cache_bytes: memory of the adapter pages; None: a fifth of what is left beside the
-            weights on CUDA, 256 MiB on CPU.
+        memory_fraction: share of the device's memory that weights, adapters and KV may fill; on
+            CPU, of what is free at the start, a container's limits counted.
+        adapter_cache_bytes: memory of the adapter pages; None: a fifth of what the weights leave,
+            on CPU at most 256 MiB.
         adapter_pages: exact number of pages of each site (qkv, o, gate_up, down) instead.
         max_num_seqs: most requests that run in one step.
         max_num_batched_tokens: most tokens of one step.

@@ -38,10 +38,3 @@ def block_bytes(config: ModelConfig, dtype: torch.dtype, block_size: int = 16) -
     """Bytes of one block in all layers."""
     per_token = 2 * config.num_kv_heads * config.head_dim * dtype.itemsize
     return config.num_layers * block_size * per_token
-
-
-def blocks_for_budget(
-    config: ModelConfig, budget_bytes: int, dtype: torch.dtype, block_size: int = 16
-) -> int:
-    """How many blocks fit ``budget_bytes``."""
-    return max(budget_bytes, 0) // block_bytes(config, dtype, block_size)

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 from openlora.adapters.loader import load_adapter
 from openlora.adapters.lora_set import PAGE_RANK
-from openlora.adapters.page_tensors import PageTensors, page_bytes, pages_for_budget
+from openlora.adapters.page_tensors import PageTensors, page_bytes
 from openlora.adapters.pages import PagePool
 from openlora.adapters.site_shapes import site_shapes
 from openlora.adapters.store import AdapterStore
@@ -195,10 +195,7 @@ def test_a_linear_that_the_model_does_not_have(tmp_path):
         load_adapter(directory, SHAPE, torch.float32)
 
 
-def test_budget():
+def test_page_bytes():
     per_set = sum(page_bytes(SHAPE, torch.float32))
     pages = PageTensors(SHAPE, (1, 1, 1, 1), torch.float32, "cpu")
     assert per_set == sum(site.a.nbytes + site.b.nbytes for site in pages.sites)
-    assert pages_for_budget(SHAPE, 3 * per_set + 1, torch.float32) == (3, 3, 3, 3)
-    assert pages_for_budget(SHAPE, 3 * per_set, torch.bfloat16) == (6, 6, 6, 6)
-    assert pages_for_budget(SHAPE, -1, torch.float32) == (0, 0, 0, 0)

@@ -12,7 +12,7 @@ from openlora.adapters.lora_set import LoRASet
 from openlora.adapters.page_tensors import PageTensors
 from openlora.adapters.pages import PagePool, join_lora_set
 from openlora.engine import runner as runner_module
-from openlora.engine.kv_cache import KVCache, block_bytes, blocks_for_budget
+from openlora.engine.kv_cache import KVCache, block_bytes
 from openlora.engine.runner import ModelRunner
 from openlora.engine.step import RowSampling, SampledToken, StepRow
 from openlora.models.load import load_model
@@ -205,10 +205,7 @@ def test_pages_rewritten_between_steps_are_used(saved, bench):
     torch.testing.assert_close(after, base, atol=1e-5, rtol=1e-5)
 
 
-def test_kv_budget(saved):
+def test_block_bytes(saved):
     config = load_model(str(saved[0] / "base")).config
     cache = KVCache(config, 5, torch.bfloat16, "cpu", block_size=8)
     assert cache.tensor.nbytes == 5 * block_bytes(config, torch.bfloat16, 8)
-    assert blocks_for_budget(config, cache.tensor.nbytes, torch.bfloat16, 8) == 5
-    assert blocks_for_budget(config, cache.tensor.nbytes - 1, torch.bfloat16, 8) == 4
-    assert blocks_for_budget(config, -1, torch.bfloat16) == 0

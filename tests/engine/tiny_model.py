@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 VOCAB_SIZE = 160
 EOS = 2
@@ -44,12 +45,15 @@ def make_tiny_model(directory: Path) -> None:
     LlamaForCausalLM(config).save_pretrained(directory, safe_serialization=True)
 
 
-def make_adapters(model_dir: Path, root: Path) -> dict[str, Path]:
+def make_adapters(
+    model_dir: Path, root: Path, configs: Mapping[str, LoraConfig] = ADAPTERS
+) -> dict[str, Path]:
     """Save one PEFT adapter of each kind, strong enough to change the tokens."""
     paths = {}
-    for number, (name, config) in enumerate(ADAPTERS.items()):
+    for number, (name, config) in enumerate(configs.items()):
         torch.manual_seed(100 + number)
-        model = get_peft_model(LlamaForCausalLM.from_pretrained(model_dir), config)
+        base = AutoModelForCausalLM.from_pretrained(model_dir)
+        model = get_peft_model(base, deepcopy(config))
         for key, parameter in model.named_parameters():
             if "lora_" in key:
                 torch.nn.init.normal_(parameter, std=0.15)
@@ -70,7 +74,12 @@ class Reference:
     """transformers + PEFT, one request at a time, without any cache."""
 
     def __init__(self, model_dir: Path, adapters: Mapping[str, Path]) -> None:
-        base = LlamaForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
+        base = AutoModelForCausalLM.from_pretrained(
+            # The only one that caps its scores, where a model asks for that.
+            model_dir,
+            dtype=torch.float32,
+            attn_implementation="eager",
+        )
         first, *others = adapters.items()
         self._model = PeftModel.from_pretrained(base, first[1], adapter_name=first[0])
         for name, path in others:
