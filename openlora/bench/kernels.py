@@ -129,7 +129,8 @@ def _sgmv_cases(config: Any, batch: int, distinct: int) -> Iterator[tuple[str, i
     from openlora.adapters.site_shapes import site_shapes
     from openlora.engine.cuda_ops import decode_tiles
     from openlora.engine.sgmv_plan import PlanLayout, build_plan
-    from openlora.kernels.triton_sgmv import SGMVTables, sgmv_expand, sgmv_shrink
+    from openlora.kernels.triton_sgmv import SGMVTables, sgmv_shrink
+    from openlora.kernels.triton_sgmv_expand import sgmv_expand
 
     owners = [row * distinct // batch for row in range(batch)]
     sets = [LoRASet((((owner, 1.0),),) * len(SITES), str(owner)) for owner in owners]

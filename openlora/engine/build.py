@@ -165,10 +165,6 @@ def _configured(
                 f"{model_config.max_model_len}"
             )
         model_config = model_config.limited_to(config.max_model_len)
-    if device == "cuda":
-        from openlora.engine.cuda_models import check_cuda_model
-
-        check_cuda_model(model_config)
     item_bytes = DTYPES[model_config.dtype if dtype == "auto" else dtype].itemsize
     num_weights = sum(math.prod(shape) for shape in weight_shapes(model_config).values())
     check_weights(config, device, num_weights * item_bytes, _usable_bytes(config, device))

@@ -8,12 +8,12 @@ from dataclasses import dataclass
 import torch
 
 from openlora.kernels import triton_attention, triton_fused, triton_prefill_attention
-from openlora.kernels.activation import gelu_tanh_and_mul
 from openlora.kernels.linear import Linear
-from openlora.kernels.norms import norm_heads
-from openlora.kernels.triton_sgmv import SGMVTables, SGMVTiles, sgmv_expand, sgmv_shrink
+from openlora.kernels.triton_sgmv import SGMVTables, SGMVTiles, sgmv_shrink
+from openlora.kernels.triton_sgmv_expand import sgmv_expand, sgmv_expand_gated
 from openlora.models.config import ModelConfig
-from openlora.models.ops import EdgeOps, LayerPages
+from openlora.models.decoder import Decoder
+from openlora.models.ops import GATE_UP, EdgeOps, LayerPages
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +33,14 @@ class LoRABinding:
     h: torch.Tensor
     h_rows: int
     tiles: Sequence[SGMVTiles]
+
+    def shrink(self, x: torch.Tensor, layer: int, site: int) -> torch.Tensor:
+        """x through the A of each row's pages; a part of ``h``."""
+        a, tiles = self.pages[site][layer][0], self.tiles[site]
+        width = a.shape[2]
+        h = self.h[: tiles.splits * self.h_rows * width].view(tiles.splits, self.h_rows, width)
+        sgmv_shrink(x, a, self.plan, h, site=site, tiles=tiles)
+        return h
 
 
 def scratch_elements(pages: Sequence[LayerPages], tiles: Sequence[SGMVTiles], h_rows: int) -> int:
@@ -63,13 +71,35 @@ class AttentionBinding:
 
 
 @dataclass(frozen=True, slots=True)
+class RotaryBinding:
+    """Angles of the rotary embedding.
+
+    Attributes:
+        inv_freq: [rotary_dim / 2] fp32.
+        factor: multiplies cos and sin.
+        local_inv_freq: of the sliding layers, whose factor is 1; None: as all others.
+    """
+
+    inv_freq: torch.Tensor
+    factor: float
+    local_inv_freq: torch.Tensor | None
+
+    @classmethod
+    def of(cls, model: Decoder) -> RotaryBinding:
+        """The model's."""
+        scaling = model.config.rope_scaling
+        factor = 1.0 if scaling is None else scaling.attention_factor
+        return cls(model.rope_inv_freq, factor, model.local_rope_inv_freq)
+
+
+@dataclass(frozen=True, slots=True)
 class CudaOps(EdgeOps):
     """``DecoderOps`` in Triton; the dense matmuls are cuBLAS's.
 
     Attributes:
         config: the model's.
         positions, slots: int32 [tokens], as ``rope_and_write_kv`` takes them.
-        inv_freq: [head_dim / 2] fp32.
+        rotary: the model's angles.
         kv_layers: per layer its cache.
         attention_binding: what attention reads.
         lora: None: no row of the step has pages, and no LoRA kernel is launched.
@@ -78,7 +108,7 @@ class CudaOps(EdgeOps):
     config: ModelConfig
     positions: torch.Tensor
     slots: torch.Tensor
-    inv_freq: torch.Tensor
+    rotary: RotaryBinding
     kv_layers: Sequence[torch.Tensor]
     attention_binding: AttentionBinding
     lora: LoRABinding | None
@@ -95,34 +125,60 @@ class CudaOps(EdgeOps):
         return triton_fused.silu_and_mul(gate_up)
 
     def gelu_tanh_and_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
-        return gelu_tanh_and_mul(gate_up)
+        return triton_fused.gelu_tanh_and_mul(gate_up)
 
     def norm_heads(self, qkv: torch.Tensor, q_norm: torch.Tensor, k_norm: torch.Tensor) -> None:
         config = self.config
         heads = qkv.view(qkv.shape[0], -1, config.head_dim)
-        norm_heads(heads, q_norm, k_norm, config.num_kv_heads, config.rms_norm_eps)
+        triton_fused.norm_heads(heads, q_norm, k_norm, config.num_kv_heads, config.rms_norm_eps)
 
     def lora_linear(self, linear: Linear, x: torch.Tensor, layer: int, site: int) -> torch.Tensor:
         lora = self.lora
         if lora is None:
             return linear(x)
-        a, b = lora.pages[site][layer]
-        tiles = lora.tiles[site]
-        width = a.shape[2]
-        h = lora.h[: tiles.splits * lora.h_rows * width].view(tiles.splits, lora.h_rows, width)
         # Shrink first: it starts while the kernel that makes x drains, which a matmul cannot.
-        sgmv_shrink(x, a, lora.plan, h, site=site, tiles=tiles)
+        h = lora.shrink(x, layer, site)
         out = linear(x)
-        sgmv_expand(h, b, lora.plan, out, site=site, tiles=tiles)
+        sgmv_expand(
+            h, lora.pages[site][layer][1], lora.plan, out, site=site, tiles=lora.tiles[site]
+        )
         return out
+
+    def gated_linear(
+        self, linear: Linear, x: torch.Tensor, layer: int, activation: str
+    ) -> torch.Tensor:
+        lora = self.lora
+        if lora is None:
+            activate = self.silu_and_mul if activation == "silu" else self.gelu_tanh_and_mul
+            return activate(linear(x))
+        h = lora.shrink(x, layer, GATE_UP)
+        return sgmv_expand_gated(
+            h,
+            lora.pages[GATE_UP][layer][1],
+            lora.plan,
+            linear(x),
+            site=GATE_UP,
+            tiles=lora.tiles[GATE_UP],
+            activation=activation,
+        )
 
     def attention(self, qkv: torch.Tensor, layer: int) -> torch.Tensor:
         config, binding, cache = self.config, self.attention_binding, self.kv_layers[layer]
         heads = qkv.view(qkv.shape[0], -1, config.head_dim)
-        triton_fused.rope_and_write_kv(heads, self.positions, self.inv_freq, cache, self.slots)
+        rotary = self.rotary
+        local = rotary.local_inv_freq if config.is_sliding(layer) else None
+        triton_fused.rope_and_write_kv(
+            heads,
+            self.positions,
+            rotary.inv_freq if local is None else local,
+            cache,
+            self.slots,
+            rotary.factor if local is None else 1.0,
+        )
         q = heads[:, : config.num_heads]
         out = qkv.new_empty(qkv.shape[0], config.num_heads * config.head_dim)
-        scale = config.head_dim**-0.5
+        scale = config.attention_scale
+        window, soft_cap = config.window(layer), config.attention_soft_cap
         num_decodes = binding.num_decodes
         if num_decodes:
             triton_attention.decode_attention(
@@ -133,9 +189,19 @@ class CudaOps(EdgeOps):
                 scale,
                 binding.scratch,
                 out[:num_decodes],
+                window=window,
+                soft_cap=soft_cap,
             )
         triton_prefill_attention.prefill_attention(
-            q, cache, binding.block_tables, binding.spans, binding.tiles, scale, out
+            q,
+            cache,
+            binding.block_tables,
+            binding.spans,
+            binding.tiles,
+            scale,
+            out,
+            window=window,
+            soft_cap=soft_cap,
         )
         return out
 
@@ -147,14 +213,15 @@ def decode_tiles(pages: Sequence[LayerPages], num_processors: int) -> tuple[SGMV
             chunk_rows=16,
             # About one tile of 256 × 16 a program: all of its loads are under way at once.
             splits=32 if site[0][0].shape[1] > 8192 else 16,
-            shared_splits=8 if site[0][0].shape[1] > 8192 else 4,
+            shared_splits=16 if site[0][0].shape[1] > 8192 else 8,
             block_k=256,
-            block_n=256,
+            # The kernel of gate and up reads a tile of each.
+            block_n=128 if index == GATE_UP else 256,
             num_programs=num_processors * 16,
             shrink_warps=2,
             expand_warps=1,
         )
-        for site in pages
+        for index, site in enumerate(pages)
     )
 
 
@@ -168,6 +235,7 @@ def prefill_tiles(pages: Sequence[LayerPages], num_processors: int) -> tuple[SGM
             block_k=128,
             block_n=128,
             num_programs=num_processors * 16,
+            shrink_stages=3,
         )
         for site in pages
     )

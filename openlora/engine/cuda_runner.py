@@ -16,6 +16,7 @@ from openlora.engine.cuda_ops import (
     AttentionBinding,
     CudaOps,
     LoRABinding,
+    RotaryBinding,
     prefill_tiles,
     scratch_elements,
 )
@@ -148,7 +149,7 @@ class CudaRunner:
             config=self._model.config,
             positions=positions,
             slots=slots,
-            inv_freq=self._model.rope_inv_freq,
+            rotary=RotaryBinding.of(self._model),
             kv_layers=self._kv_cache.layers,
             attention_binding=AttentionBinding(
                 num_decodes=_num_decodes(inputs),

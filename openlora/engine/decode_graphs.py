@@ -18,6 +18,7 @@ from openlora.engine.cuda_ops import (
     AttentionBinding,
     CudaOps,
     LoRABinding,
+    RotaryBinding,
     decode_tiles,
     scratch_elements,
 )
@@ -197,7 +198,7 @@ class DecodeGraphs:
             config=config,
             positions=self._fields[2, :bucket],
             slots=self._fields[3, :bucket],
-            inv_freq=self._model.rope_inv_freq,
+            rotary=RotaryBinding.of(self._model),
             kv_layers=self._kv_layers,
             attention_binding=AttentionBinding(
                 num_decodes=bucket,

@@ -23,6 +23,7 @@ from openlora.kernels.native.library import (
 )
 from openlora.kernels.native.linear import NativeLinear
 from openlora.models.config import ModelConfig
+from openlora.models.ops import GATE_UP
 
 _SILU, _GELU_TANH = 0, 1
 
@@ -167,6 +168,14 @@ class NativeOps:
         expand = (native.out_features, site, b.stride(0), b.shape[1], b.shape[3], slices)
         self._emit(Kind.EXPAND, x, (y, sums, b, self._parts.block_slices[site]), expand)
         return y
+
+    def gated_linear(
+        self, linear: Linear, x: torch.Tensor, layer: int, activation: str
+    ) -> torch.Tensor:
+        gate_up = self.lora_linear(linear, x, layer, GATE_UP)
+        return (
+            self.silu_and_mul(gate_up) if activation == "silu" else self.gelu_tanh_and_mul(gate_up)
+        )
 
     def norm_heads(self, qkv: torch.Tensor, q_norm: torch.Tensor, k_norm: torch.Tensor) -> None:
         config = self._config

@@ -8,8 +8,9 @@ A *segment* is a run of adjacent rows with one LoRA set. It is cut into *chunks*
              page, its first row of h and its weight, so that no kernel waits for the items table
     items    [max_items, 8]: page, first row, rows, first row of h, weight
 
-Weights are fp32 bit patterns. Tables lie at fixed places, whatever they hold: a kernel asks for its
-record before it knows how many there are.
+A chunk of rows without pages has no items. Only ``GATE_UP`` has such: the kernel that adds its
+deltas also activates, so its chunks cover all rows. Weights are fp32 bit patterns. Tables lie at
+fixed places, whatever they hold: a kernel asks for its record before it knows how many there are.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import numpy.typing as npt
 
 from openlora.adapters.lora_set import SITES, LoRASet
 from openlora.kernels.triton_sgmv import PLAN_HEADER_INTS, PLAN_RECORD_INTS
+from openlora.models.ops import GATE_UP
 
 Ints = npt.NDArray[np.int32]
 
@@ -83,7 +85,7 @@ class PlanLayout:
             row[:2] = (len(items), len(chunks))
             row[PLAN_HEADER_INTS : PLAN_HEADER_INTS + chunks.size] = chunks.reshape(-1)
             row[self.items_at : self.items_at + items.size] = items.reshape(-1)
-            used.append(self.items_at + items.size if len(items) else PLAN_HEADER_INTS)
+            used.append(self.items_at + items.size if len(chunks) else PLAN_HEADER_INTS)
         return used
 
 
@@ -121,13 +123,14 @@ def _site_tables(
     h_row = 0
     for lora_set, first_row, num_rows in segments:
         pages = [(page, _bits(weight)) for page, weight in lora_set.pages[site]]
-        if not pages:
+        if not pages and site != GATE_UP:
             continue
+        first_page, first_bits = pages[0] if pages else (0, 0)
         for start in range(first_row, first_row + num_rows, chunk_rows):
             rows = min(chunk_rows, first_row + num_rows - start)
             first = len(items)
             chunks.append(
-                (start, rows, first, first + len(pages), pages[0][0], h_row, pages[0][1], 0)
+                (start, rows, first, first + len(pages), first_page, h_row, first_bits, 0)
             )
             for page, bits in pages:
                 items.append((page, start, rows, h_row, bits, 0, 0, 0))

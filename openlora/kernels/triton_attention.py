@@ -1,4 +1,4 @@
-# ruff: noqa: ANN001, ANN202 - Triton kernels take pointers and compile-time constants.
+# ruff: noqa: ANN001, ANN201, ANN202 - Triton kernels take pointers and compile-time constants.
 """Decode attention over the paged KV cache in Triton: one query a sequence, split over positions.
 
 A tile packs the query heads that share a KV head (grouped-query attention), so that K and V are
@@ -25,6 +25,26 @@ MIN_SPLIT = 128
 
 
 @triton.jit
+def scaled_scores(scores, scale_log2, SOFT_CAP: tl.constexpr):
+    """scores · scale, soft-capped where ``SOFT_CAP`` is not 0, in units of log 2.
+
+    ``scale_log2``: scale · log2(e), or 2 · scale / cap · log2(e) with a cap.
+    """
+    if SOFT_CAP:
+        # cap · tanh(x) = cap · (1 − 2 / (1 + exp(2x)))
+        scores = 1.0 - 2.0 / (1.0 + tl.exp2(scores * scale_log2))
+        scores = scores * (SOFT_CAP * 1.4426950408889634)
+    else:
+        scores = scores * scale_log2
+    return scores
+
+
+def score_factor(scale: float, soft_cap: float) -> float:
+    """``scale_log2`` of ``scaled_scores``."""
+    return (2 * scale / soft_cap if soft_cap else scale) * LOG2_E
+
+
+@triton.jit
 def _decode_kernel(
     q_ptr,
     cache_ptr,
@@ -44,6 +64,8 @@ def _decode_kernel(
     BLOCK_SIZE: tl.constexpr,
     SPLITS: tl.constexpr,
     MIN_SPLIT: tl.constexpr,
+    WINDOW: tl.constexpr,
+    SOFT_CAP: tl.constexpr,
     BLOCK_G: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -56,12 +78,16 @@ def _decode_kernel(
         gdc_launch_dependents()
         gdc_wait()
     context_len = tl.load(context_lens_ptr + row)
+    first = 0
+    if WINDOW:
+        first = max(context_len - WINDOW, 0)
+    seen = context_len - first
     # A short context is not worth splitting; the programs of splits it lacks end here.
-    num_splits = min(SPLITS, tl.cdiv(context_len, MIN_SPLIT))
-    per_split = tl.cdiv(tl.cdiv(context_len, BLOCK_N), max(num_splits, 1)) * BLOCK_N
-    start = split * per_split
+    num_splits = min(SPLITS, tl.cdiv(seen, MIN_SPLIT))
+    per_split = tl.cdiv(tl.cdiv(seen, BLOCK_N), max(num_splits, 1)) * BLOCK_N
+    start = first + split * per_split
     end = min(start + per_split, context_len)
-    num_splits = tl.cdiv(context_len, max(per_split, 1))
+    num_splits = tl.cdiv(seen, max(per_split, 1))
     if start < end:
         heads = tl.arange(0, BLOCK_G)
         dims = tl.arange(0, BLOCK_D)
@@ -85,7 +111,8 @@ def _decode_kernel(
             kv_mask = (n < end)[:, None] & (dims < HEAD_DIM)[None, :]
             k = tl.load(at, mask=kv_mask, other=0.0)
             v = tl.load(at + v_offset, mask=kv_mask, other=0.0)
-            scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale_log2
+            scores = tl.dot(q, tl.trans(k), input_precision="ieee")
+            scores = scaled_scores(scores, scale_log2, SOFT_CAP)
             scores = tl.where((n < end)[None, :], scores, float("-inf"))
             new_top = tl.maximum(top, tl.max(scores, axis=1))
             weights = tl.exp2(scores - new_top[:, None])
@@ -173,12 +200,13 @@ def decode_splits(rows: int, num_kv_heads: int, num_processors: int, max_model_l
     return max(1, min(wanted, 32, -(-max_model_len // MIN_SPLIT)))
 
 
-def _decode_tile(num_pairs: int, dtype: torch.dtype) -> tuple[int, int, int]:
-    """(positions a tile, warps, pipeline stages), measured on an H100.
+def _decode_tile(num_pairs: int, head_dim: int, dtype: torch.dtype) -> tuple[int, int, int]:
+    """(positions a tile, warps, pipeline stages), measured on an H100 with heads of 128.
 
     Many (row, KV head) pairs hide each other's latency with small tiles; few need large ones.
+    Tiles of wider heads are smaller, to fit shared memory.
     """
-    if dtype == torch.float32:
+    if dtype == torch.float32 or head_dim > 128:
         return 32, 4, 2
     return (32, 2, 4) if num_pairs > 256 else (128, 4, 2)
 
@@ -191,6 +219,9 @@ def decode_attention(
     scale: float,
     scratch: DecodeScratch,
     out: torch.Tensor,
+    *,
+    window: int = 0,
+    soft_cap: float = 0.0,
 ) -> None:
     """Softmax(q Kᵀ · scale) V of one query per sequence over its cached positions.
 
@@ -202,12 +233,14 @@ def decode_attention(
         scale: usually 1/√head_dim.
         scratch: for at least as many rows; not shared by launches that may overlap.
         out: [rows, num_heads · head_dim] of q's dtype, contiguous; written.
+        window: positions that a query sees, its own included; 0: all.
+        soft_cap: scores s become soft_cap · tanh(s / soft_cap) before the softmax; 0: not.
     """
     rows, num_heads, head_dim = q.shape
     _, _, num_kv_heads, block_size, _ = kv_cache.shape
     group = num_heads // num_kv_heads
     overlap = overlaps_launches()
-    block_n, num_warps, num_stages = _decode_tile(rows * num_kv_heads, q.dtype)
+    block_n, num_warps, num_stages = _decode_tile(rows * num_kv_heads, head_dim, q.dtype)
     if rows:
         _decode_kernel[(rows, num_kv_heads, scratch.splits)](
             q,
@@ -218,7 +251,7 @@ def decode_attention(
             scratch.partial,
             scratch.lse,
             scratch.arrived,
-            scale * LOG2_E,
+            score_factor(scale, soft_cap),
             q.stride(0),
             block_tables.stride(0),
             kv_cache.stride(0),
@@ -228,6 +261,8 @@ def decode_attention(
             BLOCK_SIZE=block_size,
             SPLITS=scratch.splits,
             MIN_SPLIT=MIN_SPLIT,
+            WINDOW=window,
+            SOFT_CAP=soft_cap,
             BLOCK_G=max(triton.next_power_of_2(group), 16),
             BLOCK_D=max(triton.next_power_of_2(head_dim), 16),
             BLOCK_N=block_n,

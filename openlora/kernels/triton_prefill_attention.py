@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from openlora.kernels.triton_attention import LOG2_E
+from openlora.kernels.triton_attention import scaled_scores, score_factor
 from openlora.kernels.triton_launch import (
     gdc_launch_dependents,
     gdc_wait,
@@ -35,6 +35,8 @@ def _prefill_kernel(
     GROUP: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
+    WINDOW: tl.constexpr,
+    SOFT_CAP: tl.constexpr,
     BLOCK_G: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -69,7 +71,10 @@ def _prefill_kernel(
     total = tl.zeros([BLOCK_M], dtype=tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32)
     table = block_tables_ptr + row.to(tl.int64) * table_stride
-    for n_start in range(0, end, BLOCK_N):
+    begin = 0
+    if WINDOW:
+        begin = max(position_start + first - WINDOW + 1, 0) // BLOCK_N * BLOCK_N
+    for n_start in range(begin, end, BLOCK_N):
         n = n_start + columns
         block = tl.load(table + n // BLOCK_SIZE, mask=n < end, other=0).to(tl.int64)
         kv_row = (block * NUM_KV_HEADS + kv_head) * BLOCK_SIZE + n % BLOCK_SIZE
@@ -77,10 +82,16 @@ def _prefill_kernel(
         kv_mask = (n < end)[:, None] & (dims < HEAD_DIM)[None, :]
         k = tl.load(at, mask=kv_mask, other=0.0)
         v = tl.load(at + v_offset, mask=kv_mask, other=0.0)
-        scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale_log2
-        scores = tl.where(n[None, :] <= position[:, None], scores, float("-inf"))
+        scores = scaled_scores(tl.dot(q, tl.trans(k), input_precision="ieee"), scale_log2, SOFT_CAP)
+        is_seen = n[None, :] <= position[:, None]
+        if WINDOW:
+            is_seen = is_seen & (n[None, :] > position[:, None] - WINDOW)
+        scores = tl.where(is_seen, scores, float("-inf"))
         # Position 0 is visible to every row, so the first tile makes each maximum finite.
         new_top = tl.maximum(top, tl.max(scores, axis=1))
+        if WINDOW:
+            # Unless it lies before the window of the tile's later rows.
+            new_top = tl.maximum(new_top, -1e30)
         weights = tl.exp2(scores - new_top[:, None])
         rescale = tl.exp2(top - new_top)
         total = total * rescale + tl.sum(weights, axis=1)
@@ -108,6 +119,9 @@ def prefill_attention(
     tiles: torch.Tensor,
     scale: float,
     out: torch.Tensor,
+    *,
+    window: int = 0,
+    soft_cap: float = 0.0,
 ) -> None:
     """Causal attention of chunks of queries over their own sequence's cached positions.
 
@@ -120,12 +134,14 @@ def prefill_attention(
             cut into tiles of ``prefill_tile_tokens``.
         scale: usually 1/√head_dim.
         out: [tokens, num_heads · head_dim] of q's dtype, contiguous; written where a tile is.
+        window, soft_cap: as for ``decode_attention``.
     """
     _, num_heads, head_dim = q.shape
     _, _, num_kv_heads, block_size, _ = kv_cache.shape
     group = num_heads // num_kv_heads
     block_g = triton.next_power_of_2(group)
-    wide = q.dtype == torch.float32
+    row_bytes = triton.next_power_of_2(head_dim) * q.element_size()
+    wide = row_bytes > 256
     overlap = overlaps_launches()
     if tiles.shape[0]:
         _prefill_kernel[(tiles.shape[0], num_kv_heads)](
@@ -135,7 +151,7 @@ def prefill_attention(
             tiles,
             rows,
             out,
-            scale * LOG2_E,
+            score_factor(scale, soft_cap),
             q.stride(0),
             block_tables.stride(0),
             kv_cache.stride(0),
@@ -143,10 +159,12 @@ def prefill_attention(
             GROUP=group,
             HEAD_DIM=head_dim,
             BLOCK_SIZE=block_size,
+            WINDOW=window,
+            SOFT_CAP=soft_cap,
             BLOCK_G=block_g,
             BLOCK_T=prefill_tile_tokens(num_heads, num_kv_heads),
             BLOCK_D=max(triton.next_power_of_2(head_dim), 16),
-            BLOCK_N=32 if wide else 64,
+            BLOCK_N=64 if not wide else 32 if row_bytes == 512 else 16,
             OVERLAP=overlap,
             num_warps=8,
             num_stages=1 if wide else 2,

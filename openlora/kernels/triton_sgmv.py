@@ -1,6 +1,8 @@
 # ruff: noqa: ANN001, ANN202 - Triton kernels take pointers and compile-time constants.
 """SGMV in Triton: the LoRA deltas of a batch that mixes adapters, in two launches a site.
 
+The first of them is here, the other in ``triton_sgmv_expand``.
+
 For a chunk c of rows that share a LoRA set, and that set's pages p with weights w_p::
 
     shrink   h[p, rows] = x[rows] · A_p                    (fp32, split over K)
@@ -49,6 +51,8 @@ class SGMVTiles:
         block_k: K elements a program loads at once; divides nothing in particular (masked).
         block_n: output columns of one expand program.
         num_programs: size of the persistent grid.
+        shrink_warps, shrink_stages, expand_warps: of the launches. Stages take shared memory, and
+            with it the programs that a processor holds.
     """
 
     chunk_rows: int
@@ -58,6 +62,7 @@ class SGMVTiles:
     block_n: int
     num_programs: int
     shrink_warps: int = 4
+    shrink_stages: int = 1
     expand_warps: int = 4
 
 
@@ -153,115 +158,6 @@ def _shrink_kernel(
         gdc_wait()
 
 
-@triton.jit
-def _expand_kernel(
-    h_ptr,
-    b_ptr,
-    plan_ptr,
-    y_ptr,
-    items_at,
-    max_chunks,
-    b_page_stride,
-    y_stride,
-    h_split_stride,
-    HEADER: tl.constexpr,
-    RECORD: tl.constexpr,
-    BLOCKS: tl.constexpr,
-    BLOCK_OUT: tl.constexpr,
-    SLICES: tl.constexpr,
-    SPLITS: tl.constexpr,
-    SHARED_SPLITS: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    RANK: tl.constexpr,
-    OVERLAP: tl.constexpr,
-):
-    TILES: tl.constexpr = (BLOCK_OUT + BLOCK_N - 1) // BLOCK_N
-    WIDTH: tl.constexpr = SLICES * RANK
-    UNITS: tl.constexpr = BLOCKS * TILES
-    chunks_ptr = plan_ptr + HEADER
-    items_ptr = plan_ptr + items_at
-    num_units = tl.load(plan_ptr + 1) * UNITS
-    ranks = tl.arange(0, RANK)
-    rows = tl.arange(0, BLOCK_M)
-    columns = tl.arange(0, BLOCK_N)
-    splits = tl.arange(0, SPLITS)
-    if OVERLAP:
-        gdc_launch_dependents()
-    work = tl.program_id(0)
-    record = chunks_ptr + (work // UNITS) * RECORD
-    in_table = work // UNITS < max_chunks
-    row_start = tl.load(record, mask=in_table, other=0)
-    num_rows = tl.load(record + 1, mask=in_table, other=0)
-    item_begin = tl.load(record + 2, mask=in_table, other=0)
-    item_end = tl.load(record + 3, mask=in_table, other=0)
-    first_page = tl.load(record + 4, mask=in_table, other=0)
-    first_h_row = tl.load(record + 5, mask=in_table, other=0)
-    first_weight = tl.load(record + 6, mask=in_table, other=0)
-    while work < num_units:
-        block = (work // TILES) % BLOCKS
-        n = (work % TILES) * BLOCK_N + columns
-        in_block = n < BLOCK_OUT
-        # The leading blocks share slice 0 (q's), each of the others has its own.
-        part = max(block - (BLOCKS - SLICES), 0)
-        h_in = h_ptr + part * RANK
-        b_tile = b_ptr + block * (RANK * BLOCK_OUT) + ranks[:, None] * BLOCK_OUT + n[None, :]
-        y_start = y_ptr + row_start.to(tl.int64) * y_stride + block * BLOCK_OUT
-        if num_rows == 1:
-            total = tl.zeros([BLOCK_N], dtype=tl.float32)
-            for item in range(item_begin, item_end):
-                other = items_ptr + item * RECORD
-                is_other = item != item_begin
-                page = tl.load(other, mask=is_other, other=first_page).to(tl.int64)
-                h_row = tl.load(other + 3, mask=is_other, other=first_h_row).to(tl.int64)
-                bits = tl.load(other + 4, mask=is_other, other=first_weight)
-                weight = bits.to(tl.float32, bitcast=True)
-                b = tl.load(b_tile + page * b_page_stride, mask=in_block[None, :], other=0.0)
-                if OVERLAP:
-                    gdc_wait()
-                shares = tl.load(
-                    h_in + splits[:, None] * h_split_stride + h_row * WIDTH + ranks[None, :]
-                )
-                h = tl.sum(shares, axis=0)
-                total += tl.sum(b.to(tl.float32) * (h * weight)[:, None], axis=0)
-            base = tl.load(y_start + n, mask=in_block, other=0.0)
-            tl.store(y_start + n, (base.to(tl.float32) + total).to(base.dtype), mask=in_block)
-        else:
-            acc = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
-            in_chunk = rows[:, None] < num_rows
-            for item in range(item_begin, item_end):
-                other = items_ptr + item * RECORD
-                is_other = item != item_begin
-                page = tl.load(other, mask=is_other, other=first_page).to(tl.int64)
-                h_row = tl.load(other + 3, mask=is_other, other=first_h_row).to(tl.int64)
-                bits = tl.load(other + 4, mask=is_other, other=first_weight)
-                weight = bits.to(tl.float32, bitcast=True)
-                b = tl.load(b_tile + page * b_page_stride, mask=in_block[None, :], other=0.0)
-                h_rows = h_in + (h_row + rows[:, None]) * WIDTH + ranks[None, :]
-                if OVERLAP:
-                    gdc_wait()
-                h = tl.zeros([BLOCK_M, RANK], dtype=tl.float32)
-                for split in tl.static_range(SHARED_SPLITS):
-                    h += tl.load(h_rows + split * h_split_stride, mask=in_chunk, other=0.0)
-                acc = tl.dot((h * weight).to(b.dtype), b, acc, input_precision="ieee")
-            y_tile = y_start + rows[:, None] * y_stride + n[None, :]
-            in_tile = in_chunk & in_block[None, :]
-            y = tl.load(y_tile, mask=in_tile, other=0.0)
-            tl.store(y_tile, (y.to(tl.float32) + acc).to(y.dtype), mask=in_tile)
-        work += tl.num_programs(0)
-        record = chunks_ptr + (work // UNITS) * RECORD
-        in_table = work // UNITS < max_chunks
-        row_start = tl.load(record, mask=in_table, other=0)
-        num_rows = tl.load(record + 1, mask=in_table, other=0)
-        item_begin = tl.load(record + 2, mask=in_table, other=0)
-        item_end = tl.load(record + 3, mask=in_table, other=0)
-        first_page = tl.load(record + 4, mask=in_table, other=0)
-        first_h_row = tl.load(record + 5, mask=in_table, other=0)
-        first_weight = tl.load(record + 6, mask=in_table, other=0)
-    if OVERLAP:
-        gdc_wait()
-
-
 @dataclass(frozen=True, slots=True)
 class SGMVTables:
     """A plan on the device, as ``openlora.engine.sgmv_plan`` lays it out.
@@ -325,53 +221,5 @@ def sgmv_shrink(
         OVERLAP=overlap,
         **launch_options(overlap),
         num_warps=tiles.shrink_warps,
-    )
-
-
-def sgmv_expand(
-    h: torch.Tensor,
-    B: torch.Tensor,
-    plan: SGMVTables,
-    y: torch.Tensor,
-    *,
-    site: int,
-    tiles: SGMVTiles,
-) -> None:
-    """y[rows] += Σ_p weight_p · h[p] · B_p, in place, output block by output block.
-
-    Args:
-        h: what ``sgmv_shrink`` wrote: fp32 [splits, h_rows, slices · 16].
-        B: [pages, blocks, 16, block_out] of one layer; only the page stride is free. The last
-            ``slices`` blocks have a slice of h each, those before them share the first.
-        plan: the plan that the shrink ran with.
-        y: [rows, blocks · block_out], last dimension contiguous; other rows keep their bits.
-        site: index into ``SITES``.
-    """
-    overlap = overlaps_launches()
-    units = plan.usual_chunks * B.shape[1] * triton.cdiv(B.shape[3], tiles.block_n)
-    _expand_kernel[(max(1, min(tiles.num_programs, units)),)](
-        h,
-        B,
-        plan.data[site],
-        y,
-        plan.items_at,
-        plan.max_chunks,
-        B.stride(0),
-        y.stride(0),
-        h.stride(0),
-        HEADER=PLAN_HEADER_INTS,
-        RECORD=PLAN_RECORD_INTS,
-        BLOCKS=B.shape[1],
-        BLOCK_OUT=B.shape[3],
-        SLICES=h.shape[2] // PAGE_RANK,
-        SPLITS=tiles.splits,
-        SHARED_SPLITS=tiles.shared_splits,
-        BLOCK_M=tiles.chunk_rows,
-        BLOCK_N=tiles.block_n,
-        RANK=PAGE_RANK,
-        OVERLAP=overlap,
-        **launch_options(overlap),
-        num_warps=tiles.expand_warps,
-        # Pipelining would move the loads of h ahead of the wait for the shrink.
-        num_stages=1,
+        num_stages=tiles.shrink_stages,
     )

@@ -12,12 +12,9 @@ import torch
 
 from openlora.kernels.linear import Linear
 from openlora.models.config import ModelConfig
-from openlora.models.ops import DecoderOps
+from openlora.models.ops import DOWN, OUT, QKV, DecoderOps
 from openlora.models.rotary import inverse_frequencies
 from openlora.models.weights import GetWeight, MakeLinear, build_layer, norm_weight
-
-QKV, OUT, GATE_UP, DOWN = range(4)
-"""Places of ``SITES`` that a layer's linears are."""
 
 
 class Decoder:
@@ -84,7 +81,6 @@ class Decoder:
             [tokens, hidden].
         """
         residual = ops.embed(self._embedding, token_ids, self._embedding_scale)
-        activate = ops.silu_and_mul if self.config.hidden_act == "silu" else ops.gelu_tanh_and_mul
         x = ops.rms_norm(residual, self._layers[0].input_norm)
         mlp = residual
         for index, layer in enumerate(self._layers):
@@ -97,7 +93,7 @@ class Decoder:
             if layer.attention_out_norm is not None:
                 attended = ops.rms_norm(attended, layer.attention_out_norm)
             x = ops.add_rms_norm(attended, residual, layer.mlp_norm)
-            inner = activate(ops.lora_linear(layer.gate_up, x, index, GATE_UP))
+            inner = ops.gated_linear(layer.gate_up, x, index, self.config.hidden_act)
             mlp = ops.lora_linear(layer.down, inner, index, DOWN)
             if layer.mlp_out_norm is not None:
                 mlp = ops.rms_norm(mlp, layer.mlp_out_norm)

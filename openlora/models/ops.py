@@ -17,6 +17,9 @@ from openlora.kernels.norms import add_rms_norm, norm_heads, rms_norm
 from openlora.kernels.sgmv import LoRAPlan, sgmv
 from openlora.models.config import ModelConfig
 
+QKV, OUT, GATE_UP, DOWN = range(4)
+"""Places of ``SITES`` that a layer's linears are."""
+
 LayerPages = Sequence[tuple[torch.Tensor, torch.Tensor]]
 """(A, B) of one site, one entry per layer; see ``SitePageTensors.layers``."""
 
@@ -58,6 +61,14 @@ class DecoderOps(Protocol):
         [tokens, num_heads · head_dim].
         """
 
+    def gated_linear(
+        self, linear: Linear, x: torch.Tensor, layer: int, activation: str
+    ) -> torch.Tensor:
+        """act(gate) · up of the layer's gate and up with LoRA: [tokens, intermediate].
+
+        activation: as ``ModelConfig.hidden_act``.
+        """
+
     def silu_and_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
         """SiLU of the first half times the second."""
 
@@ -66,7 +77,10 @@ class DecoderOps(Protocol):
 
 
 class EdgeOps:
-    """What happens before and behind the layers, in torch; see ``DecoderOps``."""
+    """What happens before and behind the layers, in torch, and the MLP's first half, in steps.
+
+    See ``DecoderOps``.
+    """
 
     __slots__ = ()
 
@@ -82,6 +96,14 @@ class EdgeOps:
 
     def soft_cap(self, x: torch.Tensor, cap: float) -> torch.Tensor:
         return x.div_(cap).tanh_().mul_(cap)
+
+    def gated_linear(
+        self: DecoderOps, linear: Linear, x: torch.Tensor, layer: int, activation: str
+    ) -> torch.Tensor:
+        gate_up = self.lora_linear(linear, x, layer, GATE_UP)
+        if activation == "silu":
+            return self.silu_and_mul(gate_up)
+        return self.gelu_tanh_and_mul(gate_up)
 
 
 @dataclass(frozen=True, slots=True)

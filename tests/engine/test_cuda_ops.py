@@ -13,6 +13,7 @@ from openlora.engine.cuda_ops import (
     AttentionBinding,
     CudaOps,
     LoRABinding,
+    RotaryBinding,
     decode_tiles,
     scratch_elements,
 )
@@ -106,7 +107,7 @@ def bind(
         config=CONFIG,
         positions=on_device(inputs.positions),
         slots=on_device(inputs.slots),
-        inv_freq=model.rope_inv_freq,
+        rotary=RotaryBinding.of(model),
         kv_layers=cache.layers,
         attention_binding=attention,
         lora=lora,

@@ -21,6 +21,8 @@ pytestmark = [
 ]
 
 NUM_TOKENS = 12
+BF16_MEAN_ERROR, BF16_MAX_ERROR = 0.1, 1.0
+"""Of log-probabilities in bf16, against transformers + PEFT in fp32."""
 MIXES: list[dict[str, float]] = [
     {},
     {"r4": 1.0},
@@ -110,6 +112,23 @@ def test_repeats_are_bit_equal_and_base_batches_launch_no_lora(tiny, prompts) ->
     second = engine.generate(requests_of(prompts, params))
     assert [c.token_ids for c in first] == [c.token_ids for c in second]
     assert [c.logprobs for c in first] == [c.logprobs for c in second]
+
+
+def test_bf16_log_probabilities_are_near_those_of_transformers_and_peft(tiny, prompts) -> None:
+    reference = Reference(*tiny)
+    params = SamplingParams(max_tokens=NUM_TOKENS, temperature=0, logprobs=1, ignore_eos=True)
+    completions = make_engine(tiny, dtype="bfloat16").generate(requests_of(prompts, params))
+    errors = []
+    for completion, prompt, mix in zip(completions, prompts, MIXES, strict=True):
+        tokens = list(completion.token_ids)
+        logits = reference.logits([*prompt, *tokens[:-1]], mix)[len(prompt) - 1 :]
+        expected = logits.log_softmax(-1)[torch.arange(NUM_TOKENS), tokens]
+        errors.append((torch.tensor(completion.logprobs) - expected).abs())
+    worst = torch.stack(errors)
+    # Weights of this model are large (its logits reach ±20), so an ulp of bf16 is much.
+    print(f"bf16 against fp32: largest error {worst.max():.3f}, mean {worst.mean():.4f}")
+    assert float(worst.mean()) < BF16_MEAN_ERROR
+    assert float(worst.max()) < BF16_MAX_ERROR
 
 
 @torch.inference_mode()

@@ -52,12 +52,19 @@ class PagedCase:
         qkv = torch.randn(tokens, width, self.head_dim, generator=self.generator)
         return qkv.to(DEVICE, self.dtype)[:, : self.num_heads]
 
-    def expected(self, row: int, q: torch.Tensor, first_position: int) -> torch.Tensor:
+    def expected(
+        self, row: int, q: torch.Tensor, first_position: int, window: int = 0, cap: float = 0.0
+    ) -> torch.Tensor:
         """fp32 attention of q's tokens at first_position, first_position + 1, …"""
         k, v = self.kv[row].repeat_interleave(self.num_heads // self.num_kv_heads, dim=1)
         scores = torch.einsum("thd,hnd->htn", q.float().cpu(), k) / self.head_dim**0.5
+        if cap:
+            scores = cap * (scores / cap).tanh()
         position = torch.arange(q.shape[0])[:, None] + first_position
-        hidden = torch.arange(k.shape[1])[None] > position
+        key = torch.arange(k.shape[1])[None]
+        hidden = key > position
+        if window:
+            hidden |= key <= position - window
         weights = scores.masked_fill(hidden, float("-inf")).softmax(-1)
         return torch.einsum("htn,hnd->thd", weights, v).reshape(q.shape[0], -1)
 
@@ -65,7 +72,12 @@ class PagedCase:
 @pytest.mark.parametrize("heads", [(4, 2, 16), (9, 3, 24), (8, 1, 32)])
 @pytest.mark.parametrize("splits", [1, 4])
 @pytest.mark.parametrize("dtype", [torch.float32, HALF])
-def test_decode(heads: tuple[int, int, int], splits: int, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(("window", "cap"), [(0, 0.0), (40, 2.0), (200, 0.0)])
+def test_decode(
+    heads: tuple[int, int, int], splits: int, dtype: torch.dtype, window: int, cap: float
+) -> None:
+    if DEVICE.type == "cpu" and window and heads != (9, 3, 24):
+        pytest.skip("the interpreter is slow; the GPU runs all")
     lens = [1, 15, 16, 17, 63, 64, 65, 129, 300]
     case = PagedCase(lens, heads, dtype)
     q = case.queries(len(lens) + 1)
@@ -74,10 +86,20 @@ def test_decode(heads: tuple[int, int, int], splits: int, dtype: torch.dtype) ->
     tables = torch.cat([case.tables, case.tables[:1]])
     for _ in range(2):
         out = torch.full((len(lens) + 1, heads[0] * heads[2]), float("nan")).to(DEVICE, dtype)
-        decode_attention(q, case.cache, tables, context_lens, heads[2] ** -0.5, scratch, out)
+        decode_attention(
+            q,
+            case.cache,
+            tables,
+            context_lens,
+            heads[2] ** -0.5,
+            scratch,
+            out,
+            window=window,
+            soft_cap=cap,
+        )
         assert not scratch.arrived.any()
     for row, length in enumerate(lens):
-        expected = case.expected(row, q[row : row + 1], length - 1)
+        expected = case.expected(row, q[row : row + 1], length - 1, window, cap)
         torch.testing.assert_close(
             out[row : row + 1].float().cpu(),
             expected,
@@ -88,9 +110,12 @@ def test_decode(heads: tuple[int, int, int], splits: int, dtype: torch.dtype) ->
 
 @pytest.mark.parametrize("heads", [(4, 2, 16), (9, 3, 24)])
 @pytest.mark.parametrize("dtype", [torch.float32, HALF])
+@pytest.mark.parametrize(("window", "cap"), [(0, 0.0), (20, 2.0), (70, 0.0)])
 def test_prefill_of_chunks_behind_cached_positions(
-    heads: tuple[int, int, int], dtype: torch.dtype
+    heads: tuple[int, int, int], dtype: torch.dtype, window: int, cap: float
 ) -> None:
+    if DEVICE.type == "cpu" and window and heads != (9, 3, 24):
+        pytest.skip("the interpreter is slow; the GPU runs all")
     starts = [0, 0, 30, 16, 99, 0, 3]
     counts = [1, 15, 17, 65, 1, 64, 63]
     lens = [start + count for start, count in zip(starts, counts, strict=True)]
@@ -110,9 +135,11 @@ def test_prefill_of_chunks_behind_cached_positions(
         torch.tensor(tiles, dtype=torch.int32, device=DEVICE),
         heads[2] ** -0.5,
         out,
+        window=window,
+        soft_cap=cap,
     )
     for row, (begin, count, start) in enumerate(rows):
-        expected = case.expected(row, q[begin : begin + count], start)
+        expected = case.expected(row, q[begin : begin + count], start, window, cap)
         torch.testing.assert_close(
             out[begin : begin + count].float().cpu(),
             expected,

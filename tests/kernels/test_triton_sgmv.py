@@ -8,7 +8,9 @@ import torch
 from openlora.adapters.lora_set import PAGE_RANK, SITES, LoRASet
 from openlora.engine.sgmv_plan import PlanLayout, SGMVPlan, build_plan
 from openlora.kernels import triton_sgmv
-from openlora.kernels.triton_sgmv import SGMVTables, SGMVTiles, sgmv_expand, sgmv_shrink
+from openlora.kernels.activation import gelu_tanh_and_mul, silu_and_mul
+from openlora.kernels.triton_sgmv import SGMVTables, SGMVTiles, sgmv_shrink
+from openlora.kernels.triton_sgmv_expand import sgmv_expand, sgmv_expand_gated
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 # The interpreter knows no bfloat16 arithmetic.
@@ -82,6 +84,13 @@ def run_case(
             assert torch.equal(y[row : row + count], base[row : row + count])
         row += count
     assert not y.isnan().any()
+    if site_name == "gate_up":
+        for activation, reference in (("silu", silu_and_mul), ("gelu_tanh", gelu_tanh_and_mul)):
+            out = sgmv_expand_gated(
+                h, b[:, 1], packed, base, site=site, tiles=tiles, activation=activation
+            )
+            # Rounded alike, but for an ulp between the ways to compute an exponential.
+            torch.testing.assert_close(out, reference(y), rtol=TOLERANCE[dtype], atol=1e-5)
     error = (y.float() - expected).norm() / expected.norm().clamp(min=1e-9)
     assert error < TOLERANCE[dtype], f"relative error {error}"
 
@@ -126,7 +135,9 @@ def test_one_plan_serves_all_sites_with_their_own_counts() -> None:
     sets = [LoRASet((((1, 1.0), (2, 1.0)), (), ((0, 0.5),), ()), "a"), LoRASet.EMPTY]
     plan = build_plan([sets[0], sets[0], sets[1]], [2, 18, 4], chunk_rows=16)
     assert [len(items) for items in plan.items] == [4, 0, 2, 0]
-    assert [len(chunks) for chunks in plan.chunks] == [2, 0, 2, 0]
+    # Gate and up have chunks for all rows: the kernel behind them is also their activation.
+    assert [len(chunks) for chunks in plan.chunks] == [2, 0, 3, 0]
+    assert plan.chunks[2][2, :4].tolist() == [20, 4, 2, 2]
     assert plan.h_rows == 40
     assert plan.items[0][:, :4].tolist() == [
         [1, 0, 16, 0],
@@ -134,7 +145,7 @@ def test_one_plan_serves_all_sites_with_their_own_counts() -> None:
         [1, 16, 4, 32],
         [2, 16, 4, 36],
     ]
-    assert plan.chunks[2][:, :6].tolist() == [[0, 16, 0, 1, 0, 0], [16, 4, 1, 2, 0, 16]]
+    assert plan.chunks[2][:2, :6].tolist() == [[0, 16, 0, 1, 0, 0], [16, 4, 1, 2, 0, 16]]
     assert plan.items[2][:, 4].view("float32").tolist() == [0.5, 0.5]
 
 
