@@ -303,9 +303,13 @@ class Engine:
         return reason
 
     def _fail_not_finite(self, sequence: Sequence) -> None:
+        dtype = self.model_info.dtype
+        source = f"the base model's weights overflow in {dtype}"
+        if sequence.adapters:
+            source = f"the adapter's weights, or the base model's, overflow in {dtype}"
         message = (
-            f"the logits of output token {sequence.num_output_tokens} are not finite; "
-            "the adapter's weights may overflow in this dtype, so try float32 or bfloat16"
+            f"the logits of output token {sequence.num_output_tokens} are not finite; {source}"
+            + ("; try bfloat16 or float32" if dtype == "float16" else "")
         )
         # Its KV may hold the same: no later request shall find it in the prefix cache.
         self._fail(sequence, InternalError(message), forget=True)

@@ -11,6 +11,11 @@ from safetensors import SafetensorError, safe_open
 
 from openlora.errors import SetupError
 
+DTYPES = ("F32", "F16", "BF16")
+"""As safetensors names them."""
+
+PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json", "model.pt", "model.pth")
+
 IGNORED_SUFFIXES = ("rotary_emb.inv_freq",)
 """Tensors that old checkpoints carry and that are computed instead."""
 
@@ -38,14 +43,20 @@ class SafetensorsCheckpoint:
         }
 
     def check(self, shapes: dict[str, tuple[int, ...]]) -> None:
-        """SetupError unless the files hold exactly these tensors in these shapes.
+        """SetupError unless the files hold exactly these tensors, in these shapes, as floats.
 
         A tied model may carry lm_head.weight as a copy of its embedding.
         """
         for name, shape in shapes.items():
             if name not in self._home:
                 raise SetupError(f"model {self._directory}: tensor {name} is missing")
-            found = tuple(self._files[self._home[name]].get_slice(name).get_shape())
+            tensor = self._files[self._home[name]].get_slice(name)
+            if tensor.get_dtype() not in DTYPES:
+                raise SetupError(
+                    f"model {self._directory}: tensor {name} has dtype {tensor.get_dtype()}; "
+                    f"supported: {', '.join(DTYPES)}"
+                )
+            found = tuple(tensor.get_shape())
             if found != shape:
                 raise SetupError(
                     f"model {self._directory}: tensor {name} has shape {list(found)}; "
@@ -77,6 +88,12 @@ def _file_names(directory: Path) -> list[str]:
         return names
     if (directory / "model.safetensors").is_file():
         return ["model.safetensors"]
+    for name in PICKLES:
+        if (directory / name).is_file():
+            raise SetupError(
+                f"model {directory} has its weights in {name}, a pickle file, which can run code "
+                "when read; save them as safetensors (transformers: save_pretrained)"
+            )
     raise SetupError(
         f"model {directory}: there is no model.safetensors; only safetensors weights are read"
     )

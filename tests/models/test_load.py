@@ -78,6 +78,21 @@ def test_missing_unexpected_and_misshapen_tensors_are_named(saved):
         load_model(str(saved))
 
 
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float64])
+def test_a_tensor_of_another_dtype_is_named(saved, dtype):
+    name = "model.layers.0.mlp.down_proj.weight"
+    edit(saved, lambda tensors: tensors.update({name: torch.zeros(32, 40, dtype=dtype)}))
+    with pytest.raises(SetupError, match=r"down_proj\.weight has dtype (I8|F64); supported: F32"):
+        load_model(str(saved))
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "pytorch_model.bin.index.json"])
+def test_weights_in_pickle_files_alone_are_refused(saved, name):
+    (saved / "model.safetensors").rename(saved / name)
+    with pytest.raises(SetupError, match=f"{name}, a pickle file.*safetensors"):
+        load_model(str(saved))
+
+
 def test_inverse_frequencies_of_old_checkpoints_are_ignored(saved):
     name = "model.layers.0.self_attn.rotary_emb.inv_freq"
     edit(saved, lambda tensors: tensors.update({name: torch.ones(4)}))
@@ -86,7 +101,11 @@ def test_inverse_frequencies_of_old_checkpoints_are_ignored(saved):
 
 def test_broken_weight_files(saved):
     path = saved / "model.safetensors"
-    path.write_bytes(path.read_bytes()[:100])
+    whole = path.read_bytes()
+    path.write_bytes(whole[:100])
+    with pytest.raises(SetupError, match="cannot be read as safetensors"):
+        load_model(str(saved))
+    path.write_bytes(whole[:-8])
     with pytest.raises(SetupError, match="cannot be read as safetensors"):
         load_model(str(saved))
     path.unlink()
