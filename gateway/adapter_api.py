@@ -1,118 +1,155 @@
-"""Registering an adapter: checked, copied into the store by content, and only then announced."""
+"""``/v1/adapters``: list, search, show, add, roll back, remove; each for what a tenant may see."""
 
 from __future__ import annotations
 
-import asyncio
-import time
-from collections.abc import Mapping
-from pathlib import Path
+from collections.abc import Awaitable, Callable, Iterable
+from typing import TypeVar
 
 import msgspec
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
 
+from gateway.registration import NewAdapter, Registrar
 from gateway.system import Gateway
-from openlora.adapters.peft_format import AdapterInfo, inspect_adapter
-from openlora.adapters.store import AdapterStore
-from openlora.errors import AdapterFailed, InvalidRequest
-from openlora.protocol.status import AdapterRecord
-from openlora.registry import check_adapter_id
+from openlora.errors import InvalidRequest, PayloadTooLarge
+from openlora.protocol.status import AdapterRecord, Heartbeat
+from openlora.registry.records import owner_of
 
-_READS_HIDDEN = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
-_WRITES_HIDDEN = ("o_proj", "down_proj")
+MAX_BODY_BYTES = 1 << 20
+MAX_LIMIT = 1000
 
-
-class NewAdapter(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Body of ``POST /v1/adapters``."""
-
-    id: str
-    source: str
+T = TypeVar("T")
+Handler = Callable[[Request], Awaitable[Response]]
+TenantHandler = Callable[[Request, str], Awaitable[Response]]
 
 
-async def register(gateway: Gateway, new: NewAdapter) -> AdapterRecord:
-    """Validates, stores and registers ``new``; a changed adapter gets the next version.
+class Rollback(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Body of ``POST /v1/adapters/{id}/rollback``; None: the version before the one in use."""
 
-    Raises:
-        InvalidRequest: the ID is malformed, or the source is no local directory.
-        AdapterFailed: the files are unusable, or fit another base model than the workers'.
-        Overloaded: Redis does not answer.
-    """
-    check_adapter_id(new.id)
-    source = _directory(new.source)
-    hidden_sizes = {
-        heartbeat.hidden_size
-        for heartbeat in await gateway.job_log.heartbeats()
-        if heartbeat.hidden_size
-    }
-    info = await asyncio.to_thread(_store, gateway.config.store, source, hidden_sizes)
-    return await gateway.directory.put(record_of(new.id, info, new.source))
+    version: int | None = None
 
 
-def record_of(adapter_id: str, info: AdapterInfo, source: str) -> AdapterRecord:
-    """What the registry is to keep of an adapter in the store; it assigns the version."""
-    return AdapterRecord(
-        id=adapter_id,
-        version=0,
-        hash=info.hash,
-        rank=info.rank,
-        targets=tuple(info.targets),
-        base_model=info.base_model,
-        size_bytes=info.size_bytes,
-        source=source,
-        created_ms=time.time_ns() // 1_000_000,
-    )
+def adapter_routes(gateway: Gateway, keyed: Callable[[TenantHandler], Handler]) -> list[Route]:
+    """The routes. ``keyed`` puts a handler behind the API key and gives it the key's tenant."""
+    api = AdapterApi(gateway)
+    return [
+        Route("/v1/adapters", keyed(api.list_adapters), methods=["GET"]),
+        Route("/v1/adapters", keyed(api.add), methods=["POST"]),
+        Route("/v1/adapters/{id}/versions", keyed(api.versions), methods=["GET"]),
+        Route("/v1/adapters/{id}/rollback", keyed(api.rollback), methods=["POST"]),
+        Route("/v1/adapters/{id}", keyed(api.show), methods=["GET"]),
+        Route("/v1/adapters/{id}", keyed(api.remove), methods=["DELETE"]),
+    ]
 
 
-def record_fields(record: AdapterRecord) -> dict[str, object]:
-    """A record as ``/v1/adapters`` shows it."""
-    return msgspec.structs.asdict(record)
+class AdapterApi:
+    """The handlers, over one gateway."""
 
+    def __init__(self, gateway: Gateway) -> None:
+        self._gateway = gateway
+        self._directory = gateway.directory
+        self._registrar = Registrar(gateway)
 
-def check_hidden_size(
-    tensors: Mapping[str, tuple[str, tuple[int, ...]]], hidden_sizes: set[int]
-) -> None:
-    """Tells an adapter of another base model before a worker has to refuse it.
-
-    ``lora_A`` of what reads the hidden state has its size as second dimension, ``lora_B`` of what
-    writes it as first. Without a worker nothing can be compared: the worker checks again.
-
-    Raises:
-        AdapterFailed: names a tensor, its shape, and the size that the workers' model has.
-    """
-    if not hidden_sizes:
-        return
-    for name, (_, shape) in sorted(tensors.items()):
-        parts = name.split(".")
-        hidden = None
-        if "lora_A" in parts and any(part in _READS_HIDDEN for part in parts):
-            hidden = shape[1]
-        elif "lora_B" in parts and any(part in _WRITES_HIDDEN for part in parts):
-            hidden = shape[0]
-        if hidden is not None and hidden not in hidden_sizes:
-            sizes = ", ".join(map(str, sorted(hidden_sizes)))
-            raise AdapterFailed(
-                f"{name} has shape {list(shape)}: it belongs to a model of hidden size {hidden}, "
-                f"but the workers' model has {sizes}; train the adapter on the served base model"
-            )
-
-
-def _directory(source: str) -> Path:
-    if "://" in source:
-        raise InvalidRequest(
-            f"source {source[:200]!r} is a URL; this build takes directories of the gateway's "
-            "machine: download it there first"
+    async def list_adapters(self, request: Request, tenant: str) -> Response:
+        """Adapters by ID. Query: ``search`` (part of an ID or base model), ``after`` (an ID),
+        ``limit``."""
+        records = select(
+            await self._directory.list(tenant),
+            search=request.query_params.get("search", ""),
+            after=request.query_params.get("after", ""),
+            limit=_limit(request.query_params.get("limit")),
         )
-    if "\0" in source or not source:
-        raise InvalidRequest(f"source {source[:200]!r} is no path; name a PEFT adapter's directory")
-    path = Path(source).expanduser()
-    if not path.is_absolute():
-        raise InvalidRequest(f"source {source[:200]!r} is relative; name the whole path")
-    if not path.is_dir():
-        raise InvalidRequest(f"source {source[:200]!r} is no directory on the gateway's machine")
-    return path
+        return _json(await self._shown(records, tenant))
+
+    async def add(self, request: Request, tenant: str) -> Response:
+        """Registers an adapter: 201 with its record."""
+        new = await _decoded(request, NewAdapter, '{"id": "…", "source": "directory"}')
+        record = await self._registrar.register(new, tenant)
+        return _json(record_fields(record, tenant, []), 201)
+
+    async def show(self, request: Request, tenant: str) -> Response:
+        """One adapter's record: of the version in use, or of ``id@version``."""
+        record = await self._directory.get(request.path_params["id"], tenant)
+        return _json((await self._shown([record], tenant))[0])
+
+    async def versions(self, request: Request, tenant: str) -> Response:
+        """All kept versions of an adapter, the oldest first."""
+        records = await self._directory.versions(request.path_params["id"], tenant)
+        return _json(await self._shown(records, tenant))
+
+    async def rollback(self, request: Request, tenant: str) -> Response:
+        """Requests get another version from now on: its record."""
+        body = await _decoded(request, Rollback, '{"version": 3}, or {} for the one before')
+        record = await self._directory.rollback(request.path_params["id"], tenant, body.version)
+        return _json(record_fields(record, tenant, []))
+
+    async def remove(self, request: Request, tenant: str) -> Response:
+        """Forgets an adapter, or one version of it: 204. Jobs accepted with it still run."""
+        await self._directory.remove(request.path_params["id"], tenant)
+        return Response(status_code=204)
+
+    async def _shown(
+        self, records: Iterable[AdapterRecord], tenant: str
+    ) -> list[dict[str, object]]:
+        places = residency(await self._gateway.job_log.heartbeats())
+        return [record_fields(record, tenant, places.get(record.hash, [])) for record in records]
 
 
-def _store(root: Path, source: Path, hidden_sizes: set[int]) -> AdapterInfo:
-    check_hidden_size(inspect_adapter(source).tensors, hidden_sizes)
+def select(
+    records: list[AdapterRecord], *, search: str = "", after: str = "", limit: int | None = None
+) -> list[AdapterRecord]:
+    """The page of ``records`` (by ID) that a query asks for. Pure."""
+    if search:
+        part = search.lower()
+        records = [
+            record
+            for record in records
+            if part in record.id.lower() or part in record.base_model.lower()
+        ]
+    if after:
+        records = [record for record in records if record.id > after]
+    return records if limit is None else records[:limit]
+
+
+def residency(heartbeats: Iterable[Heartbeat]) -> dict[str, list[str]]:
+    """Content hash → IDs of the workers that have it in pages now."""
+    places: dict[str, list[str]] = {}
+    for heartbeat in heartbeats:
+        for content in heartbeat.resident_adapters:
+            places.setdefault(content, []).append(heartbeat.id)
+    return places
+
+
+def record_fields(record: AdapterRecord, tenant: str, workers: list[str]) -> dict[str, object]:
+    """A record as ``tenant`` is shown it: where it came from is told to its owner alone."""
+    fields = msgspec.structs.asdict(record) | {"owner": owner_of(record), "resident_on": workers}
+    if owner_of(record) != tenant:
+        fields["source"] = ""
+    return fields
+
+
+def _limit(text: str | None) -> int | None:
+    if text is None:
+        return None
+    if not text.isascii() or not text.isdigit() or not 1 <= int(text) <= MAX_LIMIT:
+        raise InvalidRequest(f"limit is {text[:64]!r}; it must be a whole number, 1 to {MAX_LIMIT}")
+    return int(text)
+
+
+def _json(value: object, status: int = 200) -> Response:
+    """Encoded by msgspec: ten thousand records in milliseconds."""
+    return Response(msgspec.json.encode(value), status, media_type="application/json")
+
+
+async def _decoded(request: Request, kind: type[T], example: str) -> T:
+    """The body, read no further than the limit."""
+    body = bytearray()
+    async for part in request.stream():
+        body += part
+        if len(body) > MAX_BODY_BYTES:
+            raise PayloadTooLarge(f"the body is over {MAX_BODY_BYTES} bytes; send less")
     try:
-        return AdapterStore(root).put(source)
-    except OSError as error:
-        raise AdapterFailed(f"{source} cannot be copied into the store {root}: {error}") from error
+        return msgspec.json.decode(bytes(body), type=kind)
+    except (msgspec.DecodeError, UnicodeError) as error:
+        raise InvalidRequest(f"the body is not valid: {error}; send {example}") from error

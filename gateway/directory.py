@@ -5,37 +5,41 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import redis.asyncio
 from redis.exceptions import RedisError
 
 from gateway.drafts import AdapterChoice
-from openlora.errors import InvalidRequest, Overloaded, UnknownAdapter
+from openlora.errors import InvalidRequest, Overloaded
 from openlora.protocol.jobs import AdapterRef
 from openlora.protocol.names import ADAPTERS_CHANNEL
 from openlora.protocol.status import AdapterRecord
-from openlora.registry import AsyncAdapterRegistry
+from openlora.registry import AsyncAdapterRegistry, parse_reference
+from openlora.registry.records import private_key, unknown, visible_records
 
 log = logging.getLogger(__name__)
 
-RELOAD_S = 5.0
+CHECK_S = 5.0
 RETRY_AFTER_MS = 1000
 
 
 class AdapterDirectory:
-    """Adapter records by ID, in memory.
+    """Adapter records in memory: what each tenant may see, without a question to Redis.
 
-    A change is known here as soon as its message arrives, and after ``RELOAD_S`` at the latest
-    (pub/sub keeps nothing for whoever was away). An ID not known here is asked of Redis, so a
-    client that just registered an adapter elsewhere can use it at once.
+    A change is known here as soon as its message arrives, and after ``CHECK_S`` at the latest
+    (pub/sub keeps nothing for whoever was away). A message carries the registry's revision: where
+    one is missing, everything is read anew. An ID not known here is asked of Redis, so a client
+    that just registered an adapter elsewhere can use it at once.
     """
 
     def __init__(self, client: redis.asyncio.Redis) -> None:
+        self.registry = AsyncAdapterRegistry(client)
         self._redis = client
-        self._registry = AsyncAdapterRegistry(client)
         self._records: dict[str, AdapterRecord] = {}
+        self._revision = -1
+        self._visible: dict[str, list[AdapterRecord]] = {}
 
     async def run(self) -> None:
         """Keeps the copy fresh until cancelled."""
@@ -51,85 +55,123 @@ class AdapterDirectory:
         async with contextlib.aclosing(pubsub):
             await pubsub.subscribe(ADAPTERS_CHANNEL)
             while True:
-                await self.reload()
-                message: Any = await pubsub.get_message(timeout=RELOAD_S)
-                while message is not None and message["type"] != "message":
-                    message = await pubsub.get_message(timeout=RELOAD_S)
+                message: Any = await pubsub.get_message(timeout=CHECK_S)
+                if message is None or message["type"] != "message":
+                    await self.refresh()
+                else:
+                    await self._apply(message["data"])
 
-    async def reload(self) -> None:
-        """Reads all records."""
-        self._records = {record.id: record for record in await self._registry.list()}
-
-    async def list(self) -> list[AdapterRecord]:
-        """All records, from Redis.
-
-        Raises:
-            Overloaded: Redis does not answer.
-        """
-        try:
-            await self.reload()
-        except (RedisError, OSError) as error:
-            raise _unreachable(error) from error
-        return [*self._records.values()]
-
-    async def get(self, adapter_id: str) -> AdapterRecord:
-        """The newest record of ``adapter_id``.
-
-        Raises:
-            UnknownAdapter: there is none.
-            Overloaded: Redis does not answer.
-        """
-        record = self._records.get(adapter_id)
-        if record is None:
-            try:
-                record = await self._registry.get(adapter_id)
-            except (RedisError, OSError) as error:
-                raise _unreachable(error) from error
+    async def _apply(self, message: bytes) -> None:
+        revision, _, key = message.decode().partition(" ")
+        if not revision.isdigit() or int(revision) > self._revision + 1:
+            await self.refresh()
+        elif int(revision) == self._revision + 1:
+            record = await self.registry.by_key(key)
+            self._revision += 1
             if record is None:
-                raise UnknownAdapter(
-                    f"adapter {adapter_id!r} is not registered; GET /v1/adapters lists those that "
-                    "are"
-                )
-            self._records[adapter_id] = record
+                self._records.pop(key, None)
+            else:
+                self._records[key] = record
+            self._visible.clear()
+
+    async def refresh(self) -> None:
+        """Reads all records, unless the registry's revision is that of the copy."""
+        if await self.registry.revision() != self._revision:
+            self._revision, self._records = await self.registry.snapshot()
+            self._visible.clear()
+
+    async def list(self, tenant: str) -> list[AdapterRecord]:
+        """The versions in use of what ``tenant`` may see, by ID; as fresh as Redis.
+
+        Raises:
+            Overloaded: Redis does not answer.
+        """
+        with _reachable():
+            await self.refresh()
+        if tenant not in self._visible:
+            self._visible[tenant] = visible_records(self._records.values(), tenant)
+        return self._visible[tenant]
+
+    async def get(self, reference: str, tenant: str) -> AdapterRecord:
+        """The record that ``id`` or ``id@version`` means to ``tenant``.
+
+        Raises:
+            InvalidRequest: ``reference`` is malformed.
+            UnknownAdapter: there is none, or none that the tenant may see.
+            Overloaded: Redis does not answer.
+        """
+        wanted = parse_reference(reference)
+        record = self._records.get(private_key(tenant, wanted.id), self._records.get(wanted.id))
+        if record is None or wanted.version not in (None, record.version):
+            with _reachable():
+                record = await self.registry.get(reference, tenant)
+            if record is None:
+                raise unknown(wanted)
         return record
 
-    async def resolve(self, choices: Iterable[AdapterChoice]) -> tuple[AdapterRef, ...]:
+    async def resolve(
+        self, choices: Iterable[AdapterChoice], tenant: str
+    ) -> tuple[AdapterRef, ...]:
         """``choices`` as versions and content; the same errors as ``get``."""
         refs = []
         for choice in choices:
-            record = await self.get(choice.id)
+            record = await self.get(choice.id, tenant)
             refs.append(AdapterRef(record.id, record.version, record.hash, choice.weight))
         return tuple(refs)
+
+    async def versions(self, adapter_id: str, tenant: str) -> Sequence[AdapterRecord]:
+        """All kept versions, the oldest first; the same errors as ``get``."""
+        await self.get(adapter_id, tenant)
+        with _reachable():
+            return await self.registry.versions(adapter_id, tenant)
 
     async def put(self, record: AdapterRecord) -> AdapterRecord:
         """Registers ``record`` and returns it with its version.
 
         Raises:
+            Forbidden: the ID is another tenant's.
             Overloaded: Redis does not answer.
         """
-        try:
-            stored = await self._registry.put(record)
-        except (RedisError, OSError) as error:
-            raise _unreachable(error) from error
-        self._records[stored.id] = stored
+        with _reachable():
+            stored = await self.registry.put(record)
+            await self.refresh()
         return stored
 
-    async def remove(self, adapter_id: str) -> None:
-        """Forgets ``adapter_id``; jobs that were accepted with it still run.
+    async def remove(self, reference: str, tenant: str) -> None:
+        """Forgets an ID or one version of it; jobs that were accepted with it still run.
 
         Raises:
+            InvalidRequest: the version is the one in use.
             UnknownAdapter: it is not registered.
+            Forbidden: it is another tenant's.
             Overloaded: Redis does not answer.
         """
-        await self.get(adapter_id)
-        try:
-            await self._registry.remove(adapter_id)
-        except (RedisError, OSError) as error:
-            raise _unreachable(error) from error
-        self._records.pop(adapter_id, None)
+        with _reachable():
+            removed = await self.registry.remove(reference, tenant)
+            await self.refresh()
+        if not removed:
+            raise unknown(parse_reference(reference))
+
+    async def rollback(self, adapter_id: str, tenant: str, version: int | None) -> AdapterRecord:
+        """Requests get ``version`` from now on, or the one before that in use.
+
+        Raises:
+            UnknownAdapter: there is no such ID or version.
+            Forbidden: it is another tenant's.
+            Overloaded: Redis does not answer.
+        """
+        with _reachable():
+            record = await self.registry.rollback(adapter_id, tenant, version)
+            await self.refresh()
+        return record
 
 
-def _unreachable(error: Exception) -> Overloaded:
-    return Overloaded(
-        f"the adapter registry does not answer ({error}); try again", retry_after_ms=RETRY_AFTER_MS
-    )
+@contextlib.contextmanager
+def _reachable() -> Iterator[None]:
+    try:
+        yield
+    except (RedisError, OSError) as error:
+        raise Overloaded(
+            f"the adapter registry does not answer ({error}); try again",
+            retry_after_ms=RETRY_AFTER_MS,
+        ) from error

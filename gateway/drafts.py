@@ -15,9 +15,17 @@ import msgspec
 
 from openlora.errors import InvalidRequest
 from openlora.protocol.codec import encode
-from openlora.protocol.jobs import AdapterRef, Job, Merge, Message, Priority
-from openlora.registry.records import check_adapter_id
-from openlora.sampling_params import SamplingParams
+from openlora.protocol.jobs import (
+    MAJORITY_SIGNS,
+    MERGE_METHODS,
+    AdapterRef,
+    Job,
+    Merge,
+    Message,
+    Priority,
+)
+from openlora.registry.records import parse_reference
+from openlora.sampling_params import SEED_LIMIT, SamplingParams
 
 MAX_ADAPTERS = 8
 MAX_MESSAGES = 1024
@@ -28,7 +36,7 @@ ROLES = ("system", "developer", "user", "assistant", "tool")
 
 
 class AdapterChoice(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """An adapter by ID, as a client names it."""
+    """An adapter by ID, or by ``id@version``, as a client names it."""
 
     id: str
     weight: float = 1.0
@@ -180,14 +188,37 @@ def _check_input(request: GenerateRequest) -> None:
 
 
 def _check_merge(merge: Merge) -> None:
-    if merge.method != "cat":
+    if merge.method not in MERGE_METHODS:
         raise InvalidRequest(
-            f"merge.method {merge.method[:64]!r} is not available in this build; use 'cat', the "
-            "weighted sum of the adapters"
+            f"merge.method is {merge.method[:64]!r}; use one of {', '.join(MERGE_METHODS)}"
         )
-    if merge != Merge():
+    prunes, random = "prune" in merge.method, "dare" in merge.method
+    elects = "ties" in merge.method
+    if merge.majority_sign not in MAJORITY_SIGNS:
         raise InvalidRequest(
-            "merge has density, majority_sign or seed set; 'cat' uses none of them: leave them out"
+            f"merge.majority_sign is {merge.majority_sign[:64]!r}; use 'total' or 'frequency'"
+        )
+    if merge.density is None and (prunes or random or elects):
+        raise InvalidRequest(
+            f"merge.method {merge.method!r} needs a density: the share of values to keep, in (0, 1]"
+        )
+    if merge.density is not None and not 0 < merge.density <= 1:
+        raise InvalidRequest(f"merge.density is {merge.density}; it must be in (0, 1]")
+    if not 0 <= merge.seed < SEED_LIMIT:
+        raise InvalidRequest(f"merge.seed is {merge.seed}; it must be in [0, {SEED_LIMIT})")
+    unused = [
+        name
+        for name, used, default in (
+            ("density", prunes or random or elects, None),
+            ("majority_sign", elects, "total"),
+            ("seed", random, 0),
+        )
+        if not used and getattr(merge, name) != default
+    ]
+    if unused:
+        raise InvalidRequest(
+            f"merge has {' and '.join(unused)} set, which {merge.method!r} does not use; "
+            "leave it out"
         )
 
 
@@ -202,13 +233,13 @@ def _adapters_of(request: GenerateRequest) -> tuple[AdapterChoice, ...]:
     if request.adapter is not None:
         if request.adapters is not None:
             raise InvalidRequest("both of adapter and adapters given; send one of them")
-        return (AdapterChoice(check_adapter_id(request.adapter)),)
+        return (AdapterChoice(str(parse_reference(request.adapter))),)
     adapters = request.adapters or ()
     if len(adapters) > MAX_ADAPTERS:
         raise InvalidRequest(f"adapters has {len(adapters)} entries; send at most {MAX_ADAPTERS}")
     seen: set[str] = set()
     for number, adapter in enumerate(adapters):
-        check_adapter_id(adapter.id)
+        parse_reference(adapter.id)
         if adapter.id in seen:
             raise InvalidRequest(
                 f"adapters names {adapter.id!r} twice; name each once and add the weights up"

@@ -14,15 +14,14 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from gateway.adapter_api import NewAdapter, record_fields, register
+from gateway.adapter_api import adapter_routes
 from gateway.auth import check_origin, key_of
 from gateway.system import Gateway
 from gateway.workers_view import model_fields, queue_depth, worker_fields
-from openlora.errors import InvalidRequest, Overloaded, PayloadTooLarge
-
-MAX_BODY_BYTES = 1 << 20
+from openlora.errors import Overloaded
 
 Handler = Callable[[Request], Awaitable[Response]]
+TenantHandler = Callable[[Request, str], Awaitable[Response]]
 
 
 def api_routes(gateway: Gateway) -> list[Route]:
@@ -35,10 +34,7 @@ def api_routes(gateway: Gateway) -> list[Route]:
         Route("/v1/models", api.keyed(api.models)),
         Route("/v1/workers", api.keyed(api.workers)),
         Route("/v1/topics", api.keyed(api.topics)),
-        Route("/v1/adapters", api.keyed(api.list_adapters), methods=["GET"]),
-        Route("/v1/adapters", api.keyed(api.add_adapter), methods=["POST"]),
-        Route("/v1/adapters/{id}", api.keyed(api.show_adapter), methods=["GET"]),
-        Route("/v1/adapters/{id}", api.keyed(api.remove_adapter), methods=["DELETE"]),
+        *adapter_routes(gateway, api.keyed),
     ]
 
 
@@ -48,15 +44,14 @@ class HttpApi:
     def __init__(self, gateway: Gateway) -> None:
         self._gateway = gateway
 
-    def keyed(self, handler: Handler) -> Handler:
-        """``handler`` behind the API key and, for browsers, the origin check."""
+    def keyed(self, handler: TenantHandler) -> Handler:
+        """``handler`` behind the API key, whose tenant it gets, and the browsers' origin check."""
 
         @wraps(handler)
         async def checked(request: Request) -> Response:
             check_origin(request.headers.get("origin"), request.headers.get("host"))
             key = key_of(request.headers.get("authorization"))
-            self._gateway.config.api_keys.tenant_of(key)
-            return await handler(request)
+            return await handler(request, self._gateway.config.api_keys.tenant_of(key))
 
         return checked
 
@@ -87,52 +82,18 @@ class HttpApi:
             self._gateway.metrics.render(), media_type="text/plain; version=0.0.4; charset=utf-8"
         )
 
-    async def models(self, request: Request) -> Response:
+    async def models(self, request: Request, tenant: str) -> Response:
         """The base models that workers serve, and the adapters, in OpenAI's list shape."""
         heartbeats = await self._gateway.job_log.heartbeats()
-        records = await self._gateway.directory.list()
+        records = await self._gateway.directory.list(tenant)
         return JSONResponse({"object": "list", "data": model_fields(heartbeats, records)})
 
-    async def workers(self, request: Request) -> Response:
-        """All workers with a heartbeat."""
-        return JSONResponse([*map(worker_fields, await self._gateway.job_log.heartbeats())])
+    async def workers(self, request: Request, tenant: str) -> Response:
+        """All workers with a heartbeat; of resident adapters, those that the tenant may see."""
+        heartbeats = await self._gateway.job_log.heartbeats()
+        ids = {record.hash: record.id for record in await self._gateway.directory.list(tenant)}
+        return JSONResponse([worker_fields(heartbeat, ids) for heartbeat in heartbeats])
 
-    async def topics(self, request: Request) -> Response:
+    async def topics(self, request: Request, tenant: str) -> Response:
         """Every partition of the job topics with its owner, offsets and lag."""
         return JSONResponse(msgspec.to_builtins(await self._gateway.partition_rows()))
-
-    async def list_adapters(self, request: Request) -> Response:
-        """All adapters, by ID."""
-        return JSONResponse([*map(record_fields, await self._gateway.directory.list())])
-
-    async def add_adapter(self, request: Request) -> Response:
-        """Registers an adapter: 201 with its record."""
-        try:
-            new = msgspec.json.decode(await _body(request), type=NewAdapter)
-        except (msgspec.DecodeError, UnicodeError) as error:
-            raise InvalidRequest(
-                f'the body is not valid: {error}; send {{"id": "…", "source": "directory"}}'
-            ) from error
-        record = await register(self._gateway, new)
-        return JSONResponse(record_fields(record), 201)
-
-    async def show_adapter(self, request: Request) -> Response:
-        """One adapter's record."""
-        return JSONResponse(
-            record_fields(await self._gateway.directory.get(request.path_params["id"]))
-        )
-
-    async def remove_adapter(self, request: Request) -> Response:
-        """Forgets an adapter: 204. Jobs that were accepted with it still run."""
-        await self._gateway.directory.remove(request.path_params["id"])
-        return Response(status_code=204)
-
-
-async def _body(request: Request) -> bytes:
-    """The body, as long as it is small; reading stops at the limit."""
-    body = bytearray()
-    async for part in request.stream():
-        body += part
-        if len(body) > MAX_BODY_BYTES:
-            raise PayloadTooLarge(f"the body is over {MAX_BODY_BYTES} bytes; send less")
-    return bytes(body)

@@ -70,7 +70,7 @@ class Intake:
                 "this gateway is shutting down; connect again and send the request there",
                 retry_after_ms=RETRY_AFTER_MS,
             )
-        adapters = await self._directory.resolve(draft.adapters)
+        adapters = await self._directory.resolve(draft.adapters, tenant)
         return job_of(
             draft,
             job_id=new_job_id(self._shard),

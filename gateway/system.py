@@ -21,6 +21,7 @@ from typing import Any
 
 from starlette.types import Receive
 
+from gateway.adapter_collector import AdapterCollector
 from gateway.broker_watch import BrokerWatch
 from gateway.config import GatewayConfig
 from gateway.connection import Connection
@@ -30,6 +31,7 @@ from gateway.intake import Intake
 from gateway.metrics import Metrics
 from gateway.relay import Relay
 from gateway.threads import in_daemon_thread
+from openlora.adapters.store import AdapterStore
 from openlora.errors import Overloaded, SetupError
 from openlora.joblog import AsyncJobLog, async_redis_client
 from openlora.protocol.names import JOB_TOPICS, SHARD_COUNT
@@ -84,6 +86,9 @@ class Gateway:
             lease_ms=lease_ms,
         )
         owner = f"{socket.gethostname()}:{os.getpid()}:{secrets.token_hex(4)}"
+        self._collector = AdapterCollector(
+            self.directory.registry, self.job_log, self.redis, AdapterStore(config.store)
+        )
         self._sweeper = Sweeper(self.job_log, publisher, self.broker, owner)
         self._connections: set[Connection] = set()
         self._tasks: list[asyncio.Task[None]] = []
@@ -98,6 +103,7 @@ class Gateway:
             self.relay.renew_leases(),
             self.broker.run(),
             self._sweeper.run(),
+            self._collector.run(),
             self._drop_stalled(),
         ):
             self._run(work)

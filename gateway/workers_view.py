@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from openlora.protocol.status import AdapterRecord, Heartbeat
 
 
-def worker_fields(heartbeat: Heartbeat) -> dict[str, object]:
-    """One worker of ``/v1/workers``."""
+def worker_fields(heartbeat: Heartbeat, ids: Mapping[str, str]) -> dict[str, object]:
+    """One worker of ``/v1/workers``. ``ids``: content hash → ID of the adapters to be named."""
     return {
         "id": heartbeat.id,
         "pid": heartbeat.pid,
@@ -37,7 +37,9 @@ def worker_fields(heartbeat: Heartbeat) -> dict[str, object]:
         ],
         "running": heartbeat.running,
         "waiting": heartbeat.waiting,
-        "resident_adapters": [*heartbeat.resident_adapters],
+        "resident_adapters": [
+            ids[content] for content in heartbeat.resident_adapters if content in ids
+        ],
         "tokens_per_s": heartbeat.tokens_per_s,
     }
 

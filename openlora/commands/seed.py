@@ -7,10 +7,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from gateway.adapter_api import check_hidden_size, record_of
+from gateway.registration import check_hidden_size, record_of
+from openlora.adapters.peft_format import AdapterLayout
 from openlora.adapters.store import AdapterStore
-from openlora.errors import AdapterFailed, InvalidRequest, OpenLoRAError, SetupError
-from openlora.registry import AdapterRegistry
+from openlora.errors import AdapterFailed, Forbidden, InvalidRequest, OpenLoRAError, SetupError
+from openlora.registry import AdapterRegistry, check_adapter_id
 
 CONFIG_FILE = "adapter_config.json"
 
@@ -52,13 +53,19 @@ def register_dirs(
     Raises:
         SetupError: an adapter cannot be copied into the store.
     """
+
+    def check(layout: AdapterLayout) -> None:
+        check_hidden_size(layout.tensors, hidden_sizes)
+
     skipped: list[Skipped] = []
+    holder = registry.holder()
     for path in dirs:
         try:
-            info = store.put(path)
-            check_hidden_size(info.tensors, hidden_sizes)
+            check_adapter_id(path.name)
+            info = store.put(path, holder=holder, check=check)
+            registry.expect(info.hash)
             registry.put(record_of(path.name, info, str(path.resolve())))
-        except (AdapterFailed, InvalidRequest) as error:
+        except (AdapterFailed, Forbidden, InvalidRequest) as error:
             skipped.append(Skipped(path.name, _reason(error)))
         except OSError as error:
             raise SetupError(

@@ -31,8 +31,19 @@ class AdapterRef(msgspec.Struct, frozen=True):
     weight: float = 1.0
 
 
+MERGE_METHODS = (
+    *("cat", "linear", "svd", "ties", "ties_svd", "dare_linear", "dare_ties"),
+    *("dare_linear_svd", "dare_ties_svd", "magnitude_prune", "magnitude_prune_svd"),
+)
+MAJORITY_SIGNS = ("total", "frequency")
+
+
 class Merge(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """How several adapters become one; "cat" is exactly Σ weight·ΔW."""
+    """How several adapters become one: the combination types of PEFT's ``add_weighted_adapter``.
+
+    "cat" is exactly Σ weight·ΔW. ``density`` is the share of values that pruning methods keep,
+    ``majority_sign`` how ties methods elect a sign, ``seed`` what dare methods draw from.
+    """
 
     method: str = "cat"
     density: float | None = None

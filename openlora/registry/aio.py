@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -9,7 +10,14 @@ from typing import Any
 import redis.asyncio
 
 from openlora.protocol.codec import decode_adapter_record
-from openlora.protocol.names import ADAPTERS_KEY, ADAPTERS_REVISION_KEY, adapter_versions_key
+from openlora.protocol.names import (
+    ADAPTERS_CONTENTS_KEY,
+    ADAPTERS_DROPPED_KEY,
+    ADAPTERS_HOLDER_KEY,
+    ADAPTERS_KEY,
+    ADAPTERS_REVISION_KEY,
+    adapter_versions_key,
+)
 from openlora.protocol.status import AdapterRecord
 from openlora.registry import scripts
 from openlora.registry.records import (
@@ -134,6 +142,29 @@ class AsyncAdapterRegistry:
         stored = result_of(reply, Reference(adapter_id, version))
         assert stored is not None
         return stored
+
+    async def holder(self) -> str:
+        """The name under which this registry holds content in stores."""
+        await self._redis.set(ADAPTERS_HOLDER_KEY, secrets.token_hex(16), nx=True)
+        name: bytes = await self._redis.get(ADAPTERS_HOLDER_KEY)
+        return name.decode()
+
+    async def dropped(self, before_ms: int) -> Sequence[str]:
+        """Hashes of content that no version has named since ``before_ms``."""
+        found = await self._redis.zrangebyscore(ADAPTERS_DROPPED_KEY, 0, before_ms)
+        return [content.decode() for content in found]
+
+    async def is_named(self, content_hash: str) -> bool:
+        """Whether a version names this content."""
+        return bool(await self._redis.hexists(ADAPTERS_CONTENTS_KEY, content_hash))
+
+    async def expect(self, content_hash: str) -> None:
+        """Content was stored for a version that may never come: collect it then."""
+        await self._redis.zadd(ADAPTERS_DROPPED_KEY, {content_hash: _now_ms()}, nx=True)
+
+    async def forget(self, content_hash: str) -> None:
+        """Dropped content was released from the store, or is named again."""
+        await self._redis.zrem(ADAPTERS_DROPPED_KEY, content_hash)
 
     async def _key(self, adapter_id: str, tenant: str) -> str:
         private = private_key(tenant, adapter_id)

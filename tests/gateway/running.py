@@ -133,6 +133,7 @@ class ScriptedWorker:
         self.log = JobLog(self._client)
         self.jobs: list[Job] = []
         self.running: dict[str, ScriptedJob] = {}
+        self.resident_adapters: tuple[str, ...] = ()
         self._script = script
         self._token_s = token_s
         self._tokens_per_chunk = tokens_per_chunk
@@ -182,6 +183,7 @@ class ScriptedWorker:
                 started_ms=now_ms,
                 written_ms=now_ms,
                 hidden_size=self._hidden_size,
+                resident_adapters=self.resident_adapters,
             )
         )
 

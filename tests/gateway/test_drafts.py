@@ -21,7 +21,7 @@ from gateway.drafts import (
     job_of,
 )
 from openlora.errors import InvalidRequest
-from openlora.protocol.jobs import AdapterRef, Merge, Message
+from openlora.protocol.jobs import MERGE_METHODS, AdapterRef, Merge, Message
 from openlora.sampling_params import SamplingParams
 
 
@@ -67,8 +67,21 @@ def test_one_adapter_is_a_mix_of_one_with_weight_1() -> None:
         (request(adapters=[{"id": "a", "weight": float("nan")}]), "adapters[0].weight is nan"),
         (request(adapters=[{"id": "a", "weight": float("inf")}]), "weight is inf"),
         (request(adapters=[{"id": "a", "weight": 1e9}]), "weight is 1000000000.0"),
-        (request(merge={"method": "ties"}), "'ties' is not available"),
-        (request(merge={"density": 0.5}), "density"),
+        (request(adapter="a@0"), "'a@0' pins no version"),
+        (request(adapters=[{"id": "a@new"}]), "'a@new' pins no version"),
+        (request(merge={"method": "mean"}), "'mean'; use one of cat, linear"),
+        (request(merge={"density": 0.5}), "density set, which 'cat' does not use"),
+        (request(merge={"method": "svd", "seed": 1}), "seed set, which 'svd' does not use"),
+        (request(merge={"method": "ties"}), "'ties' needs a density"),
+        (request(merge={"method": "ties", "density": 0}), "density is 0"),
+        (request(merge={"method": "ties", "density": float("nan")}), "density is nan"),
+        (request(merge={"method": "ties", "density": 1, "seed": 3}), "seed set"),
+        (request(merge={"majority_sign": "most"}), "majority_sign is 'most'"),
+        (
+            request(merge={"method": "dare_linear", "density": 1, "majority_sign": "frequency"}),
+            "majority_sign set",
+        ),
+        (request(merge={"method": "dare_ties", "density": 1, "seed": -1}), "seed is -1"),
         (request(deadline_s=0), "deadline_s is 0"),
         (request(deadline_s=-1), "deadline_s is -1"),
         (request(idempotency_key=""), "idempotency_key has 0"),
@@ -87,6 +100,21 @@ def test_what_cannot_be_meant_is_refused_with_field_and_value(
     with pytest.raises(InvalidRequest) as caught:
         draft_of(wrong)
     assert words in caught.value.message
+
+
+@pytest.mark.parametrize("method", MERGE_METHODS)
+def test_every_merge_has_settings_that_are_taken(method: str) -> None:
+    merge: dict[str, Any] = {"method": method}
+    if any(word in method for word in ("ties", "dare", "prune")):
+        merge["density"] = 0.5
+    if "ties" in method:
+        merge["majority_sign"] = "frequency"
+    if "dare" in method:
+        merge["seed"] = 7
+    asked = request(adapters=[{"id": "a@3"}, {"id": "b", "weight": -1}], merge=merge)
+    draft = draft_of(asked)
+    assert draft.merge == Merge(**merge)
+    assert draft.adapters[0] == AdapterChoice("a@3")
 
 
 def test_an_assistant_that_answered_nothing_may_be_sent_back() -> None:

@@ -5,11 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import msgspec
-import pytest
 
-from gateway.adapter_api import check_hidden_size
 from gateway.workers_view import model_fields, queue_depth, worker_fields
-from openlora.errors import AdapterFailed
 from openlora.protocol.status import AdapterRecord, Heartbeat, PartitionStatus
 
 
@@ -33,7 +30,7 @@ def heartbeat(**fields: Any) -> Heartbeat:
 
 def test_a_worker_shows_its_partitions_with_their_lag() -> None:
     part = PartitionStatus("openlora.jobs", 3, committed=10, position=12, high_water=15)
-    (shown,) = worker_fields(heartbeat(partitions=(part,)))["partitions"]  # type: ignore[misc]
+    (shown,) = worker_fields(heartbeat(partitions=(part,)), {})["partitions"]  # type: ignore[misc]
     assert shown["lag"] == 5
     assert shown["partition"] == 3
 
@@ -50,18 +47,6 @@ def test_models_are_each_base_once_then_the_adapters() -> None:
     assert [(m["id"], m["created"]) for m in models] == [("tiny", 3), ("a", 7)]
 
 
-@pytest.mark.parametrize(
-    ("name", "shape"),
-    [
-        ("base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight", (8, 96)),
-        ("base_model.model.model.layers.0.mlp.down_proj.lora_B.weight", (96, 8)),
-    ],
-)
-def test_an_adapter_of_another_hidden_size_is_refused_where_a_size_is_known(
-    name: str, shape: tuple[int, int]
-) -> None:
-    tensors = {name: ("F32", shape)}
-    check_hidden_size(tensors, {96})
-    check_hidden_size(tensors, set())
-    with pytest.raises(AdapterFailed, match="hidden size 96"):
-        check_hidden_size(tensors, {64})
+def test_resident_adapters_are_named_where_they_may_be() -> None:
+    beat = heartbeat(resident_adapters=("ab", "cd"))
+    assert worker_fields(beat, {"cd": "poet"})["resident_adapters"] == ["poet"]

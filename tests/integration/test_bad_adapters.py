@@ -111,6 +111,7 @@ BREAKS = (
     other_base,
     a_pickle,
     pickle_in_disguise,
+    not_a_number,
     truncated,
     symlink_out,
     no_config,
@@ -138,21 +139,23 @@ def test_each_unusable_adapter_is_refused_with_the_reason(system, folder, tmp_pa
         assert text_of(again) == text_of(alone)
 
 
-def test_weights_that_are_no_numbers_fail_their_requests_alone(system, folder, tmp_path):
-    """The gateway reads no weights: the worker that loads them finds out."""
-    shutil.copytree(folder / "adapters/poet", tmp_path / "nan")
-    not_a_number(tmp_path / "nan", None)
-    body = {"id": "nan", "source": str(tmp_path / "nan")}
-    httpx.post(f"{system.url}/v1/adapters", json=body, timeout=30).raise_for_status()
+def test_content_that_changed_in_the_store_fails_its_requests_alone(system, folder, tmp_path):
+    """Other bytes under a content's name: the worker that loads them finds out."""
+    shutil.copytree(folder / "adapters/poet", tmp_path / "other")
+    change_tensors(tmp_path / "other", lambda t, names: t[names[0]].mul_(1.5))
+    body = {"id": "other", "source": str(tmp_path / "other")}
+    record = httpx.post(f"{system.url}/v1/adapters", json=body, timeout=30).json()
+    (stored,) = tmp_path.parent.parent.glob(f"**/{record['hash']}/{WEIGHTS}")
+    not_a_number(stored.parent, None)
     with Client(system.url) as client:
         client.generate("good", prompt="the sea", adapter="poet", params=GREEDY)
-        mix = [{"id": "nan", "weight": 0.5}, {"id": "poet", "weight": 0.5}]
+        mix = [{"id": "other", "weight": 0.5}, {"id": "poet", "weight": 0.5}]
         client.generate("bad", prompt="the sea", adapters=mix, params=GREEDY)
         streams = client.until_ends(["good", "bad"])
         assert text_of(streams["good"])
         assert streams["bad"][-1]["code"] == "adapter_failed"
-        assert "finite" in streams["bad"][-1]["message"]
-    httpx.delete(f"{system.url}/v1/adapters/nan").raise_for_status()
+        assert "is damaged" in streams["bad"][-1]["message"]
+    httpx.delete(f"{system.url}/v1/adapters/other").raise_for_status()
 
 
 def test_the_command_says_it_in_one_line(system, folder, tmp_path):

@@ -1,0 +1,97 @@
+"""Deletes adapter content that nothing names any more: no version, and no job that is under way."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from typing import Any
+
+import msgspec
+import redis.asyncio
+from redis.exceptions import RedisError
+
+from openlora.adapters.store import AdapterStore
+from openlora.errors import AdapterFailed, InvalidRequest, Overloaded
+from openlora.joblog import AsyncJobLog
+from openlora.protocol.jobs import AdapterRef
+from openlora.protocol.names import job_key
+from openlora.registry import AsyncAdapterRegistry
+
+PERIOD_S = 30.0
+GRACE_MS = 60_000
+"""Longer than a gateway takes from resolving a request's adapters to storing its job."""
+
+log = logging.getLogger(__name__)
+
+
+class _JobAdapters(msgspec.Struct):
+    """The part of a ``Job`` that matters here."""
+
+    adapters: tuple[AdapterRef, ...] = ()
+
+
+class AdapterCollector:
+    """Collects for one registry. Several gateways may do so at once: a release is idempotent."""
+
+    def __init__(
+        self,
+        registry: AsyncAdapterRegistry,
+        job_log: AsyncJobLog,
+        client: redis.asyncio.Redis,
+        store: AdapterStore,
+    ) -> None:
+        self._registry = registry
+        self._job_log = job_log
+        # redis-py types each command as "the answer or an awaitable of it"
+        self._redis: Any = client
+        self._store = store
+
+    async def run(self) -> None:
+        """Collects every ``PERIOD_S`` until cancelled."""
+        while True:
+            await asyncio.sleep(PERIOD_S)
+            try:
+                await self.collect(GRACE_MS)
+                await asyncio.to_thread(self._store.sweep)
+            except (RedisError, OSError, Overloaded, InvalidRequest) as error:
+                log.warning("adapter content not collected, tried again later: %s", error)
+
+    async def collect(self, grace_ms: int) -> list[str]:
+        """Releases content that was dropped ``grace_ms`` ago or earlier; the hashes deleted."""
+        now_ms = time.time_ns() // 1_000_000
+        dropped = await self._registry.dropped(now_ms - grace_ms)
+        if not dropped:
+            return []
+        in_use = await self._in_use()
+        holder = await self._registry.holder()
+        deleted = []
+        for content in dropped:
+            if content in in_use:
+                continue
+            if await self._registry.is_named(content):
+                await self._registry.forget(content)
+                continue
+            try:
+                if await asyncio.to_thread(self._store.release, content, holder):
+                    deleted.append(content)
+                    log.info("adapter content %s deleted: nothing names it", content)
+            except AdapterFailed as error:
+                log.warning("dropped adapter content is not in the store: %s", error)
+            await self._registry.forget(content)
+        return deleted
+
+    async def _in_use(self) -> set[str]:
+        """Hashes that open jobs name."""
+        found: set[str] = set()
+        async for page in self._job_log.open_jobs(0):
+            if not page:
+                continue
+            async with self._redis.pipeline(transaction=False) as pipe:
+                for job in page:
+                    pipe.hget(job_key(job.job_id), "job")
+                for value in await pipe.execute():
+                    if value is not None:
+                        job_adapters = msgspec.json.decode(value, type=_JobAdapters)
+                        found |= {adapter.hash for adapter in job_adapters.adapters}
+        return found

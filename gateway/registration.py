@@ -1,0 +1,153 @@
+"""Registering an adapter: checked, copied into the store by content, and only then announced."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+import msgspec
+
+from gateway.system import Gateway
+from openlora.adapters.peft_format import AdapterInfo, AdapterLayout
+from openlora.adapters.safetensors_header import TensorEntry
+from openlora.adapters.store import AdapterStore
+from openlora.errors import AdapterFailed, Forbidden, InvalidRequest
+from openlora.protocol.status import AdapterRecord
+from openlora.registry import OPERATOR, check_adapter_id
+
+MAX_LICENCE_CHARS = 200
+_READS_HIDDEN = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "qkv_proj", "gate_up_proj")
+_WRITES_HIDDEN = ("o_proj", "down_proj")
+
+
+class NewAdapter(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Body of ``POST /v1/adapters``.
+
+    ``visibility`` None: "private" for a tenant with a name, "public" for keys without one.
+    """
+
+    id: str
+    source: str
+    visibility: str | None = None
+    licence: str = ""
+
+
+class Registrar:
+    """Registers adapters for one gateway, one at a time: each reads and writes whole files, and
+    the disk serves the open streams as well."""
+
+    def __init__(self, gateway: Gateway) -> None:
+        self._gateway = gateway
+        self._turn = asyncio.Lock()
+
+    async def register(self, new: NewAdapter, tenant: str) -> AdapterRecord:
+        """Validates, stores and registers ``new``; a changed adapter gets the next version.
+
+        Raises:
+            InvalidRequest: the ID, visibility or licence is malformed, or the source is no local
+                directory.
+            Forbidden: the ID is another tenant's, or the source is not for this one.
+            AdapterFailed: the files are unusable, or fit another base model than the workers'.
+            Overloaded: Redis does not answer.
+        """
+        check_adapter_id(new.id)
+        if len(new.licence) > MAX_LICENCE_CHARS:
+            raise InvalidRequest(
+                f"licence has {len(new.licence)} characters; send at most {MAX_LICENCE_CHARS}, "
+                "such as an SPDX name"
+            )
+        source = _directory(new.source, tenant)
+        heartbeats = await self._gateway.job_log.heartbeats()
+        hidden_sizes = {beat.hidden_size for beat in heartbeats if beat.hidden_size}
+        registry = self._gateway.directory.registry
+        async with self._turn:
+            holder = await registry.holder()
+            info = await asyncio.to_thread(
+                _store, self._gateway.config.store, source, holder, hidden_sizes
+            )
+            await registry.expect(info.hash)
+            visibility = new.visibility or ("public" if tenant == OPERATOR else "private")
+            record = record_of(new.id, info, new.source)
+            return await self._gateway.directory.put(
+                msgspec.structs.replace(
+                    record, owner=tenant, visibility=visibility, licence=new.licence
+                )
+            )
+
+
+def record_of(adapter_id: str, info: AdapterInfo, source: str) -> AdapterRecord:
+    """What the registry is to keep of an adapter in the store; it assigns the version."""
+    return AdapterRecord(
+        id=adapter_id,
+        version=0,
+        hash=info.hash,
+        rank=info.rank,
+        targets=tuple(info.targets),
+        base_model=info.base_model,
+        size_bytes=info.size_bytes,
+        source=source,
+        created_ms=time.time_ns() // 1_000_000,
+        owner=OPERATOR,
+    )
+
+
+def check_hidden_size(tensors: Mapping[str, TensorEntry], hidden_sizes: set[int]) -> None:
+    """Tells an adapter of another base model before a worker has to refuse it.
+
+    ``lora_A`` of what reads the hidden state has its size as second dimension, ``lora_B`` of what
+    writes it as first. Without a worker nothing can be compared: the worker checks again.
+
+    Raises:
+        AdapterFailed: names a tensor, its shape, and the size that the workers' model has.
+    """
+    if not hidden_sizes:
+        return
+    for name, entry in sorted(tensors.items()):
+        parts = name.split(".")
+        hidden = None
+        if "lora_A" in parts and any(part in _READS_HIDDEN for part in parts):
+            hidden = entry.shape[1]
+        elif "lora_B" in parts and any(part in _WRITES_HIDDEN for part in parts):
+            hidden = entry.shape[0]
+        if hidden is not None and hidden not in hidden_sizes:
+            sizes = ", ".join(map(str, sorted(hidden_sizes)))
+            raise AdapterFailed(
+                f"{name} has shape {list(entry.shape)}: it belongs to a model of hidden size "
+                f"{hidden}, but the workers' model has {sizes}; train the adapter on the served "
+                "base model"
+            )
+
+
+def _directory(source: str, tenant: str) -> Path:
+    if "://" in source:
+        raise InvalidRequest(
+            f"source {source[:200]!r} is a URL; this build takes directories of the gateway's "
+            "machine: download it there first"
+        )
+    if "\0" in source or not source:
+        raise InvalidRequest(f"source {source[:200]!r} is no path; name a PEFT adapter's directory")
+    if tenant != OPERATOR:
+        # Otherwise a tenant could read other tenants' adapters out of the store, or any other
+        # directory of the machine that looks like one.
+        raise Forbidden(
+            "directories of the gateway's machine are for keys without a tenant; "
+            "ask the operator to add it"
+        )
+    path = Path(source).expanduser()
+    if not path.is_absolute():
+        raise InvalidRequest(f"source {source[:200]!r} is relative; name the whole path")
+    if not path.is_dir():
+        raise InvalidRequest(f"source {source[:200]!r} is no directory on the gateway's machine")
+    return path
+
+
+def _store(root: Path, source: Path, holder: str, hidden_sizes: set[int]) -> AdapterInfo:
+    def check(layout: AdapterLayout) -> None:
+        check_hidden_size(layout.tensors, hidden_sizes)
+
+    try:
+        return AdapterStore(root).put(source, holder=holder, check=check)
+    except OSError as error:
+        raise AdapterFailed(f"{source} cannot be copied into the store {root}: {error}") from error
