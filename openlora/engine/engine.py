@@ -21,15 +21,15 @@ from openlora.engine.build import EngineParts, build_parts
 from openlora.engine.config import EngineConfig
 from openlora.engine.generation import generate, load_tokenizer
 from openlora.engine.kv_blocks import BlockManager
-from openlora.engine.request import Completion, FinishReason, Request, TokenOutput
+from openlora.engine.request import Completion, Request, TokenOutput
 from openlora.engine.scheduler import ScheduledRow, Scheduler
 from openlora.engine.sequence import Sequence, Status
 from openlora.engine.stats import EngineStats, ModelInfo
-from openlora.engine.step import PendingStep, SampledToken
+from openlora.engine.step import PendingStep
 from openlora.engine.step_rows import step_row
-from openlora.engine.stop_checker import token_stop
+from openlora.engine.unfinished import UnfinishedRequests
 from openlora.engine.validation import check_request
-from openlora.errors import InternalError, OpenLoRAError
+from openlora.errors import OpenLoRAError
 
 _PRELOAD = 0
 """Stands for ``load_adapter`` among the users of an adapter; requests count from 1."""
@@ -78,6 +78,8 @@ class Engine:
             parts.load_adapter,
             parts.write_adapter,
             num_threads=parts.num_load_threads,
+            cached=parts.cached_adapter,
+            max_staged=parts.max_staged,
         )
         self._scheduler = Scheduler(
             self._blocks,
@@ -85,12 +87,10 @@ class Engine:
             max_num_seqs=config.max_num_seqs,
             max_num_batched_tokens=config.max_num_batched_tokens,
         )
-        self._sequences: dict[int, Sequence] = {}
+        self._requests = UnfinishedRequests(self._scheduler, self._adapters, self.model_info)
         self._in_flight: deque[_Launched] = deque()
-        self._outputs: list[TokenOutput] = []
         self._num_added = 0
         self._num_steps = 0
-        self._num_output_tokens = 0
 
     def add(self, request: Request) -> int:
         """Queue a request; its tokens come from ``step`` under the ID returned.
@@ -113,14 +113,7 @@ class Engine:
         if too_large is not None:
             self._adapters.drop(request_id, adapters)
             raise too_large
-        self._sequences[request_id] = sequence
-        self._scheduler.add(sequence)
-        if sequence.num_output_tokens and (reason := self._stop(sequence)) is not None:
-            # Resumed after its last token: all that was missing is its end.
-            self._end(
-                sequence,
-                TokenOutput(request_id, sequence.num_output_tokens, None, finish_reason=reason),
-            )
+        self._requests.add(sequence)
         return request_id
 
     def step(self) -> list[TokenOutput]:
@@ -134,18 +127,17 @@ class Engine:
             self._launch(rows)
         if self._in_flight and (len(self._in_flight) > self._steps_ahead or not rows):
             self._postprocess(self._in_flight.popleft())
-        outputs, self._outputs = self._outputs, []
-        return outputs
+        return self._requests.drain()
 
     def abort(self, request_id: int) -> None:
         """Drop a request; nothing more comes of it. One that has ended already is ignored."""
-        sequence = self._sequences.get(request_id)
+        sequence = self._requests.get(request_id)
         if sequence is not None:
-            self._remove(sequence)
+            self._requests.drop(sequence)
 
     def has_work(self) -> bool:
         """Whether ``step`` has or will have something to do."""
-        return bool(self._sequences or self._in_flight or self._outputs)
+        return bool(self._requests or self._in_flight)
 
     def generate(
         self,
@@ -166,7 +158,7 @@ class Engine:
         """
         tokenizer = load_tokenizer(self.config.model)
         completions, others = generate(self, requests, tokenizer, progress)
-        self._outputs += others
+        self._requests.put_back(others)
         return completions
 
     def register_adapter(self, name: str, path: str | Path) -> None:
@@ -184,7 +176,7 @@ class Engine:
         """
         self._adapters.register(name, Path(path))
         key = self._adapters.load_now(_PRELOAD, name)
-        failure: OpenLoRAError | None = None
+        failure = self._take_loads().get(key)
         while failure is None and self._adapters.is_loading(key):
             failure = self._take_loads(_PRELOAD_WAIT_S).get(key)
         if failure is None:
@@ -208,7 +200,7 @@ class Engine:
         A step that returns no token is no sign of it: it may have computed a part of a prompt.
         """
         can_run = self._scheduler.running or self._scheduler.num_waiting or self._in_flight
-        return not can_run and not self._outputs and self._scheduler.num_parked > 0
+        return not can_run and not self._requests.has_outputs and self._scheduler.num_parked > 0
 
     def wait_for_adapters(self, timeout_s: float) -> None:
         """Where ``only_waits_for_adapters``, wait until one is loaded, at most ``timeout_s``."""
@@ -227,7 +219,7 @@ class Engine:
             steps=self._num_steps,
             prompt_tokens=self._blocks.queried_tokens,
             cached_tokens=self._blocks.hit_tokens,
-            output_tokens=self._num_output_tokens,
+            output_tokens=self._requests.num_output_tokens,
             preemptions=self._scheduler.num_preemptions,
         )
 
@@ -246,12 +238,12 @@ class Engine:
             if error is not None:
                 failures[key] = error
             for request_id in self._adapters.users_of(key):
-                sequence = self._sequences.get(request_id)
+                sequence = self._requests.get(request_id)
                 if sequence is None:
                     continue
                 failure = error or self._adapters.oversize(sequence)
                 if failure is not None:
-                    self._fail(sequence, failure)
+                    self._requests.fail(sequence, failure)
             self._scheduler.unpark_loaded(key)
         return failures
 
@@ -271,58 +263,9 @@ class Engine:
             if sequence.status is Status.FINISHED:
                 continue  # ended or aborted after this step was launched
             sequence.num_pending_tokens -= row.samples
-            if token is not None and token.token_id < 0:
-                self._fail_not_finite(sequence)
-                continue
-            if sequence.status is Status.RUNNING:
+            is_lost = token is not None and token.token_id < 0
+            if sequence.status is Status.RUNNING and not is_lost:
                 num_done = min(row.start + row.num_tokens, sequence.num_computed_tokens)
                 self._blocks.cache_full_blocks(sequence, num_done)
             if token is not None:
-                self._take_token(sequence, token)
-
-    def _take_token(self, sequence: Sequence, token: SampledToken) -> None:
-        index = sequence.num_output_tokens
-        sequence.token_ids.append(token.token_id)
-        self._num_output_tokens += 1
-        reason = self._stop(sequence)
-        output = TokenOutput(
-            sequence.sequence_id, index, token.token_id, token.logprob, token.top_logprobs, reason
-        )
-        if reason is None:
-            self._outputs.append(output)
-        else:
-            self._end(sequence, output)
-
-    def _stop(self, sequence: Sequence) -> FinishReason | None:
-        num_tokens = sequence.num_output_tokens
-        reason = token_stop(
-            sequence.token_ids[-1], num_tokens, sequence.params, self.model_info.eos_token_ids
-        )
-        if reason is None and num_tokens >= sequence.max_output_tokens:
-            return "length"
-        return reason
-
-    def _fail_not_finite(self, sequence: Sequence) -> None:
-        dtype = self.model_info.dtype
-        source = f"the base model's weights overflow in {dtype}"
-        if sequence.adapters:
-            source = f"the adapter's weights, or the base model's, overflow in {dtype}"
-        message = (
-            f"the logits of output token {sequence.num_output_tokens} are not finite; {source}"
-            + ("; try bfloat16 or float32" if dtype == "float16" else "")
-        )
-        # Its KV may hold the same: no later request shall find it in the prefix cache.
-        self._fail(sequence, InternalError(message), forget=True)
-
-    def _fail(self, sequence: Sequence, error: OpenLoRAError, *, forget: bool = False) -> None:
-        index = sequence.num_output_tokens
-        self._end(sequence, TokenOutput(sequence.sequence_id, index, None, error=error), forget)
-
-    def _end(self, sequence: Sequence, output: TokenOutput, forget: bool = False) -> None:
-        self._outputs.append(output)
-        self._remove(sequence, forget)
-
-    def _remove(self, sequence: Sequence, forget: bool = False) -> None:
-        self._scheduler.finish(sequence, forget=forget)
-        self._adapters.drop(sequence.sequence_id, sequence.adapters)
-        del self._sequences[sequence.sequence_id]
+                self._requests.take(sequence, token)

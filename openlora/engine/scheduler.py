@@ -12,9 +12,9 @@ In 2 and 3 interactive work comes before batch work, but a batch sequence that w
 ``MAX_BATCH_PREEMPTIONS`` times counts as interactive from then on.
 
 A sequence whose adapter is not loaded, or for whose adapter there are no pages, leaves the queue
-(it is parked) and holds up nobody. One that has been waiting for pages for ``ROOM_PATIENCE_STEPS``
-steps keeps further sequences with adapters from starting until it has them, so that popular
-adapters cannot keep rare ones out for ever.
+(it is parked, see waiting.py) and holds up nobody. One that has been waiting for pages for
+``ROOM_PATIENCE_STEPS`` steps keeps further sequences with adapters from starting until it has them,
+so that popular adapters cannot keep rare ones out for ever.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ from openlora.adapters.lora_set import LoRASet
 from openlora.engine.kv_blocks import BlockManager
 from openlora.engine.request import Priority
 from openlora.engine.sequence import Sequence, Status
+from openlora.engine.waiting import WaitingSequences
 
 BATCH_PATIENCE_STEPS = 7
 MAX_BATCH_PREEMPTIONS = 3
-ROOM_PATIENCE_STEPS = 512
 
 
 class Wait(Enum):
@@ -68,10 +68,6 @@ class ScheduledRow:
     samples: bool
 
 
-def _age(sequence: Sequence) -> int:
-    return sequence.sequence_id
-
-
 def _rank(sequence: Sequence) -> tuple[bool, int]:
     """Smaller runs first and is preempted last."""
     yields = sequence.priority == "batch" and sequence.num_preemptions < MAX_BATCH_PREEMPTIONS
@@ -79,7 +75,7 @@ def _rank(sequence: Sequence) -> tuple[bool, int]:
 
 
 class Scheduler:
-    """Holds every unfinished sequence in exactly one place: queue, parking lot or running list.
+    """Holds every unfinished sequence in exactly one place: among the running or the waiting.
 
     Args:
         blocks: the KV cache's book-keeper.
@@ -103,52 +99,37 @@ class Scheduler:
         self._residency = residency
         self._max_num_seqs = max_num_seqs
         self._max_num_batched_tokens = max_num_batched_tokens
-        self._queues: dict[Priority, list[Sequence]] = {"interactive": [], "batch": []}
-        self._loading: dict[int, Sequence] = {}
-        # In order of their first wait; one that is back in the queue stays until it runs.
-        self._room_waiters: dict[int, Sequence] = {}
-        self._seen_room_epoch = residency.room_epoch
+        self._waiting = WaitingSequences(residency.room_epoch)
         self._batch_passed_over = 0
 
     @property
     def num_waiting(self) -> int:
         """Sequences that could start now but for seats, blocks and budget."""
-        return sum(map(len, self._queues.values()))
+        return self._waiting.num_queued
 
     @property
     def num_parked(self) -> int:
         """Sequences that wait for an adapter."""
-        return len(self._parked())
+        return self._waiting.num_parked
 
     def add(self, sequence: Sequence) -> None:
         """Queue a new sequence."""
-        self._enqueue(sequence)
+        self._waiting.enqueue(sequence)
 
     def finish(self, sequence: Sequence, *, forget: bool = False) -> None:
         """Take a sequence out, wherever it is; ``forget`` drops its KV from the prefix cache."""
         if sequence.status is Status.RUNNING:
             self._stop_running(sequence, forget=forget)
-        elif sequence.status is Status.WAITING:
-            self._dequeue(sequence)
-        self._loading.pop(sequence.sequence_id, None)
-        self._leave_room_waiters(sequence)
+        self._waiting.leave(sequence)
         sequence.status = Status.FINISHED
 
     def unpark_loaded(self, adapter: str) -> list[Sequence]:
         """``adapter`` was loaded or failed: its waiters queue again, and are returned by age."""
-        woken = sorted(
-            (s for s in self._loading.values() if any(adapter == key for key, _ in s.adapters)),
-            key=_age,
-        )
-        for sequence in woken:
-            del self._loading[sequence.sequence_id]
-            self._enqueue(sequence)
-        return woken
+        return self._waiting.wake_loaded(adapter)
 
     def schedule(self, step: int) -> list[ScheduledRow]:
         """Choose the rows of step number ``step`` and count their tokens as computed."""
-        if self._residency.room_epoch != self._seen_room_epoch:
-            self._unpark_room_waiters()
+        self._waiting.wake_for_room(self._residency.room_epoch)
         rows: list[ScheduledRow] = []
         budget = self._schedule_decodes(rows, self._max_num_batched_tokens)
         num_decodes = len(rows)
@@ -164,19 +145,10 @@ class Scheduler:
     def check_integrity(self) -> None:
         """Assert that every sequence is in one place and only running ones hold blocks."""
         self.blocks.check_integrity(self.running)
-        queued = [s for queue in self._queues.values() for s in queue]
-        parked = list(self._parked().values())
-        everywhere = [s.sequence_id for s in self.running + queued + parked]
+        everywhere = [s.sequence_id for s in self.running + self._waiting.check_integrity()]
         assert len(everywhere) == len(set(everywhere)), "a sequence is in two places"
         assert all(s.status is Status.RUNNING for s in self.running)
-        assert all(s.status is Status.WAITING and not s.block_table for s in queued)
-        assert all(s.status is Status.PARKED and not s.block_table for s in parked)
         assert self.running == sorted(self.running, key=_rank)
-
-    def _parked(self) -> dict[int, Sequence]:
-        # A waiter for room whose adapter had to go meanwhile waits for its loading as well.
-        waiters = self._room_waiters.items()
-        return self._loading | {i: s for i, s in waiters if s.status is Status.PARKED}
 
     def _schedule_decodes(self, rows: list[ScheduledRow], budget: int) -> int:
         i = 0
@@ -213,14 +185,18 @@ class Scheduler:
         self, rows: list[ScheduledRow], budget: int, order: tuple[Priority, ...], step: int
     ) -> None:
         for priority in order:
-            queue = self._queues[priority]
-            while queue and budget and len(self.running) < self._max_num_seqs:
-                sequence = queue[0]
+            while budget and len(self.running) < self._max_num_seqs:
+                sequence = self._waiting.first(priority)
+                if sequence is None:
+                    break
                 if sequence.num_pending_tokens:
                     break  # preempted while its token was on the way: wait until it is read
                 wait = self._acquire(sequence, step)
-                if wait is not None:
-                    self._park(sequence, wait, step)
+                if wait is Wait.LOADING:
+                    self._waiting.park_until_loaded(sequence)
+                    continue
+                if wait is Wait.NO_ROOM:
+                    self._waiting.park_until_room(sequence, step)
                     continue
                 if not self.blocks.admit(sequence, num_reserved=len(self.running)):
                     # Nobody overtakes: smaller ones would keep a large one waiting for ever.
@@ -234,12 +210,7 @@ class Scheduler:
         """Fetch the sequence's LoRA set; None on success."""
         if not sequence.adapters:
             return None
-        first = next(iter(self._room_waiters.values()), None)
-        if (
-            first is not None
-            and first is not sequence
-            and step - first.parked_at_step > ROOM_PATIENCE_STEPS
-        ):
+        if self._waiting.is_held_back(sequence, step):
             return Wait.NO_ROOM
         outcome = self._residency.acquire(sequence)
         if isinstance(outcome, Wait):
@@ -248,8 +219,7 @@ class Scheduler:
         return None
 
     def _start_running(self, sequence: Sequence) -> None:
-        self._dequeue(sequence)
-        self._leave_room_waiters(sequence)
+        self._waiting.leave(sequence)
         sequence.status = Status.RUNNING
         insort(self.running, sequence, key=_rank)
 
@@ -262,40 +232,11 @@ class Scheduler:
         self._stop_running(victim)
         victim.num_preemptions += 1
         self.num_preemptions += 1
-        self._enqueue(victim)
-
-    def _enqueue(self, sequence: Sequence) -> None:
-        sequence.status = Status.WAITING
-        insort(self._queues[sequence.priority], sequence, key=_age)
-
-    def _dequeue(self, sequence: Sequence) -> None:
-        queue = self._queues[sequence.priority]
-        del queue[bisect_left(queue, sequence.sequence_id, key=_age)]
-
-    def _park(self, sequence: Sequence, wait: Wait, step: int) -> None:
-        self._dequeue(sequence)
-        sequence.status = Status.PARKED
-        if wait is Wait.LOADING:
-            self._loading[sequence.sequence_id] = sequence
-        elif sequence.sequence_id not in self._room_waiters:
-            sequence.parked_at_step = step
-            self._room_waiters[sequence.sequence_id] = sequence
-
-    def _unpark_room_waiters(self) -> None:
-        self._seen_room_epoch = self._residency.room_epoch
-        for sequence in self._room_waiters.values():
-            if sequence.status is Status.PARKED and sequence.sequence_id not in self._loading:
-                self._enqueue(sequence)
-
-    def _leave_room_waiters(self, sequence: Sequence) -> None:
-        if self._room_waiters.pop(sequence.sequence_id, None) is not None:
-            sequence.parked_at_step = -1
-            # It may have been the one that held the others back.
-            self._seen_room_epoch = -1
+        self._waiting.enqueue(victim)
 
     def _count_patience(self, rows: list[ScheduledRow]) -> None:
         """Count the steps in a row in which interactive prefills kept batch ones waiting."""
-        batch_waits = bool(self._queues["batch"]) or any(
+        batch_waits = self._waiting.first("batch") is not None or any(
             s.priority == "batch" and s.num_uncomputed_tokens > 1 for s in self.running
         )
         if not batch_waits or any(row.sequence.priority == "batch" for row in rows):

@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 
 from openlora.adapters.lora_set import LoRASet
 from openlora.engine.kv_blocks import BlockManager
-from openlora.engine.scheduler import BATCH_PATIENCE_STEPS, ROOM_PATIENCE_STEPS, Scheduler, Wait
+from openlora.engine.scheduler import BATCH_PATIENCE_STEPS, Scheduler, Wait
 from openlora.engine.sequence import Sequence, Status
+from openlora.engine.waiting import ROOM_PATIENCE_STEPS
 from tests.engine.sequences import make_sequence
 
 
