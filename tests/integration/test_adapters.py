@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -119,6 +122,32 @@ def test_versions_are_pinned_and_rolled_back_to(
     assert http.delete("/v1/adapters/two@1").status_code == 204
     error_of(http.get("/v1/adapters/two@1"), 404, "unknown_adapter")
     assert http.delete("/v1/adapters/two").status_code == 204
+
+
+def test_the_command_shows_versions_and_goes_back(
+    gateway: RunningGateway, worker: ScriptedWorker, tmp_path: Path
+) -> None:
+    def adapters(*argv: str) -> str:
+        result = subprocess.run(
+            [sys.executable, "-m", "openlora", "adapters", *argv, "--url", gateway.url],
+            env={**os.environ, "OPENLORA_API_KEY": KEYS["root"]},
+            capture_output=True,
+            text=True,
+        )
+        return result.stdout if result.returncode == 0 else result.stderr
+
+    for fill in (3, 4):
+        source = write_adapter(tmp_path / str(fill), fill=fill)
+        said = adapters("add", "told", str(source), "--licence", "MIT")
+        assert said == f"told version {fill - 2}: rank 4\n"
+    lines = adapters("versions", "told").splitlines()
+    assert [line.split()[:2] for line in lines[1:]] == [["told", "1"], ["told", "2"]]
+    assert adapters("rollback", "told") == "told version 1 is in use\n"
+    assert adapters("rollback", "told", "2") == "told version 2 is in use\n"
+    assert json.loads(adapters("show", "told@1"))["licence"] == "MIT"
+    assert adapters("list", "--search", "tol", "--limit", "5").count("told") == 1
+    assert "is the version in use" in adapters("remove", "told@2")
+    assert adapters("remove", "told") == "told removed\n"
 
 
 def test_adapters_are_paged_and_searched(http: httpx.Client, redis_server: ServerProcess) -> None:
