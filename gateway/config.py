@@ -10,6 +10,7 @@ from typing import TypeVar
 
 from gateway.auth import ApiKeys
 from openlora.errors import SetupError
+from producer.bulk.config import batches_dir
 
 T = TypeVar("T")
 
@@ -23,6 +24,8 @@ ENVIRONMENT = {
     "OPENLORA_PARTITIONS": "partitions of the job topics when they are created (default 32)",
     "OPENLORA_API_KEYS": "keys, `key` or `tenant:key` separated by commas (default: no keys asked)",
     "OPENLORA_STORE": "content-addressed adapter files, a directory that workers share",
+    "OPENLORA_BATCHES": "folder of batches' input and result files, shared with producers",
+    "OPENLORA_MAX_BATCHES": "batches that a tenant may have under way (default 32)",
     "OPENLORA_DISCONNECT_GRACE_S": "seconds a job runs on after its client left (default 30)",
     "OPENLORA_DRAIN_TIMEOUT_S": "seconds that streams may take to end after SIGTERM (default 30)",
     "OPENLORA_LOG_LEVEL": "debug, info, warning or error (default warning)",
@@ -39,6 +42,7 @@ class GatewayConfig:
         partitions: number of partitions of job topics this gateway has to create.
         api_keys: who may call; empty asks for no key.
         store: root of the content-addressed store.
+        batches: root of the file store. max_batches: open batches of one tenant.
         disconnect_grace_s: a stream that nobody watched for so long is cancelled.
         drain_timeout_s: streams may go on for so long after SIGTERM.
         log_level: least severity that is logged.
@@ -51,6 +55,8 @@ class GatewayConfig:
     partitions: int = 32
     api_keys: ApiKeys = field(default_factory=ApiKeys)
     store: Path = field(default_factory=lambda: cache_directory({}) / "adapters")
+    batches: Path = field(default_factory=lambda: batches_dir({}))
+    max_batches: int = 32
     disconnect_grace_s: float = 30.0
     drain_timeout_s: float = 30.0
     log_level: str = "warning"
@@ -68,6 +74,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     flag("--redis", "OPENLORA_REDIS")
     flag("--partitions", "OPENLORA_PARTITIONS")
     flag("--store", "OPENLORA_STORE")
+    flag("--batches", "OPENLORA_BATCHES")
+    flag("--max-batches", "OPENLORA_MAX_BATCHES")
     flag("--disconnect-grace-s", "OPENLORA_DISCONNECT_GRACE_S")
     flag("--drain-timeout-s", "OPENLORA_DRAIN_TIMEOUT_S")
     flag("--log-level", "OPENLORA_LOG_LEVEL")
@@ -98,6 +106,8 @@ def config_from(args: argparse.Namespace, environ: Mapping[str, str]) -> Gateway
         partitions=setting("partitions", _integer(1, 10_000), default.partitions),
         api_keys=ApiKeys.parse(environ.get("OPENLORA_API_KEYS", "")),
         store=setting("store", _path, cache_directory(environ) / "adapters"),
+        batches=setting("batches", _path, batches_dir(environ)),
+        max_batches=setting("max_batches", _integer(1, 100_000), default.max_batches),
         disconnect_grace_s=setting(
             "disconnect_grace_s", _seconds(0.5, 86_400), default.disconnect_grace_s
         ),

@@ -16,6 +16,7 @@ from starlette.routing import Route
 
 from gateway.adapter_api import adapter_routes
 from gateway.auth import check_origin, key_of
+from gateway.batches_api import bulk_routes
 from gateway.system import Gateway
 from gateway.workers_view import model_fields, queue_depth, worker_fields
 from openlora.errors import Overloaded
@@ -35,6 +36,7 @@ def api_routes(gateway: Gateway) -> list[Route]:
         Route("/v1/workers", api.keyed(api.workers)),
         Route("/v1/topics", api.keyed(api.topics)),
         *adapter_routes(gateway, api.keyed),
+        *bulk_routes(gateway.config, api.keyed),
     ]
 
 

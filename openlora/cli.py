@@ -25,6 +25,7 @@ COMMANDS = {
     "brokers": ("openlora.commands.brokers", "run the embedded Kafka broker and Redis server"),
     "chat": ("openlora.commands.chat", "chat in the terminal"),
     "adapters": ("openlora.commands.adapters", "add, list, show and remove adapters"),
+    "batch": ("openlora.commands.batch", "run a file of requests offline"),
     "topics": ("openlora.commands.topics", "partitions, their owners and lag"),
     "workers": ("openlora.commands.workers", "the live workers and what they do"),
     "bench": ("openlora.bench.__main__", "benchmarks: decode, pipeline"),
@@ -40,6 +41,7 @@ examples:
   openlora chat --adapter pirate
   echo "Tell me of the sea" | openlora chat --adapter pirate
   openlora adapters add poet ./poet-lora
+  openlora batch submit requests.jsonl --wait
 
 `openlora COMMAND --help` tells more. Commands that talk to a running system find it by --url or
 OPENLORA_URL (default http://127.0.0.1:8000).

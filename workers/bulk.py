@@ -180,6 +180,8 @@ class BulkLane:
                 )
             seed = seed_of(line_job_id(message.batch_id, message.input_hash, line.line))
             params = line.params.sampling(seed)
+            for adapter in message.group.adapters:
+                self._engine.register(adapter.hash, str(self._adapters.path(adapter.hash)))
         except OpenLoRAError as error:
             failure = failure_of(error)
             answer = BulkAnswer(
@@ -187,8 +189,6 @@ class BulkLane:
             )
             self._add(bundle, answer)
             return
-        for adapter in message.group.adapters:
-            self._engine.register(adapter.hash, str(self._adapters.path(adapter.hash)))
         ticket = self._next_ticket()
         run = LineRun(line, prompt_tokens, self._tokenizer.backend, self._facts.eos_token_ids)
         self._runs[ticket] = (bundle, run)

@@ -13,7 +13,7 @@ from openlora.errors import SetupError
 
 SERVE_PACKAGES = (
     *("msgspec", "kafka", "redis", "starlette", "uvicorn", "websockets", "jinja2"),
-    *("prometheus_client", "rich", "httpx", "psutil"),
+    *("prometheus_client", "rich", "httpx", "psutil", "celery"),
 )
 """Import names that the extra ``serve`` brings."""
 ENGINE_PACKAGES = ("torch", "transformers", "safetensors", "tokenizers")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import httpx
@@ -36,21 +37,46 @@ class HttpClient:
         """What ``DELETE path`` answers with; None for an empty body."""
         return self._call("DELETE", path)
 
-    def _call(self, method: str, path: str, body: object = None) -> Any:
+    def upload(self, path: str, source: Any, name: str, fields: Mapping[str, str]) -> Any:
+        """The JSON that ``POST path`` answers to a form with a file; ``source`` has ``read``.
+
+        What ``source`` raises ends the request: the gateway drops what it got of it.
+        """
+        return self._call("POST", path, data=fields, files={"file": (name, source)})
+
+    def download(self, path: str) -> Iterator[bytes]:
+        """The body that ``GET path`` answers with, as it comes."""
+        url = self._config.url + path
+        try:
+            with httpx.stream(
+                "GET", url, headers=self._config.headers, timeout=_TIMEOUT_S
+            ) as response:
+                if not response.is_success:
+                    response.read()
+                    raise _error_of(url, response, _json_of(url, response))
+                yield from response.iter_bytes()
+        except httpx.HTTPError as error:
+            raise unreachable(self._config.url, str(error)) from error
+
+    def _call(self, method: str, path: str, body: object = None, **form: Any) -> Any:
         url = self._config.url + path
         try:
             response = httpx.request(
-                method, url, json=body, headers=self._config.headers, timeout=_TIMEOUT_S
+                method, url, json=body, headers=self._config.headers, timeout=_TIMEOUT_S, **form
             )
         except httpx.HTTPError as error:
             raise unreachable(self._config.url, str(error)) from error
-        try:
-            content = response.json() if response.content else None
-        except ValueError as error:
-            raise _foreign(url, response) from error
+        content = _json_of(url, response)
         if response.is_success:
             return content
         raise _error_of(url, response, content)
+
+
+def _json_of(url: str, response: httpx.Response) -> Any:
+    try:
+        return response.json() if response.content else None
+    except ValueError as error:
+        raise _foreign(url, response) from error
 
 
 def unreachable(url: str, reason: str) -> SetupError:

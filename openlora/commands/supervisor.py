@@ -2,9 +2,10 @@
 
 Order of shutdown, and why:
 1. the gateway: it takes no new work and lets the open streams finish, for which it needs all else;
-2. the workers: what still runs (batch jobs, streams over the gateway's time limit) ends or is
+2. the producer: it ends between two steps of a batch, and writes the answers it holds;
+3. the workers: what still runs (batch jobs, streams over the gateway's time limit) ends or is
    left in its log for the next worker;
-3. the broker, then Redis: a worker's last act is to commit offsets and to append to logs.
+4. the broker, then Redis: a worker's last act is to commit offsets and to append to logs.
 A second stop signal skips the waiting: everything is killed at once.
 """
 

@@ -29,6 +29,7 @@ REDIS_TIMEOUT_S = 5.0
 _ANY_ADDRESS = ("0.0.0.0", "::", "")
 
 WORKER_LOST = "its jobs go on with their next token, at another worker or after the restart"
+PRODUCER_LOST = "batches go on where they were"
 GATEWAY_LOST = "clients that connect again can resume their streams"
 
 
@@ -56,7 +57,9 @@ class System:
         self._gateway_config = _settings(gateway_config, self._environ)
         _settings(worker_config, {**self._environ, "OPENLORA_MODEL": config.model or DEMO_NAME})
         self._instance = InstanceDir(config.state_dir, config.port, config.model or DEMO_NAME)
+        self._environ.setdefault("OPENLORA_BATCHES", str(self._instance.path / "batches"))
         self._gateway: list[Part] = []
+        self._producer: list[Part] = []
         self._workers: list[Child] = []
         self._broker: list[Part] = []
         self._redis: list[Part] = []
@@ -89,7 +92,9 @@ class System:
             self._screen.line(
                 "Stopping: no new work, open streams finish (Ctrl-C again stops at once)"
             )
-        return self.supervisor.stop([self._gateway, self._workers, self._broker, self._redis])
+        return self.supervisor.stop(
+            [self._gateway, self._producer, self._workers, self._broker, self._redis]
+        )
 
     def _prepare_model(self) -> str:
         if self._config.model is not None:
@@ -179,7 +184,16 @@ class System:
         self._gateway.append(
             Child("the gateway", GATEWAY_LOST, [*command, "gateway"], environ, logs / "gateway.log")
         )
-        for part in (*self._workers, *self._gateway):
+        self._producer.append(
+            Child(
+                "the producer",
+                PRODUCER_LOST,
+                [*command, "producer"],
+                environ,
+                logs / "producer.log",
+            )
+        )
+        for part in (*self._workers, *self._gateway, *self._producer):
             self.supervisor.start(part)
 
     def _wait_until_ready(self) -> None:
