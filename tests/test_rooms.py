@@ -61,7 +61,7 @@ ROOMS: dict[str, tuple[set[str], set[str]]] = {
     ),
     "openlora.bench": (
         {"openlora", "gateway", "producer", "workers"},
-        ENGINE_PACKAGES | SERVICE_PACKAGES | {"uvloop", "peft", "psutil", "rich"},
+        ENGINE_PACKAGES | SERVICE_PACKAGES | {"uvloop", "peft", "psutil", "rich", "httpx"},
     ),
     "openlora": (
         {"openlora", "gateway", "producer", "workers"},

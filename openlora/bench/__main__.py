@@ -2,6 +2,7 @@
 
   decode     time per decode step of the engine alone, with and without adapters
   pipeline   the whole path with a scripted engine: tokens/s, added latency, CPU shares
+  mixed      a batch's share of the bare engine, and what it costs interactive requests
   kernels    bandwidth of the GPU kernels, beside a plain device copy
 
 examples:
@@ -22,6 +23,7 @@ from openlora.errors import OpenLoRAError
 BENCHMARKS = {
     "decode": ("openlora.bench.decode", "time per decode step of the engine alone"),
     "pipeline": ("openlora.bench.pipeline", "the whole path with a scripted engine"),
+    "mixed": ("openlora.bench.mixed", "batch and interactive work beside each other"),
     "kernels": ("openlora.bench.kernels", "bandwidth of the GPU kernels, beside a copy"),
 }
 
