@@ -55,6 +55,7 @@ class _Bundle:
     fetched: Fetched
     message: BulkMessage
     answers: list[BulkAnswer] = field(default_factory=list)
+    failure: OpenLoRAError | None = None  # of its adapters, and so of every line
     dropped: bool = False
 
 
@@ -158,10 +159,18 @@ class BulkLane:
                 self._end_position(fetched.position)
                 continue
             bundle = _Bundle(fetched, message)
+            self._register_adapters(bundle)
             self._bundles.add(bundle)
             self._waiting.extend((bundle, line) for line in message.lines)
             return True
         return False
+
+    def _register_adapters(self, bundle: _Bundle) -> None:
+        try:
+            for adapter in bundle.message.group.adapters:
+                self._engine.register(adapter.hash, str(self._adapters.path(adapter.hash)))
+        except OpenLoRAError as error:
+            bundle.failure = error
 
     def _start(self, bundle: _Bundle, line: BulkLine) -> None:
         assert self._tokenizer is not None
@@ -180,8 +189,8 @@ class BulkLane:
                 )
             seed = seed_of(line_job_id(message.batch_id, message.input_hash, line.line))
             params = line.params.sampling(seed)
-            for adapter in message.group.adapters:
-                self._engine.register(adapter.hash, str(self._adapters.path(adapter.hash)))
+            if bundle.failure is not None:
+                raise bundle.failure
         except OpenLoRAError as error:
             failure = failure_of(error)
             answer = BulkAnswer(
