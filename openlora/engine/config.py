@@ -29,6 +29,7 @@ class EngineConfig:
         adapter_cache_bytes: memory of the adapter pages; None: a fifth of what the weights leave,
             on CPU at most 256 MiB.
         adapter_pages: exact number of pages of each site (qkv, o, gate_up, down) instead.
+        merge_dir: directory that keeps merged adapters; None: a temporary one.
         max_num_seqs: most requests that run in one step.
         max_num_batched_tokens: most tokens of one step.
         max_model_len: longest prompt and output together; None: the model's own limit.
@@ -50,6 +51,7 @@ class EngineConfig:
     memory_fraction: float = 0.9
     adapter_cache_bytes: int | None = None
     adapter_pages: tuple[int, int, int, int] | None = None
+    merge_dir: str | None = None
     max_num_seqs: int = 64
     max_num_batched_tokens: int = 2048
     max_model_len: int | None = None

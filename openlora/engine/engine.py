@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from openlora.engine.adapter_manager import AdapterManager
+from openlora.engine.adapter_names import AdapterNames, prepared
 from openlora.engine.build import EngineParts, build_parts
 from openlora.engine.config import EngineConfig
 from openlora.engine.generation import generate, load_tokenizer
@@ -75,12 +76,13 @@ class Engine:
         )
         self._adapters = AdapterManager(
             parts.pool,
-            parts.load_adapter,
+            prepared(parts.load_adapter),
             parts.write_adapter,
             num_threads=parts.num_load_threads,
             cached=parts.cached_adapter,
             max_staged=parts.max_staged,
         )
+        self._names = AdapterNames(self._adapters, config.merge_dir)
         self._scheduler = Scheduler(
             self._blocks,
             self._adapters,
@@ -106,7 +108,9 @@ class Engine:
         """
         check_request(request, self.model_info)
         request_id = self._num_added + 1
-        adapters = self._adapters.retain(request_id, request.adapters)
+        adapters = self._adapters.retain(
+            request_id, self._names.resolve(request.adapters, request.merge)
+        )
         self._num_added = request_id
         sequence = Sequence.of_request(request_id, request, adapters, self.model_info.max_model_len)
         too_large = self._adapters.oversize(sequence)
@@ -163,7 +167,7 @@ class Engine:
 
     def register_adapter(self, name: str, path: str | Path) -> None:
         """Make ``name`` usable in requests; it is loaded in the background when first wanted."""
-        self._adapters.register(name, Path(path))
+        self._names.register(name, Path(path))
 
     def load_adapter(self, name: str, path: str | Path) -> None:
         """Register an adapter, load it and wait until it is resident.
@@ -174,7 +178,7 @@ class Engine:
         Raises:
             AdapterFailed: its files are unusable, or it does not fit the page pool.
         """
-        self._adapters.register(name, Path(path))
+        self._names.register(name, Path(path))
         key = self._adapters.load_now(_PRELOAD, name)
         failure = self._take_loads().get(key)
         while failure is None and self._adapters.is_loading(key):
@@ -183,7 +187,7 @@ class Engine:
             self._adapters.make_resident(key)
         self._adapters.drop(_PRELOAD, ((key, 1.0),))
         if failure is not None:
-            self._adapters.unregister(name)
+            self._names.unregister(name)
             raise failure
 
     def unload_adapter(self, name: str) -> None:
@@ -192,7 +196,7 @@ class Engine:
         Raises:
             UnknownAdapter: no adapter of this name.
         """
-        self._adapters.unregister(name)
+        self._names.unregister(name)
 
     def only_waits_for_adapters(self) -> bool:
         """Whether ``step`` has nothing to do before an adapter is loaded.
@@ -226,6 +230,7 @@ class Engine:
     def close(self) -> None:
         """End the loading threads. The engine is not used afterwards."""
         self._adapters.close()
+        self._names.close()
 
     def check_integrity(self) -> None:
         """Assert that blocks, pages, queues and states agree; for tests, between two steps."""

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
+from openlora.adapters.merge_spec import CAT, MergeSpec
 from openlora.errors import OpenLoRAError
 from openlora.sampling_params import SamplingParams
 
@@ -20,7 +21,9 @@ class Request:
     Attributes:
         prompt_token_ids: the tokenised prompt, at least one token.
         adapters: engine adapter name → weight; empty is the base model. Several are a weighted
-            ensemble, exactly Σ weight·ΔW (PEFT's ``combination_type="cat"``).
+            ensemble.
+        merge: how several adapters become one; as it is, exactly Σ weight·ΔW (PEFT's
+            ``combination_type="cat"``).
         params: how to sample.
         output_token_ids: tokens of this generation made earlier, elsewhere. They are prefilled
             behind the prompt, count towards ``max_tokens`` and penalties, and the next token gets
@@ -34,6 +37,7 @@ class Request:
     params: SamplingParams = field(default_factory=SamplingParams)
     output_token_ids: Sequence[int] = ()
     priority: Priority = "interactive"
+    merge: MergeSpec = CAT
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,7 +15,7 @@ def check_request(request: Request, model: ModelInfo) -> None:
     """Check a request against the model's limits.
 
     Raises:
-        InvalidRequest: empty prompt, bad token ID, bad weight, unknown priority.
+        InvalidRequest: empty prompt, bad token ID, bad weight or merge, unknown priority.
         PromptTooLong: no room for one new token.
     """
     num_prompt, limit = len(request.prompt_token_ids), model.max_model_len
@@ -36,6 +36,7 @@ def check_request(request: Request, model: ModelInfo) -> None:
     for name, weight in request.adapters.items():
         if not math.isfinite(weight):
             raise InvalidRequest(f"adapter {name!r} has weight {weight}; weights must be finite")
+    request.merge.check()
     if request.priority not in get_args(Priority):
         raise InvalidRequest(
             f"priority is {request.priority!r}; choose one of {', '.join(get_args(Priority))}"
