@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,6 +24,14 @@ from openlora.errors import AdapterFailed
 
 _DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _HASH = re.compile(r"[0-9a-f]{64}")
+
+Zeros = Callable[[Sequence[int], torch.dtype], torch.Tensor]
+"""Makes a contiguous tensor of zeros on CPU, of a shape and dtype."""
+
+
+def new_zeros(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+    """In memory of its own."""
+    return torch.zeros(shape, dtype=dtype)
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,8 +60,10 @@ class LoadedAdapter:
         return tuple(weights.a.shape[0] for weights in self.sites)
 
 
-def load_adapter(directory: Path, model: ModelShape, dtype: torch.dtype) -> LoadedAdapter:
-    """Read an adapter for ``model``. Thread-safe; the tensors are on CPU.
+def load_adapter(
+    directory: Path, model: ModelShape, dtype: torch.dtype, zeros: Zeros = new_zeros
+) -> LoadedAdapter:
+    """Read an adapter for ``model`` into tensors that ``zeros`` makes. Thread-safe; all on CPU.
 
     α/r (α/√r with rsLoRA) is folded into B before the rounding to ``dtype``. The files are read
     once: the bytes that were hashed are those that are used.
@@ -74,7 +84,7 @@ def load_adapter(directory: Path, model: ModelShape, dtype: torch.dtype) -> Load
         )
     # Fills and casts of small tensors: inference mode keeps them free of autograd's records.
     with torch.inference_mode():
-        sites = tuple(_load_site(layout, shape, model, dtype, tensors) for shape in shapes)
+        sites = tuple(_load_site(layout, shape, model, dtype, tensors, zeros) for shape in shapes)
     return LoadedAdapter(describe(layout, tensors.hash), sites)
 
 
@@ -115,16 +125,13 @@ def _load_site(
     model: ModelShape,
     dtype: torch.dtype,
     tensors: FileTensors,
+    zeros: Zeros,
 ) -> SiteWeights:
     slots = {module.path: (index, module) for index, module in enumerate(shape.modules)}
     modules = [module for module in layout.modules if module.path in slots]
     pages = max((-(-module.rank // PAGE_RANK) for module in modules), default=0)
-    a = torch.zeros(
-        (pages, model.num_layers, shape.in_features, len(slots), PAGE_RANK), dtype=dtype
-    )
-    b = torch.zeros(
-        (pages, model.num_layers, len(shape.block_slices), PAGE_RANK, shape.block_out), dtype=dtype
-    )
+    a = zeros((pages, model.num_layers, shape.in_features, len(slots), PAGE_RANK), dtype)
+    b = zeros((pages, model.num_layers, len(shape.block_slices), PAGE_RANK, shape.block_out), dtype)
     for module in modules:
         index, place = slots[module.path]
         _fill(a[:, module.layer, :, index], tensors.get(module.a).T)

@@ -37,6 +37,7 @@ class PagePool:
         self.num_pages: PageCounts = tuple(num_pages)
         # Lowest IDs first, so that a lightly used pool touches little memory.
         self._free = [list(range(count - 1, -1, -1)) for count in num_pages]
+        self._generations = [[0] * count for count in num_pages]
         self._holdings: dict[str, _Holding] = {}
 
     @property
@@ -62,12 +63,20 @@ class PagePool:
             tuple(free.pop() for _ in range(want))
             for want, free in zip(counts, self._free, strict=True)
         )
+        for site, ids in enumerate(pages):
+            for page in ids:
+                self._generations[site][page] += 1
         self._holdings[owner] = _Holding(pages)
         return pages
 
     def pages(self, owner: str) -> SitePages:
         """The pages of ``owner``; KeyError if it holds none."""
         return self._holdings[owner].pages
+
+    def generation(self, site: int, page: int) -> int:
+        """How often the page has been handed out: while a launched step names it, it must not
+        change."""
+        return self._generations[site][page]
 
     def owners(self) -> tuple[str, ...]:
         """All owners, oldest first."""

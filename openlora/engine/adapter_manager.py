@@ -1,7 +1,8 @@
 """Adapters by name, from registration to the LoRA set of a request.
 
     registered ──wanted──▶ loading (background thread) ──▶ staged (host) ──acquire──▶ resident
-         ▲                        └─ failed: its requests end      ▲                     │
+         ▲    │                   └─ failed: its requests end   ▲  ▲                     │
+         │    └───── wanted, and in the host tier still ────────┘  │                     │
          └─────────────────── evicted, or unregistered ────────────┴─────────────────────┘
 
 Everything but ``load`` itself happens on the engine thread. A key stands for one registration of
@@ -24,7 +25,7 @@ from openlora.engine.sequence import Sequence
 from openlora.errors import AdapterFailed, OpenLoRAError, UnknownAdapter
 
 MAX_STAGED = 8
-"""Adapters loaded ahead of their pages: enough to hide the reading, few enough for host memory."""
+"""Adapters loaded ahead of their pages where there is no host tier: enough to hide the reading."""
 
 
 class _State(Enum):
@@ -55,6 +56,9 @@ class AdapterManager:
             ``OpenLoRAError``.
         write: copies a loaded adapter into its pages; called on the engine thread.
         num_threads: loads that run at a time.
+        cached: what ``load`` would return, where that takes no reading; called on the engine
+            thread.
+        max_staged: adapters loaded ahead of their pages, as many as host memory has room for.
     """
 
     def __init__(
@@ -64,9 +68,15 @@ class AdapterManager:
         write: Callable[[SitePages, Loaded], None],
         *,
         num_threads: int = 2,
+        cached: Callable[[Path], Loaded | None] | None = None,
+        max_staged: int = MAX_STAGED,
     ) -> None:
         self._resident = ResidentAdapters(pool, write)
         self._loads = AdapterLoads(load, num_threads)
+        self._cached = cached
+        self._max_staged = max_staged
+        # Of adapters that needed no load; told by the next ``poll``.
+        self._instant: list[tuple[str, OpenLoRAError | None]] = []
         self._by_name: dict[str, _Adapter] = {}
         self._by_key: dict[str, _Adapter] = {}
         self._num_registered = 0
@@ -149,8 +159,8 @@ class AdapterManager:
 
         Call it before each step. Where none has ended, waits for one up to ``timeout_s``.
         """
-        results = []
-        for key, outcome in self._loads.poll(timeout_s):
+        results, self._instant = self._instant, []
+        for key, outcome in self._loads.poll(0 if results else timeout_s):
             adapter = self._by_key[key]
             error = self._stage(adapter, outcome)
             if error is not None:
@@ -175,7 +185,8 @@ class AdapterManager:
             for adapter in missing:
                 self._want(adapter)
             self._start_loads()
-            return Wait.LOADING
+            if any(adapter.state is not _State.STAGED for adapter in missing):
+                return Wait.LOADING
         pinned: list[str] = []
         # Those that are resident first: pinned, they are not evicted for the others.
         for adapter in sorted(adapters, key=self._has_pages, reverse=True):
@@ -251,12 +262,16 @@ class AdapterManager:
             self._load(self._by_key[key])
 
     def _load(self, adapter: _Adapter) -> None:
-        adapter.state = _State.LOADING
-        self._loads.start(adapter.key, adapter.path)
+        found = self._cached(adapter.path) if self._cached is not None else None
+        if found is None:
+            adapter.state = _State.LOADING
+            self._loads.start(adapter.key, adapter.path)
+        else:
+            self._instant.append((adapter.key, self._stage(adapter, found)))
 
     def _may_load(self) -> bool:
         num_loading = self._loads.num_loading
-        if num_loading + len(self._staged) < MAX_STAGED:
+        if num_loading + len(self._staged) < self._max_staged:
             return True
         # Parts of ensembles could fill the staging area, each waiting for its other part: where
         # nothing that runs will ever free pages, loading on is the only way forward.

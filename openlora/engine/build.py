@@ -16,6 +16,7 @@ import torch
 from openlora.adapters.lora_set import PAGE_RANK
 from openlora.adapters.pages import PagePool, SitePages
 from openlora.engine.adapter_loads import Loaded
+from openlora.engine.adapter_manager import MAX_STAGED
 from openlora.engine.config import EngineConfig
 from openlora.engine.host_memory import available_memory
 from openlora.engine.memory import check_context, check_weights, plan_memory, usable_bytes
@@ -45,6 +46,8 @@ class EngineParts:
         steps_ahead: launched steps that may be unread while the next one is launched. 0: each
             step is read at once. 1: the runner takes ``PENDING_TOKEN`` in a row's token IDs.
         num_load_threads: adapters read from disk at a time.
+        cached_adapter: what ``load_adapter`` would return, where that takes no reading.
+        max_staged: adapters loaded ahead of their pages.
     """
 
     runner: Runner
@@ -55,6 +58,8 @@ class EngineParts:
     write_adapter: Callable[[SitePages, Any], None]
     steps_ahead: int = 0
     num_load_threads: int = 2
+    cached_adapter: Callable[[Path], Loaded | None] | None = None
+    max_staged: int = MAX_STAGED
 
 
 def choose_device(name: str) -> str:
@@ -123,30 +128,18 @@ def build_parts(config: EngineConfig, progress: Progress | None = None) -> Engin
         *(info.model, info.device, info.dtype, info.attention_backend),
         *(num_blocks, config.block_size, num_pages),
     )
-    runner: Runner
-    steps_ahead = 0
     if device == "cuda":
         # Not at the top: it needs Triton, which a machine without a GPU may lack.
-        from openlora.engine.cuda_runner import CudaRunner
+        from openlora.engine.cuda_parts import cuda_parts
 
-        runner = CudaRunner(
-            model,
-            pages,
-            kv_cache,
-            max_num_seqs=config.max_num_seqs,
-            max_model_len=info.max_model_len,
-        )
-        steps_ahead = 1
-    else:
-        runner = cpu_runner(native, model, pages, kv_cache, config.max_num_seqs)
+        return cuda_parts(config, model, pages, kv_cache, info)
     return EngineParts(
-        runner=runner,
+        runner=cpu_runner(native, model, pages, kv_cache, config.max_num_seqs),
         model_info=info,
         num_blocks=num_blocks,
         pool=PagePool(num_pages),
         load_adapter=lambda path: load_adapter(path, model.config, model.dtype),
         write_adapter=pages.write,
-        steps_ahead=steps_ahead,
         num_load_threads=max(1, min(4, (os.cpu_count() or 1) // 2)),
     )
 

@@ -23,6 +23,7 @@ from openlora.engine.cuda_ops import (
 from openlora.engine.decode_graphs import DecodeGraphs
 from openlora.engine.drawn_tokens import DrawnTokens, PendingTokens
 from openlora.engine.kv_cache import KVCache
+from openlora.engine.page_uploads import PageUploads
 from openlora.engine.sampler import is_plain
 from openlora.engine.sgmv_plan import PlanLayout, SGMVPlan, build_plan
 from openlora.engine.step import StepRow
@@ -42,6 +43,7 @@ class CudaRunner:
         model: the base model, on a CUDA device.
         pages: LoRA pages that the rows' LoRA sets index.
         kv_cache: blocks that the rows' block tables index.
+        uploads: of ``pages``; a step waits for those that it reads.
         max_num_seqs: most rows of a step.
         max_model_len: longest context.
     """
@@ -51,12 +53,14 @@ class CudaRunner:
         model: Decoder,
         pages: PageTensors,
         kv_cache: KVCache,
+        uploads: PageUploads,
         *,
         max_num_seqs: int,
         max_model_len: int,
     ) -> None:
         self._model = model
         self._kv_cache = kv_cache
+        self._uploads = uploads
         self._pages = [site.layers for site in pages.sites]
         processors = torch.cuda.get_device_properties(model.device).multi_processor_count
         self._tiles = prefill_tiles(self._pages, processors)
@@ -86,6 +90,7 @@ class CudaRunner:
     @torch.inference_mode()
     def launch(self, rows: Sequence[StepRow]) -> PendingTokens:
         """Queue one forward pass over ``rows``; see ``Runner``."""
+        self._uploads.wait_for(rows)
         if all(len(row.token_ids) == 1 for row in rows):
             order, plan = self._decode_order_and_plan(rows)
             if self._graphs.fits(len(rows), plan):

@@ -30,7 +30,7 @@ def scaled_scores(scores, scale_log2, SOFT_CAP: tl.constexpr):
 
     ``scale_log2``: scale · log2(e), or 2 · scale / cap · log2(e) with a cap.
     """
-    if SOFT_CAP:
+    if SOFT_CAP != 0.0:
         # cap · tanh(x) = cap · (1 − 2 / (1 + exp(2x)))
         scores = 1.0 - 2.0 / (1.0 + tl.exp2(scores * scale_log2))
         scores = scores * (SOFT_CAP * 1.4426950408889634)

@@ -2,7 +2,8 @@
 
 The next token is a hash of the context that a row's block table really leads to, and of the
 contents of the pages that its LoRA set really names. A wrong block, a page reused too early, a
-prefix shared between two adapters: each changes the tokens.
+prefix shared between two adapters: each changes the tokens. A page handed out again while a step
+that names it has not run fails at once, whatever it holds.
 
 A launched step runs only when it is waited for, while page writes happen at once: the opposite of
 what a real device would be kind enough to do.
@@ -70,11 +71,15 @@ def load_fake(path: Path) -> FakeAdapter:
 class _Pending:
     device: FakeDevice
     rows: list[StepRow]
+    generations: dict[tuple[int, int], int]
     tokens: list[SampledToken | None] | None = None
 
     def wait(self) -> list[SampledToken | None]:
         while self.tokens is None:
             step = self.device.queue.pop(0)
+            assert step.generations == self.device.generations_of(step.rows), (
+                "a page was handed out again while a launched step named it"
+            )
             step.tokens = [self.device.run_row(row) for row in step.rows]
         return self.tokens
 
@@ -92,9 +97,19 @@ class FakeDevice:
     last_tokens: dict[int, int] = field(default_factory=dict)
     launches: list[list[StepRow]] = field(default_factory=list)
     num_lent: dict[str, int] = field(default_factory=dict)
+    pool: PagePool | None = None
+
+    def generations_of(self, rows: Sequence[StepRow]) -> dict[tuple[int, int], int]:
+        """How often each page that the rows name was handed out."""
+        return {
+            (site, page): self.pool.generation(site, page) if self.pool is not None else 0
+            for row in rows
+            for site, entries in enumerate(row.lora_set.pages)
+            for page, _ in entries
+        }
 
     def launch(self, rows: Sequence[StepRow]) -> _Pending:
-        step = _Pending(self, list(rows))
+        step = _Pending(self, list(rows), self.generations_of(rows))
         self.queue.append(step)
         self.launches.append(step.rows)
         return step
@@ -147,7 +162,8 @@ def fake_engine(
     **settings: object,
 ) -> tuple[Engine, FakeDevice]:
     """An engine on a ``FakeDevice``."""
-    device = FakeDevice(num_blocks, block_size, num_pages)
+    pool = PagePool(num_pages)
+    device = FakeDevice(num_blocks, block_size, num_pages, pool=pool)
     info = ModelInfo(
         model="fake",
         vocab_size=VOCAB_SIZE,
@@ -164,7 +180,7 @@ def fake_engine(
         runner=device,
         model_info=info,
         num_blocks=num_blocks,
-        pool=PagePool(num_pages),
+        pool=pool,
         load_adapter=load_fake,
         write_adapter=device.write,
         steps_ahead=steps_ahead,

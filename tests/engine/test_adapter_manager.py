@@ -20,10 +20,10 @@ WAIT_S = 10
 
 
 class Bench:
-    def __init__(self, pages=(2, 2, 2, 2), load=load_fake) -> None:
+    def __init__(self, pages=(2, 2, 2, 2), load=load_fake, **settings) -> None:
         self.pool = PagePool(pages)
         self.content: dict[tuple[int, int], str] = {}
-        self.manager = AdapterManager(self.pool, load, self.write)
+        self.manager = AdapterManager(self.pool, load, self.write, **settings)
         self.number = 0
 
     def write(self, pages, adapter) -> None:
@@ -283,3 +283,55 @@ def test_an_adapter_given_up_while_it_loads_is_forgotten(is_usable: bool):
     assert bench.manager.users_of(key) == ()
     bench.manager.check_integrity()
     assert not bench.manager._by_key
+
+
+def test_what_the_host_tier_holds_is_staged_at_once():
+    read = []
+
+    def load(path):
+        read.append(path.name)
+        return load_fake(path)
+
+    held: set[str] = set()
+    bench = Bench(
+        pages=(1, 1, 1, 1),
+        load=load,
+        cached=lambda path: load_fake(path) if path.name in held else None,
+    )
+    bench.register("a-1-1-1-1", "b-1-1-1-1")
+    bench.end(bench.run(a=1.0))
+    held.add("b-1-1-1-1")
+    second = bench.want(b=1.0)
+    # Without a look at the loads: it runs in the very step that it came in.
+    lora_set = bench.acquire(second)
+    assert isinstance(lora_set, LoRASet)
+    assert bench.content[0, lora_set.pages[0][0][0]] == "b"
+    assert bench.manager.poll() == [("b#2", None)]
+    assert read == ["a-1-1-1-1"]
+
+
+def test_what_the_host_tier_holds_may_still_not_fit_the_pages():
+    bench = Bench(pages=(1, 1, 1, 1), cached=load_fake)
+    bench.register("big-2-1-1-1")
+    bench.want(big=1.0)
+    ((key, error),) = bench.manager.poll()
+    assert key == "big#1"
+    assert isinstance(error, AdapterFailed)
+
+
+def test_the_number_staged_is_the_host_memory_s():
+    started = threading.Semaphore(0)
+
+    def load(path):
+        started.release()
+        return load_fake(path)
+
+    bench = Bench(pages=(1, 1, 1, 1), load=load, max_staged=3)
+    bench.register(*(f"a{i}-1-1-1-1" for i in range(6)))
+    bench.run(a0=1.0)
+    for i in range(1, 6):
+        bench.want(**{f"a{i}": 1.0})
+    for _ in range(4):
+        assert started.acquire(timeout=WAIT_S)
+    bench.load_all()
+    assert not started.acquire(timeout=0.05)

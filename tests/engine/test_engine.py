@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from openlora.engine import Engine, Request, SamplingParams, TokenOutput
+from openlora.engine.residency import ResidentAdapters
 from openlora.errors import (
     AdapterFailed,
     InternalError,
@@ -438,3 +439,32 @@ def test_generate_refuses_a_wrong_request_before_any_runs():
         engine.generate([Request([1], params=SamplingParams(stop=("x",)))])
     assert not engine.has_work()
     assert not device.launches
+
+
+def test_a_page_handed_out_while_a_launched_step_names_it_would_be_noticed(monkeypatch):
+    def unpin_at_once(self, step, keys):
+        for key in keys:
+            self.unpin(key)
+        self.room_epoch += 1
+        return list(keys)
+
+    def run() -> list[int]:
+        engine, _ = fake_engine(num_pages=(1, 1, 1, 1), steps_ahead=1)
+        for name in ("lily", "rose"):
+            engine.load_adapter(name, f"/adapters/{name}-1-1-1-1")
+        first = engine.add(request([1, 2], n=100, rose=1.0))
+        while not engine.stats().output_tokens:
+            engine.step()
+        second = engine.add(request([3, 4], lily=1.0))
+        # Until it waits for pages alone, which a step under way still names.
+        while not engine._adapters._staged:
+            engine._take_loads(5)
+        engine.abort(first)
+        outputs = drain(engine)
+        engine.close()
+        return ids(outputs[second])
+
+    assert run() == expected_tokens([3, 4], (("lily", 1.0),), 7, 8)
+    monkeypatch.setattr(ResidentAdapters, "unpin_after", unpin_at_once)
+    with pytest.raises(AssertionError, match="handed out again"):
+        run()

@@ -1,0 +1,69 @@
+"""The parts of an engine on a CUDA GPU: graphs, steps ahead, adapters in pinned host memory."""
+
+from __future__ import annotations
+
+import os
+
+from openlora.adapters.loader import LoadedAdapter, load_adapter
+from openlora.adapters.page_tensors import PageTensors, page_bytes
+from openlora.adapters.pages import PagePool
+from openlora.engine.adapter_manager import MAX_STAGED
+from openlora.engine.build import EngineParts
+from openlora.engine.config import EngineConfig
+from openlora.engine.cuda_runner import CudaRunner
+from openlora.engine.host_memory import available_memory
+from openlora.engine.host_tier import HostMemory, HostTier
+from openlora.engine.kv_cache import KVCache
+from openlora.engine.page_uploads import PageUploads
+from openlora.engine.stats import ModelInfo
+from openlora.models.decoder import Decoder
+
+_DEFAULT_HOST_BYTES = 8 << 30
+_DEFAULT_HOST_SHARE = 8
+"""Of the memory that is free, so much at most."""
+_STAGED_SHARE = 0.75
+"""Of the host tier, for adapters on their way to pages: the others' last use was long ago."""
+
+
+def cuda_parts(
+    config: EngineConfig,
+    model: Decoder,
+    pages: PageTensors,
+    kv_cache: KVCache,
+    info: ModelInfo,
+) -> EngineParts:
+    """The parts around a loaded model and its pools."""
+    uploads = PageUploads(pages, model.device)
+    num_pages = tuple(site.a.shape[0] for site in pages.sites)
+    memory = HostMemory(_host_bytes(config, num_pages), pin=True)
+    tier: HostTier[LoadedAdapter] = HostTier(
+        lambda path, zeros: load_adapter(path, model.config, model.dtype, zeros), memory
+    )
+    usual_bytes = sum(page_bytes(model.config, model.dtype))
+    return EngineParts(
+        runner=CudaRunner(
+            model,
+            pages,
+            kv_cache,
+            uploads,
+            max_num_seqs=config.max_num_seqs,
+            max_model_len=info.max_model_len,
+        ),
+        model_info=info,
+        num_blocks=kv_cache.num_blocks,
+        pool=PagePool(num_pages),
+        load_adapter=tier.load,
+        write_adapter=uploads.write,
+        steps_ahead=1,
+        num_load_threads=max(1, min(8, (os.cpu_count() or 1) // 2)),
+        cached_adapter=tier.cached,
+        max_staged=max(MAX_STAGED, int(memory.num_bytes * _STAGED_SHARE / usual_bytes)),
+    )
+
+
+def _host_bytes(config: EngineConfig, num_pages: tuple[int, ...]) -> int:
+    if config.adapter_host_bytes is not None:
+        return config.adapter_host_bytes
+    if not any(num_pages):
+        return 0
+    return min(_DEFAULT_HOST_BYTES, available_memory() // _DEFAULT_HOST_SHARE)
