@@ -3,6 +3,7 @@
 examples:
   python -m openlora.bench decode --shape 8b --batch 64,256 --distinct 0,1,64 --out rows.jsonl
   python -m openlora.bench decode --shape 8b --zipf-pool 1000 --requests 512 --gpu-adapters 64
+  python -m openlora.bench decode --shape 8b --loads --batch 64 --gpu-adapters 64
   python -m openlora.bench decode --rank 8,16,32,64 --targets attention --ensemble 2
   python -m openlora.bench decode --device cpu --model demo
 
@@ -50,6 +51,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--lora", choices=("on", "off"), default="on", help="off: no adapter pages")
     parser.add_argument("--gpu-adapters", type=int, default=64, help="adapters that fit the pages")
     parser.add_argument("--zipf-pool", type=int, metavar="N", help="draw adapters zipf(1.0) from N")
+    parser.add_argument(
+        "--loads", action="store_true", help="what loading adapters costs a running batch"
+    )
+    parser.add_argument(
+        "--profile", action="store_true", help="also the share of time the GPU is busy (CUDA)"
+    )
     parser.add_argument("--requests", type=int, default=512, help="of the zipf case")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
@@ -73,10 +80,12 @@ def run(args: argparse.Namespace) -> int:
     args.distinct = args.distinct if args.distinct is not None else (64,)
     args.prompt, args.output = args.prompt or 128, args.output or 128
     _check(args)
-    from openlora.bench.decode_cases import decode_cases, zipf_case
+    from openlora.bench.decode_cases import decode_cases, loads_case, zipf_case
 
     with tempfile.TemporaryDirectory(prefix="openlora-bench-") as folder:
-        if args.zipf_pool is None:
+        if args.loads:
+            loads_case(args, Path(folder))
+        elif args.zipf_pool is None:
             decode_cases(args, Path(folder))
         else:
             zipf_case(args, Path(folder))
@@ -101,9 +110,11 @@ def _check(args: argparse.Namespace) -> None:
     most = max(args.distinct)
     if any(0 < distinct < args.ensemble for distinct in args.distinct):
         raise SetupError(f"an ensemble of {args.ensemble} needs at least as many adapters")
+    if args.loads and args.gpu_adapters < 2:
+        raise SetupError("--loads needs pages for a batch and one adapter more: --gpu-adapters 2")
     if args.lora == "off" and (most or args.zipf_pool):
         raise SetupError("--lora off serves the base model alone; say --distinct 0")
-    if most > args.gpu_adapters and args.zipf_pool is None:
+    if most > args.gpu_adapters and args.zipf_pool is None and not args.loads:
         raise SetupError(
             f"distinct is {most}, but --gpu-adapters {args.gpu_adapters} is all that fits the pages"
         )

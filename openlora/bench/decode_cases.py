@@ -12,6 +12,8 @@ from pathlib import Path
 import torch
 
 from openlora.adapters.lora_set import PAGE_RANK
+from openlora.bench.decode_loads import measure_loads, needed_adapters
+from openlora.bench.decode_profile import decode_busy
 from openlora.bench.measure import (
     WARM_TOKENS,
     RowWriter,
@@ -63,6 +65,9 @@ def _decode_row(
     first = run_batch(engine, requests(WARM_TOKENS))
     short = run_batch(engine, requests(WARM_TOKENS))
     long = run_batch(engine, requests(WARM_TOKENS + args.output))
+    busy = {}
+    if args.profile:
+        busy = decode_busy(lambda: run_batch(engine, requests(WARM_TOKENS + args.output)))
     step_s = (long.total_s - short.total_s) / args.output
     return {
         "case": "decode",
@@ -80,6 +85,7 @@ def _decode_row(
         "targets": args.targets,
         "ensemble": args.ensemble,
         "first_run_s": first.total_s,
+        **busy,
     }
 
 
@@ -122,6 +128,20 @@ def zipf_case(args: argparse.Namespace, folder: Path) -> None:
             "out_tok_s": args.requests * args.output / seconds,
         }
     )
+
+
+def loads_case(args: argparse.Namespace, folder: Path) -> None:
+    """Loads beside a running batch that holds all pages but one adapter's; one row."""
+    rows = RowWriter(args.out, about_machine(choose_device(args.device)))
+    args.batch = (args.gpu_adapters,)
+    engine = _started(args, rows)
+    count = needed_adapters(args.gpu_adapters)
+    names = _adapters(args, folder, range(count), engine.model_info.dtype)
+    for name in names:
+        engine.register_adapter(name, folder / name)
+    held = args.gpu_adapters - 1
+    rows.write(measure_loads(engine, args.shape, names[:held], names[held:]))
+    engine.close()
 
 
 def _adapters(

@@ -13,6 +13,7 @@ from peft import PeftModel
 from transformers import LlamaForCausalLM
 
 from openlora.bench import decode
+from openlora.bench.decode_profile import busy_share
 from openlora.bench.measure import make_requests, read_bytes_per_s
 from openlora.bench.random_adapters import adapter_bytes, write_adapter
 from openlora.errors import SetupError
@@ -79,6 +80,22 @@ def test_ranks_take_turns_and_requests_can_use_two_adapters(tiny_shape, tmp_path
     run(*SMALL, "--batch", "4", "--distinct", "4", *words)
     row = rows_of(out)[1]
     assert (row["rank"], row["targets"], row["ensemble"]) == ([4, 20], "attention", 2)
+
+
+def test_loads_are_measured_beside_a_batch(tiny_shape, tmp_path):
+    out = tmp_path / "rows.jsonl"
+    run(*SMALL, "--loads", "--out", str(out))
+    row = rows_of(out)[1]
+    assert (row["case"], row["batch"]) == ("loads", 3)
+    for kind in ("resident", "host", "files"):
+        assert row[f"{kind}_step_ms"] > 0
+        assert row[f"{kind}_ttft_ms"] > 0
+
+
+def test_busy_is_the_union_of_what_runs():
+    spans = [("a", 0, 10), ("b", 5, 20), ("c", 30, 40), ("d", 31, 35)]
+    assert busy_share(spans) == pytest.approx(30 / 40)
+    assert busy_share([]) == 0.0
 
 
 def test_zipf_counts_the_adapters_drawn(tiny_shape, tmp_path):
