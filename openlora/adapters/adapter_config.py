@@ -21,9 +21,6 @@ MAX_CONFIG_BYTES = 1 << 20
 MAX_RANK = 4096
 
 _REFUSED = {
-    "use_dora": "DoRA",
-    "modules_to_save": "modules_to_save (whole layers saved with the adapter)",
-    "lora_bias": "lora_bias (a bias beside B)",
     "layer_replication": "layer_replication",
     "trainable_token_indices": "trainable_token_indices (changed embeddings)",
     "target_parameters": "target_parameters",
@@ -37,6 +34,8 @@ _REFUSED = {
 }
 """Fields that change what the adapter computes in ways not supported, by name."""
 
+_BIASES = ("none", "all", "lora_only")
+
 _PLAIN_INITS = (None, True, False, "gaussian", "orthogonal", "eva")
 """Initialisations that leave the base weights as they are."""
 
@@ -45,6 +44,7 @@ _READ = frozenset(
         *("peft_type", "r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "bias"),
         *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"),
         *("base_model_name_or_path", "init_lora_weights"),
+        *("use_dora", "lora_bias", "modules_to_save"),
     }
 )
 _WITHOUT_EFFECT = frozenset(
@@ -71,6 +71,10 @@ class AdapterConfig:
     exclude_modules: re.Pattern[str] | tuple[str, ...]
     layers_to_transform: frozenset[int] | None
     base_model: str
+    use_dora: bool = False
+    bias: str = "none"
+    lora_bias: bool = False
+    modules_to_save: tuple[str, ...] = ()
 
     def rank(self, module: str) -> int:
         """Rank of ``module``, e.g. "model.layers.0.self_attn.q_proj"."""
@@ -148,6 +152,10 @@ def parse_adapter_config(raw: Mapping[str, Any]) -> AdapterConfig:
         exclude_modules=_targets(raw.get("exclude_modules") or [], "exclude_modules"),
         layers_to_transform=_layers(raw.get("layers_to_transform")),
         base_model=str(raw.get("base_model_name_or_path") or ""),
+        use_dora=bool(raw.get("use_dora")),
+        bias=str(raw.get("bias") or "none"),
+        lora_bias=bool(raw.get("lora_bias")),
+        modules_to_save=_names(raw.get("modules_to_save") or [], "modules_to_save"),
     )
 
 
@@ -159,11 +167,12 @@ def _refuse(raw: Mapping[str, Any]) -> None:
     for field, what in _REFUSED.items():
         if raw.get(field):
             raise AdapterFailed(f"{CONFIG_FILE}: {what} is not supported; train without {field}")
-    if raw.get("bias", "none") != "none":
+    if (raw.get("bias") or "none") not in _BIASES:
         raise AdapterFailed(
-            f"{CONFIG_FILE}: bias is {str(raw['bias'])[:100]}; trained biases are not supported, "
-            "only none"
+            f"{CONFIG_FILE}: bias is {str(raw['bias'])[:100]}; choose one of {', '.join(_BIASES)}"
         )
+    if raw.get("use_dora") and raw.get("lora_bias"):
+        raise AdapterFailed(f"{CONFIG_FILE}: use_dora and lora_bias together are not supported")
     init = raw.get("init_lora_weights", True)
     if init not in _PLAIN_INITS:
         raise AdapterFailed(
@@ -212,6 +221,12 @@ def _targets(value: Any, field: str) -> re.Pattern[str] | tuple[str, ...]:
         f"{CONFIG_FILE}: {field} is {str(value)[:100]}; "
         "it must be a list of module names or a pattern"
     )
+
+
+def _names(value: Any, field: str) -> tuple[str, ...]:
+    if not isinstance(value, list) or not all(isinstance(item, str) and item for item in value):
+        raise AdapterFailed(f"{CONFIG_FILE}: {field} is {str(value)[:100]}; it must list names")
+    return tuple(value)
 
 
 def _layers(value: Any) -> frozenset[int] | None:

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import torch
 
+from openlora.adapters.extra_format import words
+from openlora.adapters.extras import AdapterExtras, BaseWeight, ExtraLoader
 from openlora.adapters.lora_set import PAGE_RANK
 from openlora.adapters.pages import PageCounts
 from openlora.adapters.peft_format import (
@@ -49,10 +51,12 @@ class LoadedAdapter:
     Attributes:
         info: its description.
         sites: one entry per entry of ``SITES``; a site that it does not touch has no pages.
+        extras: what it has beside pages; None: nothing.
     """
 
     info: AdapterInfo
     sites: tuple[SiteWeights, ...]
+    extras: AdapterExtras | None = None
 
     @property
     def page_counts(self) -> PageCounts:
@@ -61,12 +65,17 @@ class LoadedAdapter:
 
 
 def load_adapter(
-    directory: Path, model: ModelShape, dtype: torch.dtype, zeros: Zeros = new_zeros
+    directory: Path,
+    model: ModelShape,
+    dtype: torch.dtype,
+    zeros: Zeros = new_zeros,
+    base: BaseWeight | None = None,
 ) -> LoadedAdapter:
     """Read an adapter for ``model`` into tensors that ``zeros`` makes. Thread-safe; all on CPU.
 
     α/r (α/√r with rsLoRA) is folded into B before the rounding to ``dtype``. The files are read
-    once: the bytes that were hashed are those that are used.
+    once: the bytes that were hashed are those that are used. An adapter with extras needs
+    ``base``, the base model's weights.
 
     Raises:
         AdapterFailed: as ``inspect_adapter``; or it was made for another base model, lacks a
@@ -75,7 +84,7 @@ def load_adapter(
     """
     layout = read_layout(directory)
     shapes = site_shapes(model)
-    check_modules(layout, shapes, model)
+    check_modules(layout, shapes, model, takes_extras=True)
     tensors = FileTensors(directory, layout)
     if _HASH.fullmatch(directory.name) and tensors.hash != directory.name:
         raise AdapterFailed(
@@ -84,8 +93,14 @@ def load_adapter(
         )
     # Fills and casts of small tensors: inference mode keeps them free of autograd's records.
     with torch.inference_mode():
-        sites = tuple(_load_site(layout, shape, model, dtype, tensors, zeros) for shape in shapes)
-    return LoadedAdapter(describe(layout, tensors.hash), sites)
+        extras = None
+        if layout.extras:
+            extras = ExtraLoader(layout, shapes, model, dtype, tensors.get, base)
+        sites = tuple(
+            _load_site(layout, shape, model, dtype, tensors, zeros, extras) for shape in shapes
+        )
+        loaded = None if extras is None else extras.load()
+    return LoadedAdapter(describe(layout, tensors.hash), sites, loaded)
 
 
 class FileTensors:
@@ -126,6 +141,7 @@ def _load_site(
     dtype: torch.dtype,
     tensors: FileTensors,
     zeros: Zeros,
+    extras: ExtraLoader | None,
 ) -> SiteWeights:
     slots = {module.path: (index, module) for index, module in enumerate(shape.modules)}
     modules = [module for module in layout.modules if module.path in slots]
@@ -135,7 +151,11 @@ def _load_site(
     for module in modules:
         index, place = slots[module.path]
         _fill(a[:, module.layer, :, index], tensors.get(module.a).T)
-        _fill_blocks(b[:, module.layer], place, shape.block_out, _scaled(module, tensors, dtype))
+        scaled = _scaled(module, tensors, dtype)
+        gain = None if extras is None else extras.gain(module)
+        if gain is not None:
+            scaled = scaled * gain[:, None]
+        _fill_blocks(b[:, module.layer], place, shape.block_out, scaled)
     # One sum for all modules: anything that is not finite makes it so, and is then looked for.
     if not (_sum_is_finite(a) and _sum_is_finite(b)):
         for module in modules:
@@ -180,8 +200,22 @@ def _fill_blocks(pages: torch.Tensor, place: SiteModule, block_out: int, b: torc
         pages[page, place.first_block : last, : part.shape[1]] = part
 
 
-def check_modules(layout: AdapterLayout, shapes: Sequence[SiteShape], model: ModelShape) -> None:
-    """Every module exists in the model in this shape, and none that is targeted is missing."""
+def check_modules(
+    layout: AdapterLayout,
+    shapes: Sequence[SiteShape],
+    model: ModelShape,
+    *,
+    takes_extras: bool = False,
+) -> None:
+    """Every module exists in the model in this shape, and none that is targeted is missing.
+
+    A caller that loads pages alone does not ``takes_extras``: adapters that have any are refused.
+    """
+    if layout.extras and not takes_extras:
+        raise AdapterFailed(
+            f"it has {words(layout.extras)}, which is not supported on this device; "
+            "use device 'cpu'"
+        )
     expected = {
         module.path: (shape.in_features, module.out_features)
         for shape in shapes
@@ -205,7 +239,7 @@ def check_modules(layout: AdapterLayout, shapes: Sequence[SiteShape], model: Mod
                 f"for {base}"
             )
         present.add((module.layer, module.path))
-    prefix = layout.modules[0].name.split("layers.", 1)[0]
+    prefix = layout.modules[0].name.split("layers.", 1)[0] if layout.modules else "model."
     for layer in range(model.num_layers):
         for path in expected:
             name = f"{prefix}layers.{layer}.{path}"

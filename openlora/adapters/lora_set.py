@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
+
+if TYPE_CHECKING:
+    from openlora.adapters.extras import AdapterExtras
 
 SITES = ("qkv", "o", "gate_up", "down")
 """The four places of a decoder layer that LoRA pages attach to, in the order they run."""
@@ -24,17 +27,19 @@ class LoRASet:
         pages: one tuple per entry of ``SITES``.
         key: names the weights' content (adapter content hashes and weights); it starts the prefix
             cache's hash chain, so that two adapters never share KV and equal content does.
+        extras: what the one adapter changes beside its pages; None: nothing.
     """
 
     EMPTY: ClassVar[LoRASet]
 
     pages: tuple[tuple[tuple[int, float], ...], ...]
     key: str = ""
+    extras: AdapterExtras | None = None
 
     @property
     def is_empty(self) -> bool:
         """True where nothing is added to the base model."""
-        return not any(self.pages)
+        return not any(self.pages) and self.extras is None
 
 
 LoRASet.EMPTY = LoRASet(pages=((), (), (), ()))

@@ -24,6 +24,7 @@ import torch
 from safetensors.torch import save_file
 
 from openlora.adapters.adapter_config import CONFIG_FILE
+from openlora.adapters.extra_format import words
 from openlora.adapters.loader import FileTensors
 from openlora.adapters.merge import Merger, Part
 from openlora.adapters.merge_spec import MergeSpec
@@ -107,6 +108,11 @@ def _merged(
 ) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     """Configuration and tensors of the merge."""
     layouts = [read_layout(path) for path, _ in parts]
+    for layout in layouts:
+        if layout.extras:
+            raise AdapterFailed(
+                f"an adapter with {words(layout.extras)} cannot be merged; use it alone"
+            )
     rank = _result_rank(layouts, spec)
     merger = Merger(spec, rank)
     files = [FileTensors(path, layout) for (path, _), layout in zip(parts, layouts, strict=True)]

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from openlora.adapters.lora_set import SITES, LoRASet
+
+if TYPE_CHECKING:
+    from openlora.adapters.extras import AdapterExtras
 
 SitePages = tuple[tuple[int, ...], ...]
 """Page IDs of one adapter, one tuple per entry of ``SITES``."""
@@ -126,12 +130,15 @@ class PagePool:
         assert all(holding.pins >= 0 for holding in self._holdings.values())
 
 
-def join_lora_set(parts: Sequence[tuple[SitePages, float]], key: str) -> LoRASet:
+def join_lora_set(
+    parts: Sequence[tuple[SitePages, float]], key: str, extras: AdapterExtras | None = None
+) -> LoRASet:
     """The LoRA set Σ weight · ΔW of adapters given by their pages.
 
     Args:
         parts: (pages, weight) of each adapter; weight 0 parts add nothing and are left out.
         key: names the content, see ``LoRASet.key``.
+        extras: see ``LoRASet.extras``.
     """
     return LoRASet(
         pages=tuple(
@@ -139,4 +146,5 @@ def join_lora_set(parts: Sequence[tuple[SitePages, float]], key: str) -> LoRASet
             for site in range(len(SITES))
         ),
         key=key,
+        extras=extras,
     )

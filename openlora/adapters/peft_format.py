@@ -1,7 +1,7 @@
 """A PEFT LoRA directory, described and checked without loading it. Stdlib only.
 
-What is no plain LoRA on the linears of a decoder layer is refused by name. Shapes against a base
-model, and the values, are checked by loader.py.
+What is no LoRA of a decoder is refused by name. Shapes against a base model, and the values, are
+checked by loader.py.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from openlora.adapters.adapter_config import CONFIG_FILE, AdapterConfig, read_adapter_config
+from openlora.adapters.extra_format import ExtraTensor, check_extras, parse_extra
 from openlora.adapters.safetensors_header import TensorEntry, read_header
 from openlora.errors import AdapterFailed
 
@@ -84,12 +85,14 @@ class AdapterLayout:
         files: (name, size in bytes) of the files that count, by name.
         tensors: every tensor and the file it is in.
         modules: the pairs, by layer and path.
+        extras: what else there is.
     """
 
     config: AdapterConfig
     files: tuple[tuple[str, int], ...]
     tensors: Mapping[str, TensorEntry]
     modules: tuple[LoRAModule, ...]
+    extras: tuple[ExtraTensor, ...] = ()
 
 
 def inspect_adapter(directory: Path) -> AdapterInfo:
@@ -110,9 +113,13 @@ def inspect_adapter(directory: Path) -> AdapterInfo:
 
 def describe(layout: AdapterLayout, content_hash: str) -> AdapterInfo:
     """The description of a directory whose layout and hash are known."""
+    tables = {extra.module for extra in layout.extras if extra.kind == "a"}
+    ranks = [module.rank for module in layout.modules] + [layout.config.rank(t) for t in tables]
+    paths = {module.path for module in layout.modules} | tables
+    targets = {path.rpartition(".")[2] for path in paths}
     return AdapterInfo(
-        rank=max(module.rank for module in layout.modules),
-        targets=tuple(sorted({module.path.rpartition(".")[2] for module in layout.modules})),
+        rank=max(ranks),
+        targets=tuple(sorted(targets)),
         base_model=layout.config.base_model,
         size_bytes=sum(size for _, size in layout.files),
         hash=content_hash,
@@ -142,7 +149,8 @@ def read_layout(directory: Path) -> AdapterLayout:
             f"the adapter has {size} bytes; at most {MAX_ADAPTER_BYTES} are taken: save it in a "
             "smaller rank or in half precision"
         )
-    return AdapterLayout(config, files, tensors, _modules(config, tensors))
+    modules, extras = _contents(config, tensors)
+    return AdapterLayout(config, files, tensors, modules, extras)
 
 
 class ContentHash:
@@ -202,21 +210,34 @@ def _weight_files(directory: Path) -> tuple[tuple[str, ...], tuple[str, ...]]:
     raise AdapterFailed(f"{WEIGHTS_FILE} is missing in {directory}")
 
 
-def _modules(config: AdapterConfig, tensors: Mapping[str, TensorEntry]) -> tuple[LoRAModule, ...]:
+def _contents(
+    config: AdapterConfig, tensors: Mapping[str, TensorEntry]
+) -> tuple[tuple[LoRAModule, ...], tuple[ExtraTensor, ...]]:
+    """The pairs of layers' linears, and all else."""
     pairs: dict[tuple[int, str], dict[str, str]] = {}
     names: dict[tuple[int, str], str] = {}
-    for tensor in tensors:
+    extras: list[ExtraTensor] = []
+    for tensor, entry in tensors.items():
         match = _TENSOR.fullmatch(tensor)
         if match is None:
-            raise AdapterFailed(_unexpected(tensor))
+            extra = parse_extra(tensor)
+            if extra is None:
+                raise AdapterFailed(
+                    f"tensor {tensor[:200]} is not expected in a LoRA adapter of a decoder"
+                )
+            _check_dtype(tensor, entry)
+            extras.append(extra)
+            continue
         key = (int(match["layer"]), match["path"])
         if match["matrix"] in pairs.setdefault(key, {}):
             raise AdapterFailed(f"tensor {tensor} is there twice, under two names")
         pairs[key][match["matrix"]] = tensor
         names[key] = match["module"]
-    if not pairs:
+    if not pairs and not any(extra.kind == "a" for extra in extras):
         raise AdapterFailed("the weights hold no LoRA tensors")
-    return tuple(_module(config, tensors, names[key], *key, pairs[key]) for key in sorted(pairs))
+    modules = tuple(_module(config, tensors, names[key], *key, pairs[key]) for key in sorted(pairs))
+    check_extras(config, extras, [f"model.layers.{m.layer}.{m.path}" for m in modules])
+    return modules, tuple(extras)
 
 
 def _module(
@@ -234,10 +255,7 @@ def _module(
         raise AdapterFailed(f"tensor {pair['A']} is not expected: {CONFIG_FILE} does not target it")
     a, b = tensors[pair["A"]], tensors[pair["B"]]
     for tensor, entry in ((pair["A"], a), (pair["B"], b)):
-        if entry.dtype not in DTYPES:
-            raise AdapterFailed(
-                f"tensor {tensor} has dtype {entry.dtype}; supported: {', '.join(DTYPES)}"
-            )
+        _check_dtype(tensor, entry)
         if len(entry.shape) != 2:
             raise AdapterFailed(f"tensor {tensor} has shape {list(entry.shape)}; must be 2-D")
     rank = config.rank(name)
@@ -249,16 +267,8 @@ def _module(
     return LoRAModule(name, layer, path, rank, config.scale(name), pair["A"], pair["B"])
 
 
-def _unexpected(tensor: str) -> str:
-    shown = tensor[:200]
-    if "lora_magnitude" in tensor:
-        return f"tensor {shown} belongs to DoRA, which is not supported"
-    if "lora_embedding" in tensor or "embed_tokens" in tensor:
-        return f"tensor {shown}: LoRA on embeddings is not supported"
-    if "lm_head" in tensor:
-        return f"tensor {shown}: LoRA on the head is not supported"
-    if tensor.endswith(".bias"):
-        return f"tensor {shown}: trained biases are not supported"
-    if "modules_to_save" in tensor:
-        return f"tensor {shown}: modules_to_save is not supported"
-    return f"tensor {shown} is not expected in a LoRA adapter of a decoder"
+def _check_dtype(tensor: str, entry: TensorEntry) -> None:
+    if entry.dtype not in DTYPES:
+        raise AdapterFailed(
+            f"tensor {tensor} has dtype {entry.dtype}; supported: {', '.join(DTYPES)}"
+        )

@@ -12,6 +12,7 @@ from typing import Protocol
 
 import torch
 
+from openlora.adapters.extras import AdapterExtras
 from openlora.errors import AdapterFailed, InternalError, OpenLoRAError
 
 logger = logging.getLogger(__name__)
@@ -35,6 +36,10 @@ class Loaded(Protocol):
     @property
     def page_counts(self) -> tuple[int, ...]:
         """Pages it takes of each site."""
+
+    @property
+    def extras(self) -> AdapterExtras | None:
+        """What it has beside pages."""
 
 
 class AdapterLoads:

@@ -43,6 +43,7 @@ class _Adapter:
     loaded: Loaded | None = None  # in host memory while staged
     content: str = ""  # known after its first load
     page_counts: tuple[int, ...] = ()  # known after its first load
+    extras_bytes: int = 0  # known after its first load; 0: it has no extras
     is_registered: bool = True
     users: set[int] = field(default_factory=set)  # unfinished sequences with it
 
@@ -175,7 +176,7 @@ class AdapterManager:
         adapters = [self._by_key[key] for key, _ in sequence.adapters]
         if not all(adapter.page_counts for adapter in adapters):
             return None
-        return self._check_fit(adapters)
+        return self._check_fit(adapters) or self._check_exact(sequence)
 
     def acquire(self, sequence: Sequence) -> LoRASet | Wait:
         """Pin the pages of all adapters of the sequence, or of none."""
@@ -281,6 +282,7 @@ class AdapterManager:
         if isinstance(outcome, OpenLoRAError):
             return outcome
         adapter.content, adapter.page_counts = outcome.info.hash, tuple(outcome.page_counts)
+        adapter.extras_bytes = 0 if outcome.extras is None else outcome.extras.size_bytes
         error = self._check_fit([adapter])
         if error is None and adapter.users:
             adapter.state, adapter.loaded = _State.STAGED, outcome
@@ -290,6 +292,13 @@ class AdapterManager:
         return error
 
     def _check_fit(self, adapters: Collection[_Adapter]) -> AdapterFailed | None:
+        extras_bytes = sum(adapter.extras_bytes for adapter in adapters)
+        if extras_bytes > self._resident.extras_bytes:
+            return AdapterFailed(
+                f"weights of adapter {' + '.join(repr(a.name) for a in adapters)} that are no "
+                f"low-rank pairs take {extras_bytes} bytes; at most "
+                f"{self._resident.extras_bytes} are kept"
+            )
         counts = tuple(map(sum, zip(*(a.page_counts for a in adapters), strict=True)))
         if not counts or self._resident.fits(counts):
             return None
@@ -302,6 +311,19 @@ class AdapterManager:
             f"adapter {names} takes more pages than the pool has ({needs}); "
             "give the engine a larger adapter budget or use a smaller rank"
         )
+
+    def _check_exact(self, sequence: Sequence) -> AdapterFailed | None:
+        """Only low-rank pairs can be weighted and added up."""
+        if [weight for _, weight in sequence.adapters] == [1.0]:
+            return None
+        for key, _ in sequence.adapters:
+            if self._by_key[key].extras_bytes:
+                return AdapterFailed(
+                    f"adapter {self._by_key[key].name!r} has weights that are no low-rank pairs "
+                    "(DoRA, biases, embeddings, whole modules): it cannot be weighted or combined "
+                    "with others; use it alone, with weight 1"
+                )
+        return None
 
     def _unstage(self, adapter: _Adapter) -> None:
         del self._staged[adapter.key]
@@ -330,6 +352,8 @@ class AdapterManager:
         return join_lora_set(
             [(self._resident.pages(key), weight) for _, weight, key in parts],
             key="+".join(f"{weight!r}*{content}" for content, weight, _ in parts),
+            # Adapters that have any run alone.
+            extras=self._resident.extras(parts[0][2]),
         )
 
 

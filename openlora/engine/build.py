@@ -138,7 +138,9 @@ def build_parts(config: EngineConfig, progress: Progress | None = None) -> Engin
         model_info=info,
         num_blocks=num_blocks,
         pool=PagePool(num_pages),
-        load_adapter=lambda path: load_adapter(path, model.config, model.dtype),
+        load_adapter=lambda path: load_adapter(
+            path, model.config, model.dtype, base=model.base_weight
+        ),
         write_adapter=pages.write,
         num_load_threads=max(1, min(4, (os.cpu_count() or 1) // 2)),
     )

@@ -16,6 +16,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from openlora.adapters.page_tensors import PageTensors
+from openlora.engine.extra_ops import with_extras
 from openlora.engine.kv_cache import KVCache
 from openlora.engine.native_inputs import StepBinder
 from openlora.engine.native_ops import Chunks, NativeOps, NativeParts, Recorder
@@ -79,7 +80,9 @@ class NativeRunner:
         ordered = [rows[index] for index in order]
         num_decodes = sum(len(row.token_ids) == 1 for row in ordered)
         inputs = mixed_inputs(ordered, {}, self._kv_cache.block_size)
-        is_decode = num_decodes == len(rows) == len(inputs.sampled)
+        is_decode = num_decodes == len(rows) == len(inputs.sampled) and not any(
+            row.lora_set.extras for row in rows
+        )
         run = self._run_decode if is_decode else self._run_mixed
         tokens: list[SampledToken | None] = [None] * len(rows)
         sampled = [index for index in order if rows[index].sampling is not None]
@@ -104,11 +107,15 @@ class NativeRunner:
         bound = self._binder.bind(rows, inputs, num_decodes)
         chunks = self._chunks(rows[num_decodes:], num_decodes)
         token_ids = torch.from_numpy(inputs.token_ids)
-        hidden = self._model.forward(token_ids, NativeOps(self._parts, bound.step, chunks))
+        extras = [(len(row.token_ids), row.lora_set.extras) for row in rows]
+        ops = NativeOps(self._parts, bound.step, chunks)
+        hidden = self._model.forward(token_ids, with_extras(ops, self._model, extras))
         if not len(inputs.sampled):
             return []
         hidden = hidden.index_select(0, torch.from_numpy(inputs.sampled))
-        logits = self._model.logits(hidden, NativeOps(self._parts, Step(rows=len(hidden))))
+        heads = [(1, row.lora_set.extras) for row in rows if row.sampling is not None]
+        ops = NativeOps(self._parts, Step(rows=len(hidden)))
+        logits = self._model.logits(hidden, with_extras(ops, self._model, heads))
         return sample_rows(logits, [s for row in rows if (s := row.sampling) is not None])
 
     def _chunks(self, rows: Sequence[StepRow], num_decodes: int) -> Chunks | None:

@@ -5,8 +5,12 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 
+from openlora.adapters.extras import AdapterExtras
 from openlora.adapters.pages import PagePool, SitePages
 from openlora.engine.adapter_loads import Loaded
+
+EXTRAS_BYTES = 1 << 30
+"""A whole embedding or head of a large model is about as much."""
 
 
 class ResidentAdapters:
@@ -19,12 +23,21 @@ class ResidentAdapters:
         pool: the page pool's book-keeper.
         write: copies an adapter in host memory into its pages.
 
+        extras_bytes: most memory of the placed adapters' extras.
+
     Attributes:
         room_epoch: changes whenever an adapter may have become evictable.
     """
 
-    def __init__(self, pool: PagePool, write: Callable[[SitePages, Loaded], None]) -> None:
+    def __init__(
+        self,
+        pool: PagePool,
+        write: Callable[[SitePages, Loaded], None],
+        extras_bytes: int = EXTRAS_BYTES,
+    ) -> None:
         self.room_epoch = 0
+        self.extras_bytes = extras_bytes
+        self._extras: dict[str, AdapterExtras] = {}
         self._pool = pool
         self._write = write
         self._lru: dict[str, None] = {}  # the longest unused first
@@ -43,6 +56,10 @@ class ResidentAdapters:
     def num_pages(self) -> Sequence[int]:
         """Pages of each site, free or not."""
         return self._pool.num_pages
+
+    def extras(self, key: str) -> AdapterExtras | None:
+        """What an adapter that is resident has beside its pages."""
+        return self._extras.get(key)
 
     def fits(self, counts: Sequence[int]) -> bool:
         """Whether ``counts`` pages of each site could be had if nobody had any."""
@@ -67,17 +84,20 @@ class ResidentAdapters:
             is_wanted: whether queued requests wait for an adapter; such go last, however long
                 they have been unused.
         """
-        if not self._make_room(loaded.page_counts, is_wanted):
+        if not self._make_room((*loaded.page_counts, _size(loaded.extras)), is_wanted):
             return False
         pages = self._pool.allocate(key, loaded.page_counts)
         assert pages is not None
         self._write(pages, loaded)
+        if loaded.extras is not None:
+            self._extras[key] = loaded.extras
         self._lru[key] = None
         return True
 
     def evict(self, key: str) -> None:
         """Take an adapter's pages from it; it must not be pinned."""
         self._pool.free(key)
+        self._extras.pop(key, None)
         del self._lru[key]
         self.room_epoch += 1
 
@@ -118,19 +138,31 @@ class ResidentAdapters:
         """Assert that pages and the order of use name the same adapters."""
         self._pool.check_integrity()
         assert self._lru.keys() == set(self._pool.owners())
+        assert self._extras.keys() <= self._lru.keys()
+        assert sum(map(_size, self._extras.values())) <= self.extras_bytes
 
-    def _make_room(self, counts: Iterable[int], is_wanted: Callable[[str], bool]) -> bool:
-        """Evict what is not pinned until ``counts`` pages are free; nothing where that fails."""
-        missing = [count - free for count, free in zip(counts, self._pool.num_free, strict=True)]
+    def _make_room(self, wanted: Iterable[int], is_wanted: Callable[[str], bool]) -> bool:
+        """Evict what is not pinned until there is room; nothing where that fails.
+
+        Args:
+            wanted: pages of each site, then bytes of extras.
+        """
+        free = (*self._pool.num_free, self.extras_bytes - sum(map(_size, self._extras.values())))
+        missing = [want - have for want, have in zip(wanted, free, strict=True)]
         victims: list[str] = []
         idle = [key for key in self._lru if not self._pool.pins(key)]
         for key in sorted(idle, key=is_wanted):
             if max(missing) <= 0:
                 break
             victims.append(key)
-            missing = [m - len(p) for m, p in zip(missing, self._pool.pages(key), strict=True)]
+            freed = (*map(len, self._pool.pages(key)), _size(self._extras.get(key)))
+            missing = [m - f for m, f in zip(missing, freed, strict=True)]
         if max(missing) > 0:
             return False
         for key in victims:
             self.evict(key)
         return True
+
+
+def _size(extras: AdapterExtras | None) -> int:
+    return 0 if extras is None else extras.size_bytes

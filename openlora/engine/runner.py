@@ -9,6 +9,7 @@ import torch
 
 from openlora.adapters.lora_set import SITES, LoRASet
 from openlora.adapters.page_tensors import PageTensors
+from openlora.engine.extra_ops import with_extras
 from openlora.engine.kv_cache import KVCache
 from openlora.engine.sampler import sample_rows
 from openlora.engine.step import SampledToken, StepRow
@@ -55,13 +56,15 @@ class ModelRunner:
         ordered = [rows[index] for index in order]
         ops = self._bind(ordered)
         token_ids = self._tensor([token for row in ordered for token in row.token_ids])
-        hidden = self._model.forward(token_ids, ops)
+        extras = [(len(row.token_ids), row.lora_set.extras) for row in ordered]
+        hidden = self._model.forward(token_ids, with_extras(ops, self._model, extras))
         ends = torch.tensor([len(row.token_ids) for row in ordered]).cumsum(0).tolist()
         sampled = [place for place, row in enumerate(ordered) if row.sampling is not None]
         tokens: list[SampledToken | None] = [None] * len(rows)
         if sampled:
             last = self._tensor([ends[place] - 1 for place in sampled])
-            logits = self._model.logits(hidden.index_select(0, last), ops)
+            heads = with_extras(ops, self._model, [(1, extras[place][1]) for place in sampled])
+            logits = self._model.logits(hidden.index_select(0, last), heads)
             sampling = [s for row in ordered if (s := row.sampling) is not None]
             for place, token in zip(sampled, sample_rows(logits, sampling), strict=True):
                 tokens[order[place]] = token

@@ -14,7 +14,13 @@ from openlora.kernels.linear import Linear
 from openlora.models.config import ModelConfig
 from openlora.models.ops import DOWN, OUT, QKV, DecoderOps
 from openlora.models.rotary import inverse_frequencies
-from openlora.models.weights import GetWeight, MakeLinear, build_layer, norm_weight
+from openlora.models.weights import (
+    GetWeight,
+    MakeLinear,
+    build_layer,
+    norm_names,
+    norm_weight,
+)
 
 
 class Decoder:
@@ -26,6 +32,9 @@ class Decoder:
         attention_backend: which attention runs, for logs and model info.
         rope_inv_freq: [rotary_dim / 2] fp32, angles per position.
         local_rope_inv_freq: the same for the sliding layers; None: they are as all others.
+        norm_names: the checkpoint's name of each norm, by the address of its weight.
+        base_weight: reads the checkpoint again, for adapters that need its weights; None: it
+            cannot be read again. Set by who loads the model.
 
     Args:
         config: the shape.
@@ -56,6 +65,10 @@ class Decoder:
                 progress(index + 1, config.num_layers)
         self._layers = tuple(layers)
         self._norm = norm_weight(config, get("model.norm.weight"))
+        self.norm_names = {self._norm.data_ptr(): "model.norm"}
+        for index, layer in enumerate(self._layers):
+            self.norm_names |= norm_names(config, index, layer)
+        self.base_weight: GetWeight | None = None
         head = self._embedding if config.tie_word_embeddings else get("lm_head.weight")
         self._lm_head = make_linear(head, None)
         # Rounded to the model's dtype, as in training.

@@ -55,6 +55,7 @@ def load_model(
         UnknownModel: no such model, or one of an unsupported kind.
         SetupError: its files are broken, or the settings make no sense.
     """
+    base_weight: GetWeight | None = None
     if load_format == "dummy":
         if source not in DUMMY_CONFIGS:
             raise UnknownModel(
@@ -76,10 +77,11 @@ def load_model(
             checkpoint = SafetensorsCheckpoint(path)
             checkpoint.check(weight_shapes(config))
             get = _converting(checkpoint.get, target, torch.device(device))
+            base_weight = get
     else:
         raise SetupError(f"load_format is {load_format!r}; use auto or dummy")
     with torch.inference_mode():
-        return Decoder(
+        model = Decoder(
             replace(config, dtype=str(target).removeprefix("torch.")),
             get,
             target,
@@ -87,6 +89,8 @@ def load_model(
             progress,
             make_linear,
         )
+    model.base_weight = base_weight
+    return model
 
 
 def _adjusted(

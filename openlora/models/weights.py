@@ -80,6 +80,14 @@ def build_layer(
     )
 
 
+def norm_names(config: ModelConfig, index: int, layer: DecoderLayer) -> dict[int, str]:
+    """The address of each norm's weight, and the module that has it in the checkpoint."""
+    return {
+        getattr(layer, field).data_ptr(): f"model.layers.{index}.{name}"
+        for field, (name, _) in _norms(config).items()
+    }
+
+
 def norm_weight(config: ModelConfig, weight: torch.Tensor) -> torch.Tensor:
     """What a norm multiplies with; in fp32 where the checkpoint keeps the offset from 1.
 

@@ -23,7 +23,9 @@ class Shape:
     num_kv_heads: int = 2
     head_dim: int = 8
     fused_projections: bool = False
-    fused_projections: bool = False
+    vocab_size: int = 30
+    tie_word_embeddings: bool = False
+    norm_offset: float = 0.0
 
 
 SHAPE = Shape()

@@ -52,9 +52,9 @@ def test_links_within_the_directory_become_files(tmp_path):
 
 def test_an_unusable_adapter_leaves_nothing(tmp_path):
     source = write_adapter(tmp_path / "a")
-    edit_config(source, use_dora=True)
+    edit_config(source, use_qalora=True)
     store = AdapterStore(tmp_path / "store")
-    with pytest.raises(AdapterFailed, match="DoRA"):
+    with pytest.raises(AdapterFailed, match="QALoRA"):
         store.put(source)
     assert list((tmp_path).glob("store/*")) == []
 

@@ -57,6 +57,7 @@ class FakeInfo:
 class FakeAdapter:
     info: FakeInfo
     page_counts: tuple[int, ...]
+    extras: None = None
 
 
 def load_fake(path: Path) -> FakeAdapter:

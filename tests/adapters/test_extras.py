@@ -1,0 +1,85 @@
+"""Extras against the base model: what is kept, what is dropped, and what does not fit it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from openlora.adapters.loader import check_modules, load_adapter
+from openlora.adapters.peft_format import read_layout
+from openlora.adapters.site_shapes import site_shapes
+from openlora.errors import AdapterFailed
+from tests.adapters.peft_dirs import SHAPE, edit_config, edit_tensors, write_adapter
+
+VOCAB, HIDDEN = SHAPE.vocab_size, SHAPE.hidden_size
+HEAD = "base_model.model.lm_head"
+Q = "base_model.model.model.layers.0.self_attn.q_proj"
+
+
+def base(name):
+    generator = torch.Generator().manual_seed(len(name))
+    if name.endswith("bias"):
+        return torch.zeros(4 * 8)
+    if "norm" in name:
+        return torch.ones(HIDDEN)
+    rows = VOCAB if name.startswith(("lm_head", "model.embed")) else 4 * 8
+    return torch.randn(rows, HIDDEN, generator=generator)
+
+
+@pytest.fixture
+def adapter(tmp_path):
+    return write_adapter(tmp_path / "a")
+
+
+def add(directory, **tensors):
+    edit_tensors(directory, lambda all_tensors: all_tensors.update(tensors))
+
+
+def load(directory, base=base):
+    return load_adapter(directory, SHAPE, torch.float32, base=base)
+
+
+def test_a_plain_adapter_has_none_and_needs_no_base(adapter):
+    assert load(adapter, base=None).extras is None
+
+
+def test_a_base_layer_saved_along_is_dropped_where_it_is_the_base_models(adapter):
+    add(adapter, **{f"{HEAD}.base_layer.weight": base("lm_head.weight")})
+    assert load(adapter).extras is None
+    add(adapter, **{f"{HEAD}.base_layer.weight": base("lm_head.weight") + 1})
+    extras = load(adapter).extras
+    assert extras.head.weight.shape == (VOCAB, HIDDEN)
+    assert extras.size_bytes == VOCAB * HIDDEN * 4
+
+
+def test_an_added_vocabulary_is_refused_with_both_shapes(adapter):
+    add(adapter, **{f"{HEAD}.weight": torch.ones(VOCAB + 2, HIDDEN)})
+    says = rf"\[{VOCAB + 2}, {HIDDEN}\]; this base model needs \[{VOCAB}, {HIDDEN}\]"
+    with pytest.raises(AdapterFailed, match=says):
+        load(adapter)
+
+
+def test_values_that_are_not_finite_are_named(adapter):
+    edit_config(adapter, bias="lora_only")
+    add(adapter, **{f"{Q}.bias": torch.full((32,), torch.inf)})
+    with pytest.raises(AdapterFailed, match=r"q_proj\.bias holds values that are not finite"):
+        load(adapter)
+
+
+def test_without_the_base_models_weights_it_is_refused_by_kind(adapter):
+    edit_config(adapter, bias="lora_only")
+    add(adapter, **{f"{Q}.bias": torch.ones(32)})
+    with pytest.raises(AdapterFailed, match="trained biases, which needs device 'cpu'"):
+        load(adapter, base=None)
+    with pytest.raises(AdapterFailed, match="trained biases, which is not supported on this"):
+        check_modules(read_layout(adapter), site_shapes(SHAPE), SHAPE)
+
+
+def test_a_bias_is_kept_as_its_difference_over_the_fused_output(adapter):
+    edit_config(adapter, bias="lora_only")
+    add(adapter, **{f"{Q}.bias": torch.full((32,), 0.5)})
+    extras = load(adapter).extras
+    ((layer, site), linear) = next(iter(extras.linears.items()))
+    assert (layer, site) == (0, 0)
+    assert linear.gain is None
+    assert linear.bias.tolist() == [0.5] * 32 + [0.0] * 32
