@@ -1,0 +1,1 @@
+"""Real processes are killed, stopped and cut off; every stream is checked token by token."""
