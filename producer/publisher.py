@@ -69,15 +69,17 @@ class Publisher:
         except (KafkaError, OSError, ValueError) as error:
             raise SetupError(f"no Kafka broker answers at {bootstrap_servers}: {error}") from error
         self._slots = threading.BoundedSemaphore(MAX_UNACKNOWLEDGED)
-        self._queue: queue.SimpleQueue[tuple[Future[Published], Job, float] | None] = (
+        self._queue: queue.SimpleQueue[tuple[Future[Published], Job, int | None, float] | None] = (
             queue.SimpleQueue()
         )
         self._is_closed = False
         self._thread = threading.Thread(target=self._send_all, name="publisher", daemon=True)
         self._thread.start()
 
-    def publish(self, job: Job) -> Future[Published]:
+    def publish(self, job: Job, partition: int | None = None) -> Future[Published]:
         """Queue the job; never blocks. The future's result is where the broker keeps it.
+
+        ``partition``: where its key would not put it.
 
         The future fails with Overloaded (the broker does not take it within 4.5 s, too many jobs
         wait already, or the publisher is closed) or PayloadTooLarge. After Overloaded the broker
@@ -92,7 +94,7 @@ class Publisher:
             )
         else:
             future.add_done_callback(self._free_slot)
-            self._queue.put((future, job, time.monotonic()))
+            self._queue.put((future, job, partition, time.monotonic()))
         return future
 
     def close(self, timeout_s: float = 5.0) -> None:
@@ -109,17 +111,17 @@ class Publisher:
 
     def _send_all(self) -> None:
         while (item := self._queue.get()) is not None:
-            future, job, queued_at = item
+            future, job, partition, queued_at = item
             if not future.set_running_or_notify_cancel():
                 continue  # whoever asked is gone; from here on the future cannot be cancelled
             try:
                 if time.monotonic() - queued_at > DELIVERY_TIMEOUT_MS / 1000:
                     raise self._overloaded("the broker did not take it in time")
-                self._send(future, job)
+                self._send(future, job, partition)
             except OpenLoRAError as error:
                 future.set_exception(error)
 
-    def _send(self, future: Future[Published], job: Job) -> None:
+    def _send(self, future: Future[Published], job: Job, partition: int | None) -> None:
         def acknowledged(record: Any) -> None:
             future.set_result((record.topic, record.partition, record.offset))
 
@@ -127,7 +129,9 @@ class Publisher:
             future.set_exception(self._error(error))
 
         try:
-            sent = self._producer.send(topic_of(job), codec.encode(job), key_of(job))
+            sent = self._producer.send(
+                topic_of(job), codec.encode(job), key_of(job), None, partition
+            )
         except (KafkaError, ValueError) as error:
             # ValueError: the topic vanished between the metadata and the choice of a partition.
             raise self._error(error) from error

@@ -8,9 +8,10 @@ to make it rare, a job must look lost in two sweeps in a row.
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -19,6 +20,7 @@ from openlora.joblog import AsyncJobLog, JobView, OpenJob
 from openlora.protocol.events import End, Failure
 from openlora.protocol.jobs import Job
 from openlora.protocol.status import Heartbeat, PartitionStatus
+from producer.partitioner import topic_of
 from producer.publisher import Publisher
 
 MIN_AGE_MS = 5000
@@ -37,6 +39,7 @@ class Decision:
 
     ``lost``: jobs that look lost; those that did so in the sweep before are in ``republish``.
     ``passed``: of the lost, those that the broker has, but whose owner went past them unclaimed.
+    ``orphans``: of the lost, those whose worker died and whose partition nobody owns yet.
     """
 
     republish: list[str] = field(default_factory=list)
@@ -44,6 +47,7 @@ class Decision:
     expired: list[str] = field(default_factory=list)
     lost: set[str] = field(default_factory=set)
     passed: set[str] = field(default_factory=set)
+    orphans: set[str] = field(default_factory=set)
 
 
 class Patience:
@@ -90,12 +94,16 @@ def decide(
             decision.cancelled.append(job.job_id)
         elif job.expired:
             decision.expired.append(job.job_id)
-        elif _is_missing(job.published, owners) or _is_passed(job.published, owners):
+        elif _is_missing(job.published, owners):
             decision.lost.add(job.job_id)
-            if not _is_missing(job.published, owners):
-                decision.passed.add(job.job_id)
-            if job.job_id in lost_before:
-                decision.republish.append(job.job_id)
+        elif _is_passed(job.published, owners):
+            decision.passed.add(job.job_id)
+        elif owners and job.claimed_by is not None and _is_unowned(job.published, owners):
+            # Its stream stands still. The group will give the partition to another worker, but
+            # with a session to run out and two rounds of joining that may take a while.
+            decision.orphans.add(job.job_id)
+    decision.lost |= decision.passed | decision.orphans
+    decision.republish = sorted(decision.lost & lost_before)
     return decision
 
 
@@ -121,6 +129,24 @@ def _is_missing(
     return 0 <= owner.high_water <= offset
 
 
+def _is_unowned(
+    published: tuple[str, int, int] | None, owners: Mapping[tuple[str, int], PartitionStatus]
+) -> bool:
+    """Whether no living worker owns the partition that the job is in."""
+    return published is not None and published[:2] not in owners
+
+
+def places(heartbeats: Iterable[Heartbeat], topic: str) -> list[int]:
+    """Partitions of ``topic`` that ready workers own, one worker in turn."""
+    by_worker = [
+        [status.partition for status in heartbeat.partitions if status.topic == topic]
+        for heartbeat in heartbeats
+        if heartbeat.ready
+    ]
+    rounds = itertools.zip_longest(*by_worker)
+    return [number for numbers in rounds for number in numbers if number is not None]
+
+
 def _is_passed(
     published: tuple[str, int, int] | None, owners: Mapping[tuple[str, int], PartitionStatus]
 ) -> bool:
@@ -131,6 +157,21 @@ def _is_passed(
     topic, partition, offset = published
     owner = owners.get((topic, partition))
     return owner is not None and not owner.paused and owner.position > offset
+
+
+def _with_places(
+    jobs: Iterable[Job], orphans: Set[str], heartbeats: Sequence[Heartbeat]
+) -> Iterator[tuple[Job, int | None]]:
+    """Each job with the partition to publish it to; None: where its key puts it."""
+    rounds: dict[str, Iterator[int]] = {}
+    for job in jobs:
+        partition = None
+        if job.job_id in orphans:
+            topic = topic_of(job)
+            if topic not in rounds:
+                rounds[topic] = itertools.cycle(places(heartbeats, topic))
+            partition = next(rounds[topic], None)
+        yield job, partition
 
 
 class Topics(Protocol):
@@ -177,6 +218,7 @@ class Sweeper:
             decision = decide(page, heartbeats, self._lost)
             total.lost |= decision.lost
             total.passed |= decision.passed
+            total.orphans |= decision.orphans
             for name in ("republish", "cancelled", "expired"):
                 getattr(total, name).extend(getattr(decision, name))
         now = time.monotonic()
@@ -184,12 +226,12 @@ class Sweeper:
         total.republish = [
             job_id
             for job_id in total.republish
-            if job_id not in total.passed or self._patience.allows(job_id, now)
+            if job_id not in total.passed | total.orphans or self._patience.allows(job_id, now)
         ]
         self._lost = frozenset(total.lost)
         await self._end(total.cancelled, None)
         await self._end(total.expired, Failure("deadline_exceeded", "the deadline passed"))
-        await self._republish(total.republish)
+        await self._republish(total.republish, total.orphans, heartbeats)
         return total
 
     async def _end(self, job_ids: Sequence[str], failure: Failure | None) -> None:
@@ -215,14 +257,19 @@ class Sweeper:
             _logger.warning("job %s is passed over by the sweep: %s", job_id, error.message)
             return None
 
-    async def _republish(self, job_ids: Sequence[str]) -> None:
+    async def _republish(
+        self, job_ids: Sequence[str], orphans: Set[str], heartbeats: Sequence[Heartbeat]
+    ) -> None:
         jobs: list[Job] = []
         for job_id in job_ids:
             view = await self._read(job_id)
             if view is not None and view.end is None:
                 jobs.append(view.job)
         results = await asyncio.gather(
-            *(asyncio.wrap_future(self._publisher.publish(job)) for job in jobs),
+            *(
+                asyncio.wrap_future(self._publisher.publish(job, partition))
+                for job, partition in _with_places(jobs, orphans, heartbeats)
+            ),
             return_exceptions=True,
         )
         for job, result in zip(jobs, results, strict=True):
@@ -232,7 +279,7 @@ class Sweeper:
                 _logger.warning("job %s could not be published again: %s", job.job_id, result)
                 continue
             _logger.warning(
-                "job %s was lost by the broker and is published again, to %s %d @ %d",
+                "job %s was lost with its broker or worker; published again, to %s %d @ %d",
                 *(job.job_id, *result),
             )
             await self._log.mark_published(job.job_id, *result)

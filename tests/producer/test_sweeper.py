@@ -16,7 +16,7 @@ from openlora.protocol.names import JOBS_TOPIC, job_key
 from openlora.protocol.status import Heartbeat, PartitionStatus
 from producer import sweeper as sweeper_module
 from producer.publisher import Publisher
-from producer.sweeper import MIN_AGE_MS, Decision, Patience, Sweeper, decide
+from producer.sweeper import MIN_AGE_MS, Decision, Patience, Sweeper, decide, places
 from producer.topics import TopicKeeper
 from tests.conftest import Broker
 from tests.joblog.jobs import a_chunk, a_job
@@ -78,6 +78,9 @@ def looks_lost(job: OpenJob, heartbeats: Sequence[Heartbeat]) -> bool:
         (an_open_job(), [an_owner(position=11)], True),
         (an_open_job(claimed_by="dead", epoch=1), [an_owner(position=11)], True),
         (an_open_job(claimed_by="dead", epoch=1), [an_owner(position=10)], False),
+        # Its worker died: others live, and its partition has no owner yet, or has one.
+        (an_open_job(claimed_by="dead", epoch=1), [], False),
+        (an_open_job(claimed_by="dead", epoch=1), [an_owner(partition=4)], True),
         # Claimed by a living worker, whoever owns the partition now.
         (an_open_job(claimed_by="w", epoch=1), [an_owner(position=11)], False),
         (an_open_job(claimed_by="w", epoch=1, published=None), [an_owner()], False),
@@ -89,6 +92,20 @@ def looks_lost(job: OpenJob, heartbeats: Sequence[Heartbeat]) -> bool:
 )
 def test_lost_or_not(job: OpenJob, heartbeats: Sequence[Heartbeat], is_lost: bool) -> None:
     assert looks_lost(job, heartbeats) == is_lost
+
+
+def test_orphans_go_to_partitions_of_ready_workers_in_turn() -> None:
+    job = an_open_job(claimed_by="dead", epoch=1)
+    others = [an_owner(partition=4)]
+    assert decide([job], others, frozenset()).orphans == {"j"}
+    assert decide([an_open_job()], others, frozenset()).orphans == set()
+    heartbeats = [
+        a_heartbeat("a", partitions=tuple(PartitionStatus(JOBS_TOPIC, n, 0, 0, 0) for n in (1, 2))),
+        a_heartbeat("b", partitions=(PartitionStatus(JOBS_TOPIC, 7, 0, 0, 0),)),
+        a_heartbeat("c", ready=False, partitions=(PartitionStatus(JOBS_TOPIC, 8, 0, 0, 0),)),
+    ]
+    assert places(heartbeats, JOBS_TOPIC) == [1, 7, 2]
+    assert places(heartbeats, "another") == []
 
 
 def test_only_a_job_that_its_owner_went_past_waits_to_be_published_again() -> None:
