@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from openlora.adapters.store import AdapterStore
 from openlora.errors import (
+    AdapterFailed,
     DeadlineExceeded,
     InvalidRequest,
     OpenLoRAError,
     PromptTooLong,
 )
 from openlora.joblog import Claim, JobLog
+from openlora.joblog.crashes import CrashLog, Suspicion
 from openlora.protocol.codec import decode_job
 from openlora.protocol.jobs import Job
 from openlora.protocol.names import JOB_ID_LENGTH, is_job_id
 from workers.backlog import Fetched
-from workers.dead_letters import DeadLetters
+from workers.dead_letters import DeadLetters, condemned
 from workers.engine_client import EngineClient
 from workers.messages import ModelFacts, Start
 from workers.run import Run, failure_of, now_ms
@@ -47,11 +49,12 @@ class Admission:
     tokenizer: PromptTokenizer
     adapters: AdapterStore
     dead_letters: DeadLetters
+    crash_log: CrashLog
     end_position: Callable[[Fetched, str | None], None]
     next_ticket: Callable[[], int]
 
     def admit(self, batch: Sequence[Fetched], running: dict[str, Run]) -> list[Run]:
-        """New runs, in the engine already or with their ``end`` set and not logged yet.
+        """New runs: to be started, or with their ``end`` set and not logged yet.
 
         ``running``: job ID → run; a message of a job that runs here only adds its position.
         """
@@ -84,6 +87,9 @@ class Admission:
             return []
         job_ids = list(fresh)
         claims = self.sink.patiently(lambda: self.job_log.claim(job_ids, self.worker_id))
+        suspicions = self._suspicions(claims, job_ids)
+        hashes = [adapter.hash for job, _ in fresh.values() for adapter in job.adapters]
+        quarantined = self.sink.patiently(lambda: self.crash_log.quarantined(hashes))
         runs = []
         for (job, fetched), claim in zip(fresh.values(), claims, strict=True):
             restarted = claim.status == "missing"
@@ -94,8 +100,32 @@ class Admission:
             if claim.status != "claimed":
                 self.end_position(fetched, job.job_id)
                 continue
-            runs.append(self._begin(job, fetched, claim, restarted))
+            run = self._begin(job, fetched, claim, restarted)
+            run.suspicion = suspicions.get(job.job_id, run.suspicion)
+            if run.end is None:
+                self._refuse(run, quarantined)
+            runs.append(run)
         return runs
+
+    def _suspicions(self, claims: Sequence[Claim], job_ids: Sequence[str]) -> dict[str, Suspicion]:
+        """What is held against jobs that somebody had claimed before."""
+        again = [
+            job_id
+            for job_id, claim in zip(job_ids, claims, strict=True)
+            if claim.status == "claimed" and claim.epoch > 1
+        ]
+        found = self.sink.patiently(lambda: self.crash_log.suspicions(again))
+        return dict(zip(again, found, strict=True))
+
+    def _refuse(self, run: Run, quarantined: Mapping[str, str]) -> None:
+        """End a run that would only end the engine once more."""
+        if run.suspicion.is_deadly:
+            run.fail(failure_of(condemned(run.suspicion)))
+            return
+        for adapter in run.job.adapters:
+            if adapter.hash in quarantined:
+                run.fail(failure_of(AdapterFailed(quarantined[adapter.hash])))
+                return
 
     def _recreate(self, job: Job) -> Claim:
         above = lost_log_epoch()
@@ -147,17 +177,13 @@ class Admission:
             )
         for adapter in job.adapters:
             self.engine.register(adapter.hash, str(self.adapters.path(adapter.hash)))
-        self.engine.start(
-            Start(
-                ticket=run.ticket,
-                prompt_token_ids=tuple(prompt_token_ids),
-                params=job.params,
-                adapters=_weights(job),
-                output_token_ids=tuple(token.token_id for token in run.tokens),
-                priority=job.priority,
-            )
+        run.start = Start(
+            ticket=run.ticket,
+            prompt_token_ids=tuple(prompt_token_ids),
+            params=job.params,
+            adapters=_weights(job),
+            priority=job.priority,
         )
-        run.started()
 
 
 def parse_job(value: bytes) -> Job:

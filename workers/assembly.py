@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from openlora.adapters.store import AdapterStore
 from openlora.joblog import JobLog, redis_client
+from openlora.joblog.crashes import CrashLog
 from workers.admission import Admission
 from workers.backlog import Fetched
 from workers.budgets import Budgets
@@ -31,6 +32,7 @@ class Parts:
     config: WorkerConfig
     engine: EngineClient
     job_log: JobLog
+    crash_log: CrashLog
     sink: TokenSink
     consumer: JobConsumer
     loop: WorkerLoop
@@ -53,6 +55,7 @@ class Parts:
             tokenizer=tokenizer,
             adapters=AdapterStore(self.config.store),
             dead_letters=self.dead_letters,
+            crash_log=self.crash_log,
             end_position=end_position,
             next_ticket=self.loop.next_ticket,
         )
@@ -62,6 +65,7 @@ def assemble(
     config: WorkerConfig,
     engine: EngineClient,
     job_log: JobLog,
+    crash_log: CrashLog,
     stop_now: threading.Event,
     *,
     on_consumer_failure: Callable[[str], None],
@@ -102,4 +106,4 @@ def assemble(
         next_ticket=loop.next_ticket,
     )
     loop.set_bulk(bulk)
-    return Parts(config, engine, job_log, sink, consumer, loop, dead_letters, bulk)
+    return Parts(config, engine, job_log, crash_log, sink, consumer, loop, dead_letters, bulk)

@@ -106,6 +106,11 @@ class BulkLane:
         self._budget = min(self._budget, facts.max_num_seqs - facts.max_num_seqs // SPARE_SEATS)
 
     @property
+    def lines_in_engine(self) -> int:
+        """How many the engine has now."""
+        return len(self._runs)
+
+    @property
     def is_idle(self) -> bool:
         """Whether there is nothing to do."""
         return not (self._inbox or self._bundles)

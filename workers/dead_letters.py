@@ -14,8 +14,10 @@ import msgspec
 from kafka import KafkaProducer
 from kafka.errors import KafkaError
 
-from openlora.errors import DeadlineExceeded
+from openlora.errors import DeadlineExceeded, InternalError
+from openlora.joblog.crashes import Suspicion
 from openlora.protocol.codec import encode
+from openlora.protocol.crashes import Crash
 from openlora.protocol.events import End, Failure
 from openlora.protocol.names import DEAD_TOPIC
 from workers.backlog import Fetched
@@ -35,6 +37,7 @@ class DeadLetter(msgspec.Struct, frozen=True):
 
     ``value``: the message's bytes in base64, the first ``MAX_VALUE_BYTES`` of ``value_bytes``. What
     could not be parsed is there as it was, what could not be run as the job that was read from it.
+    ``story``: the crashes of engines that the job was in, oldest first.
     """
 
     topic: str
@@ -47,6 +50,16 @@ class DeadLetter(msgspec.Struct, frozen=True):
     worker_id: str
     written_ms: int
     job_id: str | None = None
+    story: tuple[Crash, ...] = ()
+
+
+def condemned(suspicion: Suspicion) -> InternalError:
+    """What the client of a job hears that is not run again."""
+    ways = ", ".join(crash.how for crash in suspicion.story if crash.jobs == 1)
+    return InternalError(
+        f"this job ended the engine {suspicion.alone} times when nothing else ran ({ways}); it is "
+        "in openlora.dead and is not run again"
+    )
 
 
 def unrunnable(end: End | None) -> Failure | None:
@@ -76,7 +89,14 @@ class DeadLetters:
         self._thread = threading.Thread(target=self._run, name="dead-letters", daemon=True)
         self._stopping = threading.Event()
 
-    def write(self, fetched: Fetched, code: str, reason: str, job_id: str | None = None) -> None:
+    def write(
+        self,
+        fetched: Fetched,
+        code: str,
+        reason: str,
+        job_id: str | None = None,
+        story: tuple[Crash, ...] = (),
+    ) -> None:
         """Queue one letter."""
         topic, partition = fetched.position.partition
         logger.warning(
@@ -94,6 +114,7 @@ class DeadLetters:
             worker_id=self._worker_id,
             written_ms=time.time_ns() // 1_000_000,
             job_id=job_id,
+            story=story,
         )
         self._queue.put((fetched, encode(letter)))
         if self._thread.ident is None:

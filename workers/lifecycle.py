@@ -19,9 +19,10 @@ Drain (SIGTERM or SIGINT)
                          left are continued elsewhere from their log
     5. heartbeat         removed last: until then this worker is seen to drain
 
-A second signal skips to 4 at once. If the engine process dies, the group is left at once, so that
-the jobs move without waiting for the session timeout, and the exit status is 1: whether to start
-again is for the supervisor. If Kafka's thread fails, the runs are drained and the status is 1.
+A second signal skips to 4 at once. If the engine process dies, its jobs are handed over and the
+group is left at once (aftermath.py), so that they move without waiting for the session timeout;
+the exit status is 1: whether to start again is for the supervisor. If Kafka's thread fails, the
+runs are drained and the status is 1.
 """
 
 from __future__ import annotations
@@ -35,6 +36,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from types import FrameType
 
 from openlora.joblog import JobLog, reach_redis, redis_client
+from openlora.joblog.crashes import CrashLog
+from workers.aftermath import Aftermath
 from workers.assembly import Parts, assemble
 from workers.config import WorkerConfig
 from workers.engine_client import EngineClient, EngineGone
@@ -105,6 +108,7 @@ class Worker:
             self._config,
             engine,
             JobLog(client),
+            CrashLog(client),
             self._stop_now,
             on_consumer_failure=self._on_consumer_failure,
         )
@@ -126,6 +130,7 @@ class Worker:
         except EngineGone as error:
             logger.error("event=engine_died status=%s next=leave_group_and_exit", error.status)
             self._failure = str(error)
+            Aftermath(parts, client).run(error.status)
         finally:
             self._leave(parts, heartbeats)
             client.close()

@@ -17,16 +17,20 @@ from collections.abc import Callable, Iterable, Sequence
 from heapq import heappop, heappush
 
 from openlora.errors import DeadlineExceeded, error_from_code
+from openlora.joblog.crashes import Suspicion
 from openlora.protocol.codec import encode
+from openlora.protocol.names import JOBS_TOPIC
 from workers.admission import Admission
 from workers.backlog import Fetched
 from workers.bulk import BulkLane, is_bundle
 from workers.consumer import JobConsumer
-from workers.dead_letters import unrunnable
+from workers.dead_letters import condemned, unrunnable
 from workers.engine_client import EngineClient
 from workers.messages import Load, StepOutputs
+from workers.offsets import Position
 from workers.run import Run, failure_of, now_ms
 from workers.token_sink import TokenSink, Verdict
+from workers.ward import Ward
 
 ADMIT_AT_ONCE = 16
 EMIT_AT_ONCE = 32
@@ -57,7 +61,7 @@ class WorkerLoop:
         self._bulk: BulkLane | None = None
         self._runs: dict[int, Run] = {}
         self._by_job: dict[str, Run] = {}
-        self._deadlines: list[tuple[int, int]] = []
+        self._deadlines: list[tuple[int, str]] = []
         self._inbox: deque[Fetched] = deque()
         self._retired: deque[list[str]] = deque()
         self._tickets = itertools.count()
@@ -69,6 +73,18 @@ class WorkerLoop:
         self._selector.register(engine.sock, selectors.EVENT_READ)
         self._selector.register(self._wake_read, selectors.EVENT_READ)
         self._watches_write = False
+        self._ward = Ward(
+            engine,
+            next_ticket=self.next_ticket,
+            rename=self._rename,
+            is_open=lambda run: run.end is None and self._by_job.get(run.job.job_id) is run,
+            others_inside=lambda: self.bulk_lines_in_engine > 0,
+        )
+
+    def _rename(self, run: Run, ticket: int) -> None:
+        del self._runs[run.ticket]
+        run.ticket = ticket
+        self._runs[ticket] = run
 
     def set_admission(self, admission: Admission) -> None:
         """How messages become runs; once, before the first turn."""
@@ -86,6 +102,30 @@ class WorkerLoop:
     def open_runs(self) -> int:
         """Runs that have not ended."""
         return len(self._runs)
+
+    @property
+    def bulk_lines_in_engine(self) -> int:
+        """Lines of bundles that the engine has now."""
+        return 0 if self._bulk is None else self._bulk.lines_in_engine
+
+    def runs_in_engine(self) -> list[Run]:
+        """Runs that the engine has now, or had when it died."""
+        return [run for run in self._runs.values() if run.in_engine]
+
+    def condemn(self, run: Run, suspicion: Suspicion) -> None:
+        """End a run for good, whose engine died of it once too often."""
+        run.suspicion = suspicion
+        run.in_engine = False
+        run.fail(failure_of(condemned(suspicion)))
+        self._append([run])
+
+    def open_work(self) -> list[tuple[bytes, list[Position]]]:
+        """Interactive jobs that others can take: the message, and the positions that it is for."""
+        runs = [run for run in self._runs.values() if run.job.priority == "interactive"]
+        waiting = [f for f in self._inbox if f.position.partition[0] == JOBS_TOPIC]
+        return [(encode(run.job), run.positions) for run in runs] + [
+            (fetched.value, [fetched.position]) for fetched in waiting
+        ]
 
     def deliver(self, batch: Iterable[Fetched]) -> None:
         """Messages to admit. Thread-safe."""
@@ -130,8 +170,10 @@ class WorkerLoop:
                 bulk.take(steps)
         if self._inbox:
             self._admit()
-        elif bulk is not None and not bulk.is_idle:
+        elif bulk is not None and not bulk.is_idle and self._ward.is_idle:
             bulk.refill(self.open_runs)
+        if not self._ward.is_idle:
+            self._ward.turn(self._runs.values())
         self._end_overdue()
         if time.monotonic() >= self._probe_due:
             self._probe()
@@ -208,7 +250,7 @@ class WorkerLoop:
             assert self._admission is not None
             message = Fetched(positions[0], None, encode(run.job))
             self._admission.dead_letters.write(
-                message, failure.code, failure.message, run.job.job_id
+                message, failure.code, failure.message, run.job.job_id, run.suspicion.story
             )
             positions = positions[1:]
         for position in positions:
@@ -223,8 +265,10 @@ class WorkerLoop:
             self._by_job[run.job.job_id] = run
             if run.end is not None:
                 ended.append(run)
-            elif run.job.deadline_ms is not None:
-                heappush(self._deadlines, (run.job.deadline_ms, run.ticket))
+                continue
+            self._ward.begin(run)
+            if run.job.deadline_ms is not None:
+                heappush(self._deadlines, (run.job.deadline_ms, run.job.job_id))
         if ended:
             self._append(ended)
 
@@ -232,7 +276,7 @@ class WorkerLoop:
         now = now_ms()
         overdue = []
         while self._deadlines and self._deadlines[0][0] <= now:
-            run = self._runs.get(heappop(self._deadlines)[1])
+            run = self._by_job.get(heappop(self._deadlines)[1])
             if run is not None:  # else it ended in time
                 run.fail(failure_of(DeadlineExceeded("the deadline passed while the job ran")))
                 overdue.append(run)

@@ -6,13 +6,16 @@ import time
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
+import msgspec
+
 from openlora.engine.detokenizer import Detokenizer
 from openlora.engine.stop_checker import StopChecker
 from openlora.errors import OpenLoRAError
 from openlora.joblog import ASK
+from openlora.joblog.crashes import Suspicion
 from openlora.protocol.events import Candidate, Chunk, End, Failure, FinishReason, Token
 from openlora.protocol.jobs import Job
-from workers.messages import Output
+from workers.messages import Output, Start
 from workers.offsets import Position
 
 if TYPE_CHECKING:
@@ -40,6 +43,8 @@ class Run:
         entries: how many chunks the log is known to hold; ASK where that is not known.
         end: set once, by ``finish`` or ``fail``; goes out with the next chunk.
         restarted: the next chunk opens a log that was lost.
+        start: how the engine is to begin it, at its first token; None where it never will.
+        suspicion: engines that crashed with it inside, before this run.
         last_heard: monotonic time of the log's last answer about this job.
     """
 
@@ -59,6 +64,8 @@ class Run:
         "positions",
         "prompt_tokens",
         "restarted",
+        "start",
+        "suspicion",
         "ticket",
         "tokens",
     )
@@ -82,6 +89,8 @@ class Run:
         self.end: End | None = None
         self.restarted = False
         self.in_engine = False
+        self.start: Start | None = None
+        self.suspicion = Suspicion()
         self.prompt_tokens = 0
         self.last_heard = time.monotonic()
         self._tokenizer = tokenizer
@@ -106,10 +115,18 @@ class Run:
         self.logged = len(self.tokens)
         return reason
 
+    def start_message(self) -> Start:
+        """What makes the engine go on behind the tokens there are."""
+        assert self.start is not None
+        output_token_ids = tuple(token.token_id for token in self.tokens)
+        return msgspec.structs.replace(
+            self.start, ticket=self.ticket, output_token_ids=output_token_ids
+        )
+
     def started(self) -> None:
         """The engine has it from now on."""
         self.in_engine = True
-        self._started_ms = now_ms()
+        self._started_ms = self._started_ms or now_ms()
 
     def take(self, output: Output) -> FinishReason | None:
         """Add one token of the engine; why the job is finished, if it is."""

@@ -8,6 +8,7 @@ added to the protocol.
 
 from __future__ import annotations
 
+import os
 import time
 from dataclasses import dataclass, field
 
@@ -15,6 +16,12 @@ from openlora.engine.request import FinishReason, Request, TokenOutput
 
 CLOCK_TICK_NS = 100_000
 CLOCK_TICKS = 1 << 15
+POISON_TOKEN = 255
+"""A prompt that holds it kills the process at the third token of each run: for tests of faults.
+In the benchmark's tokenizer it is the last byte of a soft hyphen."""
+POISON_ADAPTER = "dead"
+"""So does an adapter whose name begins so, at the first."""
+_POISON_STEPS = 3
 """A clock token is CLOCK_MONOTONIC in 0.1 ms ticks, modulo 3.2768 s."""
 
 SCRIPTED_VOCAB_SIZE = CLOCK_TICKS
@@ -61,9 +68,19 @@ class _Run:
     request: Request
     index: int
     first_token: int = field(init=False)
+    _deadly_index: int = field(init=False)
 
     def __post_init__(self) -> None:
         self.first_token = sum(self.request.prompt_token_ids) % SCRIPTED_VOCAB_SIZE
+        self._deadly_index = -1
+        if POISON_TOKEN in self.request.prompt_token_ids:
+            self._deadly_index = self.index + _POISON_STEPS - 1
+        if any(name.startswith(POISON_ADAPTER) for name in self.request.adapters):
+            self._deadly_index = self.index
+
+    def is_deadly_at(self, index: int) -> bool:
+        """Whether the token of this index is the one that kills."""
+        return index == self._deadly_index
 
 
 class ScriptedEngine:
@@ -118,6 +135,8 @@ class ScriptedEngine:
         clock = clock_token(now)
         for request_id, run in self._runs.items():
             index = run.index
+            if run.is_deadly_at(index):
+                os.abort()
             run.index = index + 1
             reason: FinishReason | None = None
             if run.index >= run.request.params.max_tokens:

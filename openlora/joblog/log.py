@@ -83,6 +83,14 @@ class JobLog:
             pipeline.set(key, codec.encode(heartbeat), ex=core.HEARTBEAT_TTL_S)
             pipeline.execute()
 
+    def heartbeats(self) -> list[Heartbeat]:
+        """Of all workers that live, by ID."""
+        with redis_errors(self._redis):
+            members = sorted(self._redis.smembers(names.WORKERS_KEY))
+            keys = [names.worker_key(member.decode()) for member in members]
+            values = self._redis.mget(keys) if keys else []
+        return [codec.decode_heartbeat(value) for value in values if value is not None]
+
     def remove_heartbeat(self, worker_id: str) -> None:
         """The worker leaves on purpose."""
         with redis_errors(self._redis), self._redis.pipeline(transaction=False) as pipeline:

@@ -85,6 +85,15 @@ def adapter_versions_key(key: str) -> str:
     return f"{{openlora:adapters}}:versions:{key}"
 
 
+QUARANTINE_KEY = "openlora:quarantine"
+"""Hash: content hash of an adapter that ended engines → why, for its users."""
+
+
+def adapter_deaths_key(content_hash: str) -> str:
+    """Set, 24 h: jobs with this adapter that are not run again since they ended engines."""
+    return f"openlora:adapter-deaths:{content_hash}"
+
+
 def worker_key(worker_id: str) -> str:
     """String with a time to live: the worker's newest heartbeat as JSON."""
     return f"openlora:worker:{worker_id}"

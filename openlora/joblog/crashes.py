@@ -1,0 +1,117 @@
+"""Which jobs were in an engine that crashed, and which adapters are quarantined for it.
+
+Fields added to a job's hash: ``crashes`` (engines that crashed with it inside), ``alone`` (those in
+which it was the only one) and ``story`` (one ``Crash`` as JSON a line, oldest first).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import msgspec
+import redis
+
+from openlora.joblog.clients import redis_errors
+from openlora.protocol import codec, names
+from openlora.protocol.crashes import Crash, decode_crash
+
+ALONE_LIMIT = 2
+"""A job that was alone in so many crashed engines is not run again."""
+ADAPTER_LIMIT = 2
+"""An adapter with which so many different jobs came to that is quarantined."""
+_DEATHS_TTL_S = 24 * 3600
+
+# Sent again after a lost reply, it finds its record at the end of the story.
+_CRASHED = """
+if redis.call('HGET', KEYS[1], 'state') ~= 'open' then return {0, 0, ''} end
+local record = ARGV[2] .. '\\n'
+local story = redis.call('HGET', KEYS[1], 'story') or ''
+if string.sub(story, -#record) ~= record then
+    story = story .. record
+    redis.call('HSET', KEYS[1], 'story', story)
+    redis.call('HINCRBY', KEYS[1], 'crashes', 1)
+    if ARGV[1] == '1' then redis.call('HINCRBY', KEYS[1], 'alone', 1) end
+end
+local f = redis.call('HMGET', KEYS[1], 'crashes', 'alone')
+return {tonumber(f[1] or 0), tonumber(f[2] or 0), story}
+"""
+
+
+class Suspicion(msgspec.Struct, frozen=True):
+    """What is held against a job."""
+
+    crashes: int = 0
+    alone: int = 0
+    story: tuple[Crash, ...] = ()
+
+    @property
+    def is_deadly(self) -> bool:
+        """Whether it killed engines alone, often enough not to be run again."""
+        return self.alone >= ALONE_LIMIT
+
+
+class CrashLog:
+    """The worker's side, blocking. Every method may raise ``Overloaded``; calling again is safe."""
+
+    def __init__(self, client: redis.Redis) -> None:
+        self._redis: Any = client  # redis-py's annotations leave replies open
+
+    def crashed(self, job_ids: Sequence[str], crash: Crash) -> list[Suspicion]:
+        """An engine crashed with these open jobs inside; what is held against each from now on."""
+        is_alone = int(crash.jobs == 1)
+        record = codec.encode(crash)
+        with redis_errors(self._redis):
+            return [
+                _suspicion(*self._redis.eval(_CRASHED, 1, names.job_key(job_id), is_alone, record))
+                for job_id in job_ids
+            ]
+
+    def suspicions(self, job_ids: Sequence[str]) -> list[Suspicion]:
+        """What is held against each job."""
+        if not job_ids:
+            return []
+        with redis_errors(self._redis), self._redis.pipeline(transaction=False) as pipeline:
+            for job_id in job_ids:
+                pipeline.hmget(names.job_key(job_id), "crashes", "alone", "story")
+            return [_suspicion(*fields) for fields in pipeline.execute()]
+
+    def acquit(self, job_id: str) -> None:
+        """Hold nothing against the job any more: an operator wants it tried again."""
+        with redis_errors(self._redis):
+            self._redis.hdel(names.job_key(job_id), "crashes", "alone", "story")
+
+    def adapter_died(self, content_hash: str, job_id: str, reason: str) -> bool:
+        """A job that used this adapter is not run again; whether that quarantines the adapter."""
+        key = names.adapter_deaths_key(content_hash)
+        with redis_errors(self._redis), self._redis.pipeline(transaction=False) as pipeline:
+            pipeline.sadd(key, job_id)
+            pipeline.expire(key, _DEATHS_TTL_S)
+            pipeline.scard(key)
+            count: int = pipeline.execute()[-1]
+            if count >= ADAPTER_LIMIT:
+                self._redis.hset(names.QUARANTINE_KEY, content_hash, reason)
+        return count >= ADAPTER_LIMIT
+
+    def quarantined(self, content_hashes: Sequence[str]) -> dict[str, str]:
+        """Those of the adapters that are quarantined, with the reason."""
+        if not content_hashes:
+            return {}
+        with redis_errors(self._redis):
+            found = self._redis.hmget(names.QUARANTINE_KEY, content_hashes)
+        return {
+            content_hash: reason.decode()
+            for content_hash, reason in zip(content_hashes, found, strict=True)
+            if reason is not None
+        }
+
+    def release(self, content_hash: str) -> None:
+        """End an adapter's quarantine."""
+        with redis_errors(self._redis):
+            self._redis.hdel(names.QUARANTINE_KEY, content_hash)
+            self._redis.delete(names.adapter_deaths_key(content_hash))
+
+
+def _suspicion(crashes: Any, alone: Any, story: bytes | None) -> Suspicion:
+    lines = (story or b"").splitlines()
+    return Suspicion(int(crashes or 0), int(alone or 0), tuple(map(decode_crash, lines)))
