@@ -74,7 +74,8 @@ class SamePartitionsAssignor(CooperativeStickyAssignor):  # type: ignore[misc]
     """Cooperative-sticky, with partition p of all job topics on the same member.
 
     Attributes:
-        joined: the group gave this member its share; set and unset in kafka-python's own thread.
+        joined: the group gave this member its share. joining: it asked for one and has no answer.
+            Both are set in kafka-python's own thread.
     """
 
     name = "openlora-same-partitions"
@@ -83,16 +84,24 @@ class SamePartitionsAssignor(CooperativeStickyAssignor):  # type: ignore[misc]
         super().__init__()
         self.member_assignment = None
         self.joined = False
+        self.joining = False
+
+    def metadata(self, topics: Any) -> Any:
+        """What this member tells of itself: asked for by kafka-python when it begins to join."""
+        self.joining = True
+        return super().metadata(topics)
 
     def on_assignment(self, assignment: Any, generation: int) -> None:
         """The group gave this member its share, which may be none."""
         super().on_assignment(assignment, generation)
         self.joined = True
+        self.joining = False
 
     def forget(self) -> None:
         """Membership was lost: what we owned is no longer ours to announce."""
         self.member_assignment = None
         self.joined = False
+        self.joining = False
 
     def assign(self, cluster: Any, members: list[Any]) -> dict[str, Any]:
         """The leader's part: member ID → what it gets in this round."""

@@ -8,6 +8,7 @@ says which jobs have ended, this thread commits behind them.
 from __future__ import annotations
 
 import logging
+import random
 import threading
 import time
 from collections import deque
@@ -16,25 +17,26 @@ from dataclasses import dataclass
 from typing import Any
 
 from kafka.errors import AuthorizationError, KafkaError
-from kafka.structs import OffsetAndMetadata, TopicPartition
+from kafka.structs import TopicPartition
 
+from openlora.errors import SetupError
 from openlora.protocol.names import BATCH_TOPIC, JOB_TOPICS
 from openlora.protocol.status import PartitionStatus
 from workers.assignor import SamePartitionsAssignor
 from workers.backlog import Backlog, Fetched
 from workers.budgets import Budgets
+from workers.commits import Commits, kafka_offsets
+from workers.group_repair import rebuild_group
+from workers.join_watch import JoinWatch
 from workers.kafka_client import connect_consumer
 from workers.offsets import SPAN_LIMIT, Offsets, Partition, Position
-from workers.partition_report import report_partitions
+from workers.partition_report import beyond_end, report_partitions
 from workers.pauses import Pauses
 from workers.rebalance import Assigned, Rebalances
 
 POLL_TIMEOUT_MS = 25
 TAKE_ALL = 1 << 30
 """Whatever a fetch brought is taken at once: ``Backlog`` says why."""
-COMMIT_INTERVAL_S = 0.1
-COMMIT_ANSWER_S = 5.0
-"""A commit that was not answered in this time counts as lost."""
 STATUS_INTERVAL_S = 0.5
 ERROR_PAUSE_S = 0.5
 IDLE_AFTER_S = 30.0
@@ -42,6 +44,8 @@ IDLE_PAUSE_S = 0.08
 """Fetching 50 times a second costs a tenth of a core. A worker that got no job for a while fetches
 10 times a second; the next job waits up to that much longer, those after it do not."""
 LEAVE_TIMEOUT_MS = 3_000
+CONNECT_TIMEOUT_MS = 3_000
+FINISH_JOIN_S = 4.0
 
 logger = logging.getLogger("workers.consumer")
 
@@ -82,20 +86,18 @@ class JobConsumer:
         self._servers = bootstrap_servers
         self._client_id = client_id
         self._deliver = deliver
-        self._retire = retire
         self._on_failure = on_failure
         self._assignor = SamePartitionsAssignor()
         self._rebalances = Rebalances()
         self._offsets = Offsets()
         self._ended: deque[_Ended] = deque()  # appended by the loop, drained here
-        self._committing: list[_Ended] = []
+        self._commits = Commits(self._offsets, retire)
         self._backlog = Backlog(budgets)
         self._pauses = Pauses()
+        self._join_watch = JoinWatch(random.Random())
         self._stopping = threading.Event()
-        self._commit_due = 0.0
         self._last_fetch = time.monotonic()
         self._batch_flows = False
-        self._commit_answer_due = 0.0  # until then one commit is under way
         self._status_due = 0.0
         self._consumer: Any = None
         self._thread = threading.Thread(target=self._run, name="kafka-consumer", daemon=True)
@@ -149,6 +151,9 @@ class JobConsumer:
         self._take_ended()
         self._deliver_backlog()
         now = time.monotonic()
+        if self._join_watch.is_stuck(joined=self._assignor.joined, now=now):
+            self._join_anew()
+            return
         try:
             self._pauses.apply(
                 self._consumer,
@@ -156,8 +161,7 @@ class JobConsumer:
                 self._held_back(),
                 batch_flows=self._batch_flows,
             )
-            if now >= self._commit_due:
-                self._commit(now)
+            self._commits.commit_if_due(self._consumer, now)
             if now >= self._status_due:
                 self._status_due = now + STATUS_INTERVAL_S
                 self._report()
@@ -175,12 +179,33 @@ class JobConsumer:
         elif now - self._last_fetch > IDLE_AFTER_S:
             self._stopping.wait(IDLE_PAUSE_S)
 
+    def _join_anew(self) -> None:
+        logger.warning("event=join_stuck next=leave_and_join_anew")
+        self._assignor.forget()
+        self._offsets.revoke(self._offsets.partitions())
+        try:
+            self._consumer.close(autocommit=False, timeout_ms=LEAVE_TIMEOUT_MS)
+        except KafkaError as error:
+            logger.info("event=leave_failed error=%r next=session_timeout", error)
+        rebuild_group(self._servers)
+        self._stopping.wait(self._join_watch.pause_s())
+        while not self._stopping.is_set():
+            try:
+                self.connect(CONNECT_TIMEOUT_MS)
+            except SetupError as error:
+                logger.warning("event=broker_away error=%r next=retry", error.message)
+            else:
+                return
+
     def _report(self) -> None:
         held_back, undelivered = self._pauses.held_back, self._backlog.first_offsets()
         self.status = tuple(
             report_partitions(self._consumer, self._offsets, held_back, undelivered)
         )
         self.joined = self._assignor.joined
+        for partition in beyond_end(self._consumer, self._offsets):
+            logger.warning("event=topic_is_new partition=%s next=read_from_start", partition)
+            self._consumer.seek_to_beginning(TopicPartition(*partition))
 
     def _take(self, records: dict[TopicPartition, Sequence[Any]]) -> None:
         self._apply_rebalances()  # what was assigned during this poll may have been fetched in it
@@ -202,8 +227,8 @@ class JobConsumer:
         while self._ended:
             ended = self._ended.popleft()
             self._backlog.free(ended.position.partition[0])
-            if ended.job_id is not None and self._offsets.owns(ended.position):
-                self._committing.append(ended)
+            if ended.job_id is not None:
+                self._commits.await_retirement(ended.position, ended.job_id)
             self._offsets.end(ended.position)
 
     def _held_back(self) -> list[Partition]:
@@ -215,33 +240,15 @@ class JobConsumer:
             if partition[0] in topics or self._offsets.span(partition) >= SPAN_LIMIT
         ]
 
-    def _commit(self, now: float) -> None:
-        self._commit_due = now + COMMIT_INTERVAL_S
-        pending = self._offsets.to_commit()
-        if pending and now >= self._commit_answer_due:
-            self._commit_answer_due = now + COMMIT_ANSWER_S
-            self._consumer.commit_async(_kafka_offsets(pending), callback=self._on_commit)
-
-    def _on_commit(self, offsets: dict[TopicPartition, Any], answer: object) -> None:
-        self._commit_answer_due = 0.0
-        if isinstance(answer, Exception):
-            logger.info("event=commit_failed error=%r next=retry", answer)
-            return
-        taken = {(tp.topic, tp.partition): offset.offset for tp, offset in offsets.items()}
-        self._offsets.committed(taken)
-        self._retire_behind(taken)
-
-    def _retire_behind(self, taken: dict[Partition, int]) -> None:
-        retired: list[_Ended] = []
-        waiting: list[_Ended] = []
-        for ended in self._committing:
-            if not self._offsets.owns(ended.position):
-                continue
-            behind = ended.position.offset < taken.get(ended.position.partition, -1)
-            (retired if behind else waiting).append(ended)
-        self._committing = waiting
-        if retired:
-            self._retire([ended.job_id for ended in retired if ended.job_id is not None])
+    def _finish_join(self) -> None:
+        """A member that leaves while it joins stays in the embedded broker's group for ever, and
+        keeps all others out: wait for the answer. What is fetched meanwhile is left to others."""
+        deadline = time.monotonic() + FINISH_JOIN_S
+        try:
+            while self._assignor.joining and time.monotonic() < deadline:
+                self._consumer.poll(POLL_TIMEOUT_MS)
+        except KafkaError as error:
+            logger.info("event=join_not_finished error=%r next=leave", error)
 
     def _apply_rebalances(self) -> None:
         for event in self._rebalances.take():
@@ -261,12 +268,13 @@ class JobConsumer:
             )
 
     def _close(self) -> None:
+        self._finish_join()
         self._apply_rebalances()
         self._take_ended()
         pending = self._offsets.to_commit()
         try:
             if pending:
-                self._consumer.commit(_kafka_offsets(pending), timeout_ms=LEAVE_TIMEOUT_MS)
+                self._consumer.commit(kafka_offsets(pending), timeout_ms=LEAVE_TIMEOUT_MS)
         except KafkaError as error:
             logger.info("event=last_commit_failed error=%r next=claims_skip_ended_jobs", error)
         self.status = ()
@@ -276,10 +284,3 @@ class JobConsumer:
         except KafkaError as error:
             logger.info("event=leave_failed error=%r next=session_timeout", error)
         logger.info("event=left_group")
-
-
-def _kafka_offsets(offsets: dict[Partition, int]) -> dict[TopicPartition, Any]:
-    return {
-        TopicPartition(*partition): OffsetAndMetadata(offset, "", -1)
-        for partition, offset in offsets.items()
-    }

@@ -49,3 +49,22 @@ def report_partitions(
             high_water=max(high_water, position),
             paused=kafka_partition in paused,
         )
+
+
+def beyond_end(consumer: Any, offsets: Offsets) -> list[Partition]:
+    """Owned partitions that end before the position: the topic was made anew.
+
+    Brokers answer a fetch from there with an error, and kafka-python begins at the start; the
+    embedded broker answers with nothing, until the new topic has grown as long as the old one.
+    """
+    found = []
+    for partition in offsets.partitions():
+        kafka_partition = TopicPartition(*partition)
+        try:
+            high_water = consumer.highwater(kafka_partition)
+            position = consumer.position(kafka_partition)
+        except (IllegalStateError, KeyError):
+            continue  # as above
+        if high_water is not None and position is not None and 0 <= high_water < position:
+            found.append(partition)
+    return found

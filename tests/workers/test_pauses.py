@@ -13,7 +13,7 @@ from kafka.structs import TopicPartition
 from openlora.protocol.names import BATCH_TOPIC, JOBS_TOPIC
 from openlora.protocol.status import PartitionStatus
 from workers.offsets import Offsets
-from workers.partition_report import report_partitions
+from workers.partition_report import beyond_end, report_partitions
 from workers.pauses import BATCH_EVERY, Pauses
 
 
@@ -102,3 +102,11 @@ def test_the_position_is_before_what_was_fetched_and_not_handed_on():
     consumer.positions = {TopicPartition(*A): 5}
     (status,) = report_partitions(consumer, offsets, (), {A: 3})
     assert (status.committed, status.position, status.high_water) == (0, 3, 9)
+
+
+def test_a_partition_that_ends_before_the_position_is_a_new_one():
+    consumer, offsets = FakeConsumer([A, B, C]), Offsets()
+    offsets.assign([A, B, C])
+    consumer.revoked = {TopicPartition(*B)}
+    consumer.positions = {TopicPartition(*A): 9, TopicPartition(*C): 10}
+    assert beyond_end(consumer, offsets) == [C]
