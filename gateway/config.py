@@ -28,6 +28,9 @@ ENVIRONMENT = {
     "OPENLORA_MAX_BATCHES": "batches that a tenant may have under way (default 32)",
     "OPENLORA_DISCONNECT_GRACE_S": "seconds a job runs on after its client left (default 30)",
     "OPENLORA_DRAIN_TIMEOUT_S": "seconds that streams may take to end after SIGTERM (default 30)",
+    "OPENLORA_MAX_TENANT_JOBS": "jobs of one tenant under way at once (default 2048)",
+    "OPENLORA_MAX_ADAPTER_JOBS": "jobs of one adapter under way at once (default 1024)",
+    "OPENLORA_MAX_WAIT_S": "seconds a job may have to wait; more, and it is refused (default 60)",
     "OPENLORA_LOG_LEVEL": "debug, info, warning or error (default warning)",
 }
 
@@ -45,6 +48,8 @@ class GatewayConfig:
         batches: root of the file store. max_batches: open batches of one tenant.
         disconnect_grace_s: a stream that nobody watched for so long is cancelled.
         drain_timeout_s: streams may go on for so long after SIGTERM.
+        max_tenant_jobs, max_adapter_jobs: open jobs of one of them; further ones are refused.
+        max_wait_s: jobs are refused where they would wait longer.
         log_level: least severity that is logged.
     """
 
@@ -59,6 +64,9 @@ class GatewayConfig:
     max_batches: int = 32
     disconnect_grace_s: float = 30.0
     drain_timeout_s: float = 30.0
+    max_tenant_jobs: int = 2048
+    max_adapter_jobs: int = 1024
+    max_wait_s: float = 60.0
     log_level: str = "warning"
 
 
@@ -78,6 +86,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     flag("--max-batches", "OPENLORA_MAX_BATCHES")
     flag("--disconnect-grace-s", "OPENLORA_DISCONNECT_GRACE_S")
     flag("--drain-timeout-s", "OPENLORA_DRAIN_TIMEOUT_S")
+    flag("--max-tenant-jobs", "OPENLORA_MAX_TENANT_JOBS")
+    flag("--max-adapter-jobs", "OPENLORA_MAX_ADAPTER_JOBS")
+    flag("--max-wait-s", "OPENLORA_MAX_WAIT_S")
     flag("--log-level", "OPENLORA_LOG_LEVEL")
 
 
@@ -112,6 +123,11 @@ def config_from(args: argparse.Namespace, environ: Mapping[str, str]) -> Gateway
             "disconnect_grace_s", _seconds(0.5, 86_400), default.disconnect_grace_s
         ),
         drain_timeout_s=setting("drain_timeout_s", _seconds(0, 86_400), default.drain_timeout_s),
+        max_tenant_jobs=setting("max_tenant_jobs", _integer(1, 1 << 20), default.max_tenant_jobs),
+        max_adapter_jobs=setting(
+            "max_adapter_jobs", _integer(1, 1 << 20), default.max_adapter_jobs
+        ),
+        max_wait_s=setting("max_wait_s", _seconds(0.1, 86_400), default.max_wait_s),
         log_level=setting("log_level", _log_level, default.log_level),
     )
 

@@ -15,7 +15,10 @@ from typing import Protocol
 
 from gateway.directory import AdapterDirectory
 from gateway.drafts import JobDraft, job_of
+from gateway.limits import InFlight
 from gateway.metrics import Metrics
+from gateway.quarantine import Quarantine
+from gateway.queue_estimate import QueueEstimate
 from openlora.errors import OpenLoRAError, Overloaded
 from openlora.joblog import AsyncJobLog
 from openlora.protocol.jobs import Job
@@ -45,6 +48,9 @@ class Intake:
         job_log: AsyncJobLog,
         publisher: JobPublisher,
         directory: AdapterDirectory,
+        quarantine: Quarantine,
+        in_flight: InFlight,
+        queue: QueueEstimate,
         metrics: Metrics,
         *,
         shard: int,
@@ -53,6 +59,9 @@ class Intake:
         self._log = job_log
         self._publisher = publisher
         self._directory = directory
+        self._quarantine = quarantine
+        self._in_flight = in_flight
+        self._queue = queue
         self._metrics = metrics
         self._shard = shard
         self._lease_ms = lease_ms
@@ -63,13 +72,14 @@ class Intake:
 
         Raises:
             UnknownAdapter: an adapter is not registered.
-            Overloaded: the gateway is about to stop, or Redis does not answer.
+            Overloaded: the gateway is about to stop, too much waits, or Redis does not answer.
         """
         if self.draining:
             raise Overloaded(
                 "this gateway is shutting down; connect again and send the request there",
                 retry_after_ms=RETRY_AFTER_MS,
             )
+        self._queue.check(draft.deadline_s)
         adapters = await self._directory.resolve(draft.adapters, tenant)
         return job_of(
             draft,
@@ -88,11 +98,18 @@ class Intake:
 
         Raises:
             InvalidRequest: the key was used with another request.
-            Overloaded: Redis or the broker does not take the job; it is not accepted.
+            AdapterFailed: an adapter is quarantined.
+            Overloaded: Redis or the broker does not take the job, or its tenant or adapter has
+                too many under way; it is not accepted.
         """
         started = time.monotonic()
-        await self._log.store(job, self._lease_ms)
         try:
+            # Side by side: each is a round trip, and the first token waits for all of them.
+            await asyncio.gather(
+                self._log.store(job, self._lease_ms),
+                self._in_flight.reserve(job),
+                self._quarantine.check(job.adapters),
+            )
             first_job_id = await self._first_with_key(job, draft)
             if first_job_id != job.job_id:
                 await self._log.discard(job.job_id)
@@ -136,6 +153,7 @@ class Intake:
         """The job was not accepted: no worker may run it and its key is free again."""
         try:
             await self._log.discard(job.job_id)
+            await self._in_flight.release(job)
             if key is not None:
                 await self._log.release_idempotency(job.tenant, key, job.job_id)
         except Overloaded as error:

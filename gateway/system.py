@@ -10,6 +10,7 @@ for a lost broker is in a daemon thread and not waited for.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
 import secrets
@@ -28,7 +29,10 @@ from gateway.connection import Connection
 from gateway.directory import AdapterDirectory
 from gateway.follower import FrameWriter
 from gateway.intake import Intake
+from gateway.limits import InFlight
 from gateway.metrics import Metrics
+from gateway.quarantine import Quarantine
+from gateway.queue_estimate import QueueEstimate
 from gateway.relay import Relay
 from gateway.threads import in_daemon_thread
 from openlora.adapters.store import AdapterStore
@@ -50,6 +54,7 @@ log = logging.getLogger(__name__)
 
 _DRAIN_CHECK_S = 0.1
 _STALL_CHECK_S = 5.0
+_QUEUE_CHECK_S = 1.0
 STALL_S = 60.0
 """A client that took nothing for so long is treated as gone; it can resume its jobs."""
 
@@ -74,6 +79,8 @@ class Gateway:
         self.redis = async_redis_client(config.redis)
         self.job_log = AsyncJobLog(self.redis)
         self.directory = AdapterDirectory(self.redis)
+        self.quarantine = Quarantine(self.redis)
+        self._queue = QueueEstimate(config.max_wait_s)
         shard = secrets.randbelow(SHARD_COUNT)
         lease_ms = round(config.disconnect_grace_s * 1000)
         self.relay = Relay(self.job_log, shard, lease_ms, self.metrics)
@@ -81,6 +88,9 @@ class Gateway:
             self.job_log,
             publisher,
             self.directory,
+            self.quarantine,
+            InFlight(self.redis, config.max_tenant_jobs, config.max_adapter_jobs),
+            self._queue,
             self.metrics,
             shard=shard,
             lease_ms=lease_ms,
@@ -105,6 +115,7 @@ class Gateway:
             self._sweeper.run(),
             self._collector.run(),
             self._drop_stalled(),
+            self._watch_queue(),
         ):
             self._run(work)
 
@@ -174,6 +185,13 @@ class Gateway:
             await connection.run()
         finally:
             self._connections.discard(connection)
+
+    async def _watch_queue(self) -> None:
+        """Keeps the estimate of what waits; while Redis is away it stays as it was."""
+        while True:
+            with contextlib.suppress(Overloaded):
+                self._queue.update(await self.job_log.heartbeats(), time.monotonic())
+            await asyncio.sleep(_QUEUE_CHECK_S)
 
     async def _drop_stalled(self) -> None:
         """Gives up clients that do not read: their jobs would hold an engine for nobody."""

@@ -94,6 +94,16 @@ def adapter_deaths_key(content_hash: str) -> str:
     return f"openlora:adapter-deaths:{content_hash}"
 
 
+def tenant_jobs_key(tenant: str) -> str:
+    """Sorted set: the tenant's open jobs (and some that have ended), by time accepted."""
+    return f"openlora:in-flight:tenant:{tenant}"
+
+
+def adapter_jobs_key(adapter_id: str) -> str:
+    """Sorted set: the adapter's open jobs (and some that have ended), by time accepted."""
+    return f"openlora:in-flight:adapter:{adapter_id}"
+
+
 def worker_key(worker_id: str) -> str:
     """String with a time to live: the worker's newest heartbeat as JSON."""
     return f"openlora:worker:{worker_id}"

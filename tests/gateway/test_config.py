@@ -35,6 +35,11 @@ def test_every_variable_is_read() -> None:
         "OPENLORA_STORE": "/s",
         "OPENLORA_DISCONNECT_GRACE_S": "2.5",
         "OPENLORA_DRAIN_TIMEOUT_S": "0",
+        "OPENLORA_BATCHES": "/b",
+        "OPENLORA_MAX_BATCHES": "3",
+        "OPENLORA_MAX_TENANT_JOBS": "5",
+        "OPENLORA_MAX_ADAPTER_JOBS": "4",
+        "OPENLORA_MAX_WAIT_S": "9.5",
         "OPENLORA_LOG_LEVEL": "debug",
     }
     assert set(values) == set(ENVIRONMENT)

@@ -204,3 +204,36 @@ def test_another_tenants_job_is_not_found(
         assert receive(two)["code"] == "job_not_found"
         generate(two, "r", "mine", idempotency_key="k")
         assert text_of(receive_all(two, "r")) == "mine"
+
+
+def test_a_tenant_with_too_many_jobs_is_told_when_to_come_back(
+    embedded_broker: Broker, redis_address: str, tmp_path: Path, slow_worker: ScriptedWorker
+) -> None:
+    with (
+        running_gateway(
+            embedded_broker.bootstrap_servers,
+            redis_address,
+            tmp_path,
+            OPENLORA_API_KEYS="flood:one,calm:two",
+            OPENLORA_MAX_TENANT_JOBS="3",
+            OPENLORA_MAX_ADAPTER_JOBS="2",
+        ) as gateway,
+        connect(gateway.ws_url, additional_headers={"Authorization": "Bearer one"}) as flood,
+        connect(gateway.ws_url, additional_headers={"Authorization": "Bearer two"}) as calm,
+    ):
+        asked = [{"adapter": "pirate"}] * 3 + [{}] * 2
+        for number, fields in enumerate(asked):
+            generate(flood, f"r{number}", words(60), **fields)
+            while (frame := receive(flood))["type"] not in ("accepted", "error"):
+                pass
+            # the third with the adapter, and then the fourth of the tenant
+            assert frame["type"] == ("error" if number in (2, 4) else "accepted")
+            if frame["type"] == "error":
+                assert frame["code"] == "overloaded"
+                assert frame["retry_after_ms"] > 0
+        generate(calm, "c", "a b")
+        assert text_of(receive_all(calm, "c")) == "a b"
+        assert receive_all(flood, "r0")[-1]["type"] == "done"
+        # what has ended makes room, and nobody had to say so
+        generate(flood, "again", "a b")
+        assert text_of(receive_all(flood, "again")) == "a b"

@@ -1,0 +1,75 @@
+"""How long a job accepted now would wait, from the workers' heartbeats. Pure.
+
+Jobs that wait are those behind the workers' positions and in their engines' queues. How fast they
+are served shows in how the committed offsets move.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+
+from gateway.workers_view import queue_depth
+from openlora.errors import Overloaded
+from openlora.protocol.status import Heartbeat
+
+WINDOW_S = 30.0
+SHORT_QUEUE = 64
+"""So many waiting jobs are no sign of anything: they start within moments of each other."""
+MAX_RETRY_AFTER_MS = 30_000
+
+
+class QueueEstimate:
+    """Fed with all heartbeats about once a second.
+
+    Args:
+        max_wait_s: jobs that would wait longer are refused.
+
+    Attributes:
+        depth: jobs that wait. rate: jobs served per second lately; None where nobody can tell.
+    """
+
+    def __init__(self, max_wait_s: float) -> None:
+        self._max_wait_s = max_wait_s
+        self._served: deque[tuple[float, dict[tuple[str, int], int]]] = deque()
+        self.depth = 0
+        self.rate: float | None = None
+
+    def update(self, heartbeats: Sequence[Heartbeat], now: float) -> None:
+        """``now``: monotonic seconds."""
+        self.depth = queue_depth(heartbeats)
+        committed = {
+            (status.topic, status.partition): status.committed
+            for heartbeat in heartbeats
+            for status in heartbeat.partitions
+            if status.high_water >= 0
+        }
+        self._served.append((now, committed))
+        while self._served[0][0] < now - WINDOW_S:
+            self._served.popleft()
+        since, before = self._served[0]
+        # A partition that changed hands, or a topic made anew, would look like a leap.
+        steps = [max(0, committed[p] - before[p]) for p in committed.keys() & before.keys()]
+        self.rate = sum(steps) / (now - since) if now > since else None
+
+    def wait_s(self) -> float:
+        """Seconds until a job accepted now would start; 0 where that cannot be told."""
+        if self.depth <= SHORT_QUEUE or not self.rate:
+            return 0.0
+        return self.depth / self.rate
+
+    def check(self, deadline_s: float | None) -> None:
+        """Refuse a job that would wait too long, or past its own deadline.
+
+        Raises:
+            Overloaded: says how long the queue is; carries ``retry_after_ms``.
+        """
+        wait_s = self.wait_s()
+        limit_s = self._max_wait_s if deadline_s is None else min(self._max_wait_s, deadline_s)
+        if wait_s > limit_s:
+            retry_after_ms = round(min(MAX_RETRY_AFTER_MS, 1000 * max(1.0, wait_s - limit_s)))
+            raise Overloaded(
+                f"{self.depth} jobs wait, about {wait_s:.0f} s of work; this one could not start "
+                f"within {limit_s:g} s, so send it again later",
+                retry_after_ms=retry_after_ms,
+            )

@@ -1,0 +1,71 @@
+"""How long the queue is, and who is sent away for it."""
+
+from __future__ import annotations
+
+import pytest
+
+from gateway.queue_estimate import MAX_RETRY_AFTER_MS, SHORT_QUEUE, WINDOW_S, QueueEstimate
+from openlora.errors import Overloaded
+from openlora.protocol.status import PartitionStatus
+from tests.joblog.test_log import a_heartbeat
+
+
+def beat(committed, position, high_water, waiting=0, partition=0):
+    status = PartitionStatus("t", partition, committed, position, high_water)
+    return a_heartbeat("w", waiting=waiting, partitions=(status,))
+
+
+def served(estimate, per_second, depth, seconds=10):
+    for now in range(seconds + 1):
+        done = now * per_second
+        estimate.update([beat(done, done, done + depth)], float(now))
+
+
+def test_the_wait_is_what_waits_over_what_is_served():
+    estimate = QueueEstimate(60)
+    served(estimate, per_second=20, depth=1000)
+    assert (estimate.depth, estimate.rate) == (1000, 20)
+    assert estimate.wait_s() == 50
+    estimate.check(None)
+    served(estimate, per_second=20, depth=1400)
+    with pytest.raises(Overloaded, match="1400 jobs wait, about 70 s of work") as caught:
+        estimate.check(None)
+    assert caught.value.retry_after_ms == 10_000
+
+
+def test_a_deadline_that_the_queue_would_eat_up_is_refused_at_once():
+    estimate = QueueEstimate(60)
+    served(estimate, per_second=20, depth=400)
+    estimate.check(30.0)
+    with pytest.raises(Overloaded, match="could not start within 5 s"):
+        estimate.check(5.0)
+
+
+def test_a_short_queue_and_an_unknown_pace_refuse_nobody():
+    estimate = QueueEstimate(1)
+    estimate.check(0.1)
+    estimate.update([beat(0, 0, SHORT_QUEUE)], 0.0)
+    estimate.update([beat(0, 0, SHORT_QUEUE)], 10.0)
+    estimate.check(0.1)
+    estimate.update([beat(0, 0, 5000)], 20.0)  # nothing has ended yet: long jobs, or a start
+    estimate.check(0.1)
+
+
+def test_what_was_served_long_ago_does_not_count_and_a_handover_is_no_leap():
+    estimate = QueueEstimate(60)
+    served(estimate, per_second=100, depth=1000)
+    late = 10 + WINDOW_S + 1
+    estimate.update([beat(1000, 1000, 2000)], late)
+    estimate.update([beat(1010, 1010, 2010)], late + 10)
+    assert estimate.rate == 1
+    estimate.update([beat(5_000_000, 5_000_000, 5_000_100, partition=9)], late + 20)
+    assert estimate.rate == 0
+    assert estimate.depth == 100
+
+
+def test_nobody_is_told_to_come_back_in_an_hour():
+    estimate = QueueEstimate(1)
+    served(estimate, per_second=1, depth=100_000)
+    with pytest.raises(Overloaded) as caught:
+        estimate.check(None)
+    assert caught.value.retry_after_ms == MAX_RETRY_AFTER_MS
