@@ -17,6 +17,7 @@ from starlette.routing import Route
 from gateway.adapter_api import adapter_routes
 from gateway.auth import check_origin, key_of
 from gateway.batches_api import bulk_routes
+from gateway.dead_api import DeadApi
 from gateway.system import Gateway
 from gateway.workers_view import model_fields, queue_depth, worker_fields
 from openlora.errors import Overloaded
@@ -28,6 +29,7 @@ TenantHandler = Callable[[Request, str], Awaitable[Response]]
 def api_routes(gateway: Gateway) -> list[Route]:
     """All HTTP routes but the page's."""
     api = HttpApi(gateway)
+    dead = DeadApi(gateway)
     return [
         Route("/healthz", api.healthz),
         Route("/readyz", api.readyz),
@@ -37,6 +39,9 @@ def api_routes(gateway: Gateway) -> list[Route]:
         Route("/v1/topics", api.keyed(api.topics)),
         *adapter_routes(gateway, api.keyed),
         *bulk_routes(gateway.config, api.keyed),
+        Route("/v1/dead", api.keyed(dead.list)),
+        Route("/v1/dead/{number:int}", api.keyed(dead.show)),
+        Route("/v1/dead/{number:int}/retry", api.keyed(dead.retry), methods=["POST"]),
     ]
 
 

@@ -10,7 +10,6 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-import msgspec
 from kafka import KafkaProducer
 from kafka.errors import KafkaError
 
@@ -18,6 +17,7 @@ from openlora.errors import DeadlineExceeded, InternalError
 from openlora.joblog.crashes import Suspicion
 from openlora.protocol.codec import encode
 from openlora.protocol.crashes import Crash
+from openlora.protocol.dead import DeadLetter
 from openlora.protocol.events import End, Failure
 from openlora.protocol.names import DEAD_TOPIC
 from workers.backlog import Fetched
@@ -30,27 +30,6 @@ MAX_KEY_BYTES = 1000
 """An adapter ID is shorter; a longer key is not ours, and could make the letter too large."""
 
 logger = logging.getLogger("workers.dead_letters")
-
-
-class DeadLetter(msgspec.Struct, frozen=True):
-    """One entry of ``openlora.dead``.
-
-    ``value``: the message's bytes in base64, the first ``MAX_VALUE_BYTES`` of ``value_bytes``. What
-    could not be parsed is there as it was, what could not be run as the job that was read from it.
-    ``story``: the crashes of engines that the job was in, oldest first.
-    """
-
-    topic: str
-    partition: int
-    offset: int
-    code: str
-    reason: str
-    value: str
-    value_bytes: int
-    worker_id: str
-    written_ms: int
-    job_id: str | None = None
-    story: tuple[Crash, ...] = ()
 
 
 def condemned(suspicion: Suspicion) -> InternalError:

@@ -1,0 +1,106 @@
+"""``/v1/dead``: jobs and messages that could not be run, shown and tried again."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import secrets
+import time
+
+import msgspec
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+
+from gateway.auth import DEFAULT_TENANT
+from gateway.system import Gateway
+from gateway.threads import in_daemon_thread
+from openlora.errors import InvalidRequest, JobNotFound, Overloaded, SetupError
+from openlora.protocol.codec import decode_job
+from openlora.protocol.dead import DeadLetter
+from openlora.protocol.jobs import Job
+from openlora.protocol.names import SHARD_COUNT, new_job_id
+from producer.dead_topic import read_dead_letters
+
+RETRY_AFTER_MS = 1000
+
+
+class DeadApi:
+    """The handlers. A tenant sees its own jobs; the operator, whose tenant is the default one,
+    sees all, and messages that are no job."""
+
+    def __init__(self, gateway: Gateway) -> None:
+        self._gateway = gateway
+
+    async def list(self, request: Request, tenant: str) -> Response:
+        """All letters, without the messages themselves."""
+        letters = await self._letters(tenant)
+        return JSONResponse([_fields(number, letter) for number, letter in letters.items()])
+
+    async def show(self, request: Request, tenant: str) -> Response:
+        """One letter with its message: the job, or the bytes in base64 where it is none."""
+        number, letter = await self._letter(request, tenant)
+        job = _job_of(letter)
+        message = {"value": letter.value} if job is None else {"job": msgspec.to_builtins(job)}
+        return JSONResponse(_fields(number, letter) | message)
+
+    async def retry(self, request: Request, tenant: str) -> Response:
+        """Accept the job once more, as a new one that nobody has to watch: 201 with its ID.
+
+        Adapters that were quarantined for it are released.
+        """
+        number, letter = await self._letter(request, tenant)
+        job = _job_of(letter)
+        if job is None:
+            raise InvalidRequest(f"letter {number} holds no job: {letter.reason}")
+        fresh = msgspec.structs.replace(
+            job,
+            job_id=new_job_id(secrets.randbelow(SHARD_COUNT)),
+            created_ms=time.time_ns() // 1_000_000,
+            deadline_ms=None,
+            leased=False,
+        )
+        for adapter in fresh.adapters:
+            await self._gateway.quarantine.release(adapter.hash)
+        await self._gateway.job_log.store(fresh, 0)
+        try:
+            where = await asyncio.wrap_future(self._gateway.publisher.publish(fresh))
+        except Overloaded:
+            await self._gateway.job_log.discard(fresh.job_id)
+            raise
+        await self._gateway.job_log.mark_published(fresh.job_id, *where)
+        return JSONResponse({"job_id": fresh.job_id, "letter": number}, 201)
+
+    async def _letter(self, request: Request, tenant: str) -> tuple[int, DeadLetter]:
+        number = request.path_params["number"]
+        letter = (await self._letters(tenant)).get(number)
+        if letter is None:
+            raise JobNotFound(f"there is no dead letter {number}; GET /v1/dead lists them")
+        return number, letter
+
+    async def _letters(self, tenant: str) -> dict[int, DeadLetter]:
+        servers = self._gateway.config.kafka
+        try:
+            letters = await in_daemon_thread(lambda: read_dead_letters(servers))
+        except SetupError as error:
+            raise Overloaded(error.message, retry_after_ms=RETRY_AFTER_MS) from error
+        if tenant == DEFAULT_TENANT:
+            return letters
+        return {
+            number: letter
+            for number, letter in letters.items()
+            if (job := _job_of(letter)) is not None and job.tenant == tenant
+        }
+
+
+def _job_of(letter: DeadLetter) -> Job | None:
+    """The job in the letter; None where its message was none, or was too large to keep whole."""
+    try:
+        return decode_job(base64.b64decode(letter.value))
+    except (InvalidRequest, ValueError):
+        return None
+
+
+def _fields(number: int, letter: DeadLetter) -> dict[str, object]:
+    fields: dict[str, object] = msgspec.to_builtins(letter)
+    del fields["value"]
+    return {"number": number, **fields}

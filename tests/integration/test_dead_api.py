@@ -1,0 +1,100 @@
+"""Dead letters over HTTP and from the command line: seen by whom they concern, and tried again."""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import httpx
+import pytest
+from kafka import KafkaProducer
+
+from openlora.joblog import redis_client
+from openlora.local import ServerProcess
+from openlora.protocol.codec import encode
+from openlora.protocol.crashes import Crash
+from openlora.protocol.dead import DeadLetter
+from openlora.protocol.jobs import AdapterRef, Job
+from openlora.protocol.names import DEAD_TOPIC, QUARANTINE_KEY
+from tests.conftest import Broker
+from tests.gateway.client import wait_for
+from tests.gateway.running import RunningGateway, ScriptedWorker, running_gateway
+from tests.joblog.jobs import a_job
+
+pytestmark = pytest.mark.services
+
+HASH = "ab" * 32
+STORY = (Crash(1, "w", "SIGSEGV", 9), Crash(2, "w", "SIGSEGV", 1), Crash(3, "v", "SIGBUS", 1))
+
+
+def a_letter(value: bytes, **fields: object) -> bytes:
+    facts = {"topic": "openlora.jobs", "partition": 3, "offset": 5, "code": "internal"}
+    facts |= {"reason": "it ended the engine", "worker_id": "w", "written_ms": 1_700_000_000_000}
+    text = base64.b64encode(value).decode()
+    return encode(DeadLetter(value=text, value_bytes=len(value), **(facts | fields)))  # type: ignore[arg-type]
+
+
+def openlora(gateway: RunningGateway, *words: str, key: str = "one") -> str:
+    environ = {**os.environ, "OPENLORA_URL": gateway.url, "OPENLORA_API_KEY": key}
+    done = subprocess.run(
+        [sys.executable, "-m", "openlora", "dead", *words],
+        env=environ,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    return done.stdout + done.stderr
+
+
+def test_letters_are_listed_shown_and_tried_again(
+    fresh_broker: Broker, fresh_redis: ServerProcess, tmp_path: Path
+) -> None:
+    servers = fresh_broker.bootstrap_servers
+    job = a_job(tenant="acme", adapters=(AdapterRef("killer", 1, HASH),), deadline_ms=5)
+    with (
+        running_gateway(
+            servers, fresh_redis.address, tmp_path, OPENLORA_API_KEYS="one,acme:two,umbrella:three"
+        ) as gateway,
+        redis_client(fresh_redis.address) as client,
+    ):
+        assert "nothing is dead" in openlora(gateway, "list")
+        producer = KafkaProducer(bootstrap_servers=servers, acks="all")
+        for value in (
+            a_letter(b"\0 not a job", code="invalid_request", reason="not a valid job"),
+            b"not even a letter",
+            a_letter(encode(job), job_id=job.job_id, story=STORY),
+        ):
+            producer.send(DEAD_TOPIC, value).get(10)
+        producer.close()
+
+        operator = json.loads(openlora(gateway, "list", "--json"))
+        assert [letter["number"] for letter in operator] == [0, 2]
+        assert [len(json.loads(openlora(gateway, "list", "--json", key=k))) for k in
+                ("two", "three")] == [1, 0]  # fmt: skip
+        table = openlora(gateway, "list", key="two")
+        assert job.job_id in table
+        assert "it ended the engine" in table
+        shown = openlora(gateway, "show", "2", key="two")
+        assert "SIGSEGV at w, with 8 others" in shown
+        assert "SIGBUS at v, alone" in shown
+        assert '"prompt": "hi"' in shown
+        assert "there is no dead letter 2" in openlora(gateway, "show", "2", key="three")
+        assert "letter 0 holds no job" in openlora(gateway, "retry", "0")
+        assert httpx.get(f"{gateway.url}/v1/dead").status_code == 401
+
+        client.hset(QUARANTINE_KEY, HASH, "it ends engines")
+        said = openlora(gateway, "retry", "2", key="two")
+        with ScriptedWorker(fresh_redis.address) as worker:
+            wait_for(lambda: worker.jobs)
+            (again,) = worker.jobs
+        assert again.job_id in said
+        assert isinstance(again, Job)
+        assert (again.prompt, again.tenant, again.leased) == ("hi", "acme", False)
+        assert again.job_id != job.job_id
+        assert again.deadline_ms is None
+        assert not client.hexists(QUARANTINE_KEY, HASH)
