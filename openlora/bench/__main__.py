@@ -3,12 +3,14 @@
   decode     time per decode step of the engine alone, with and without adapters
   pipeline   the whole path with a scripted engine: tokens/s, added latency, CPU shares
   mixed      a batch's share of the bare engine, and what it costs interactive requests
+  chaos      everything breaks, again and again: what clients saw of it
   kernels    bandwidth of the GPU kernels, beside a plain device copy
 
 examples:
   openlora bench decode --device cpu --model demo
   openlora bench decode --shape 8b --batch 64,256 --distinct 0,1,64 --out rows.jsonl
   openlora bench pipeline --streams 200
+  openlora bench chaos --minutes 10 --seed 1
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ BENCHMARKS = {
     "decode": ("openlora.bench.decode", "time per decode step of the engine alone"),
     "pipeline": ("openlora.bench.pipeline", "the whole path with a scripted engine"),
     "mixed": ("openlora.bench.mixed", "batch and interactive work beside each other"),
+    "chaos": ("openlora.bench.chaos", "everything breaks; what clients saw of it"),
     "kernels": ("openlora.bench.kernels", "bandwidth of the GPU kernels, beside a copy"),
 }
 

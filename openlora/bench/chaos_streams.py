@@ -189,8 +189,17 @@ class Clients:
 
     def close(self) -> None:
         """Drop all connections."""
+
+        async def end_all() -> None:
+            tasks = asyncio.all_tasks() - {asyncio.current_task()}
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+        asyncio.run_coroutine_threadsafe(end_all(), self._loop).result(10)
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join(5)
+        self._loop.close()
 
     async def _follow(self, stream: Stream) -> None:
         request_id = f"r{next(self._numbers)}"

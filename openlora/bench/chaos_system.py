@@ -273,9 +273,7 @@ class ChaosSystem:
     def stop(self) -> None:
         """End everything that this started."""
         for process in (*self.gateways, *self.workers):
-            process.signal(signal.SIGCONT)
-            process.signal(signal.SIGTERM)
-        for process in (*self.gateways, *self.workers):
+            process.signal(signal.SIGKILL)
             process.end(timeout_s=1)
         if self._owns_broker:
             self.broker.stop()

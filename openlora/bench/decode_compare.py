@@ -26,8 +26,8 @@ from openlora.engine import Engine, EngineConfig, Request
 from openlora.engine.build import choose_device
 from openlora.errors import SetupError
 from openlora.models.config import ModelConfig, read_config
-from openlora.models.weights import weight_shapes
 from openlora.models.load import DTYPES
+from openlora.models.weights import weight_shapes
 
 if TYPE_CHECKING:
     from openlora.bench.decode_peers import Peers
