@@ -17,7 +17,7 @@ from openlora.bench.chaos_system import ChaosPlan, ChaosSystem
 from openlora.local import ServerProcess
 
 STREAMS = 64
-TOKENS = 150
+TOKENS = 120
 SEED = 5
 PATIENCE_S = 90.0
 

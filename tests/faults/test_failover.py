@@ -33,6 +33,7 @@ def test_kill_9_of_an_engine_hands_its_jobs_over_at_once(storm):
     assert row.restarted == 0
 
 
+@pytest.mark.slow
 def test_a_worker_that_leaves_stalls_nobody(storm):
     row = storm.strike("leave", faults.worker_leaves)
     check(row, stall_s=1.0)
@@ -57,14 +58,6 @@ def test_a_gateway_dies_and_its_clients_resume_at_another(storm):
     assert row.restarted == 0
 
 
-def test_all_connections_are_cut(storm):
-    check(storm.strike("cut", faults.cut_connections))
-
-
-def test_the_network_says_nothing_for_a_while(storm):
-    check(storm.strike("silent", faults.silent_network))
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "fault",
@@ -72,7 +65,9 @@ def test_the_network_says_nothing_for_a_while(storm):
         faults.kill_worker_io,
         faults.worker_joins,
         faults.zombie,
+        faults.cut_connections,
         faults.slow_network,
+        faults.silent_network,
         faults.overtaking_network,
     ],
 )
