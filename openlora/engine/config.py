@@ -29,6 +29,9 @@ class EngineConfig:
         adapter_cache_bytes: memory of the adapter pages; None: a fifth of what the weights leave,
             on CPU at most 256 MiB.
         adapter_pages: exact number of pages of each site (qkv, o, gate_up, down) instead.
+        adapter_host_bytes: pinned host memory that keeps loaded adapters for when they are wanted
+            again; None: an eighth of what is free, at most 8 GiB. For CUDA; on CPU, pages are host
+            memory themselves.
         merge_dir: directory that keeps merged adapters; None: a temporary one.
         max_num_seqs: most requests that run in one step.
         max_num_batched_tokens: most tokens of one step.
@@ -51,6 +54,7 @@ class EngineConfig:
     memory_fraction: float = 0.9
     adapter_cache_bytes: int | None = None
     adapter_pages: tuple[int, int, int, int] | None = None
+    adapter_host_bytes: int | None = None
     merge_dir: str | None = None
     max_num_seqs: int = 64
     max_num_batched_tokens: int = 2048
@@ -71,6 +75,7 @@ class EngineConfig:
         for name in ("kv_cache_bytes", "num_kv_blocks"):
             _check_at_least(name, getattr(self, name), 1)
         _check_at_least("adapter_cache_bytes", self.adapter_cache_bytes, 0)
+        _check_at_least("adapter_host_bytes", self.adapter_host_bytes, 0)
         _check_at_least("max_model_len", self.max_model_len, 2)
         if self.adapter_pages is not None and len(self.adapter_pages) != 4:
             raise SetupError(
