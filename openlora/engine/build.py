@@ -122,11 +122,14 @@ def build_parts(config: EngineConfig, progress: Progress | None = None) -> Engin
         kv_cache = KVCache(model.config, num_blocks, model.dtype, model.device, config.block_size)
     if native is not None:
         model.attention_backend = "native"
-    info = _model_info(config, model, num_blocks, num_pages)
+    # The cache may hold less than the model's own limit.
+    model.limit_context(num_blocks * config.block_size)
+    info = _model_info(config, model, num_pages)
     logger.info(
-        "model %s on %s in %s, attention by %s; %d KV blocks of %d, pages per site %s",
+        "model %s on %s in %s, attention by %s; %d KV blocks of %d, contexts up to %d, "
+        "pages per site %s",
         *(info.model, info.device, info.dtype, info.attention_backend),
-        *(num_blocks, config.block_size, num_pages),
+        *(num_blocks, config.block_size, info.max_model_len, num_pages),
     )
     if device == "cuda":
         # Not at the top: it needs Triton, which a machine without a GPU may lack.
@@ -166,18 +169,13 @@ def _configured(
     return model_config
 
 
-def _model_info(
-    config: EngineConfig, model: Any, num_blocks: int, num_pages: tuple[int, ...]
-) -> ModelInfo:
-    max_model_len = min(model.config.max_model_len, num_blocks * config.block_size)
-    if max_model_len < model.config.max_model_len:
-        logger.info("the KV cache limits prompt and output to %d tokens", max_model_len)
+def _model_info(config: EngineConfig, model: Any, num_pages: tuple[int, ...]) -> ModelInfo:
     return ModelInfo(
         model=config.model,
         vocab_size=model.config.vocab_size,
         hidden_size=model.config.hidden_size,
         num_layers=model.config.num_layers,
-        max_model_len=max_model_len,
+        max_model_len=model.config.max_model_len,
         max_lora_rank=min(num_pages) * PAGE_RANK,
         eos_token_ids=tuple(model.config.eos_token_ids),
         dtype=str(model.dtype).removeprefix("torch."),

@@ -154,8 +154,10 @@ class ResidentAdapters:
         for key in sorted(idle, key=is_wanted):
             if max(missing) <= 0:
                 break
-            victims.append(key)
             freed = (*map(len, self._pool.pages(key)), _size(self._extras.get(key)))
+            if not any(f for f, m in zip(freed, missing, strict=True) if m > 0):
+                continue  # it has nothing of what is short
+            victims.append(key)
             missing = [m - f for m, f in zip(missing, freed, strict=True)]
         if max(missing) > 0:
             return False

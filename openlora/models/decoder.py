@@ -74,14 +74,26 @@ class Decoder:
         # Rounded to the model's dtype, as in training.
         root = float(torch.tensor(config.hidden_size**0.5).to(dtype))
         self._embedding_scale = root if config.scale_embeddings else 1.0
-        self.rope_inv_freq = inverse_frequencies(
-            config.rotary_dim, config.rope_theta, config.rope_scaling, config.max_model_len
-        ).to(device)
+        self.rope_inv_freq = self._inverse_frequencies()
         self.local_rope_inv_freq: torch.Tensor | None = None
         if config.local_rope_theta is not None:
             self.local_rope_inv_freq = inverse_frequencies(
                 config.rotary_dim, config.local_rope_theta, None
             ).to(device)
+
+    def limit_context(self, max_model_len: int) -> None:
+        """Serve contexts of at most so many positions; before anything is bound to the model.
+
+        LongRoPE then has the frequencies of that length, and a window as wide is none.
+        """
+        self.config = self.config.limited_to(max_model_len)
+        self.rope_inv_freq = self._inverse_frequencies()
+
+    def _inverse_frequencies(self) -> torch.Tensor:
+        config = self.config
+        return inverse_frequencies(
+            config.rotary_dim, config.rope_theta, config.rope_scaling, config.max_model_len
+        ).to(self.device)
 
     def forward(self, token_ids: torch.Tensor, ops: DecoderOps) -> torch.Tensor:
         """Hidden states before the final norm; writes the step's KV through ``ops``.

@@ -9,6 +9,7 @@ from openlora.engine import Engine, EngineConfig
 from openlora.engine.build import build_parts, choose_device
 from openlora.errors import AdapterFailed, OpenLoRAError, SetupError
 from tests.engine.tiny_model import make_tiny_model
+from tests.models.tiny_families import FAMILIES, SHORT_LONGROPE, WINDOW
 
 
 @pytest.fixture(scope="module")
@@ -66,3 +67,23 @@ def test_an_adapter_directory_that_is_not_there_fails_its_request(model_dir, tmp
     with pytest.raises(AdapterFailed, match="nowhere"):
         engine.load_adapter("a", tmp_path / "nowhere")
     engine.close()
+
+
+def test_what_the_cache_holds_decides_over_frequencies_and_windows(tmp_path):
+    SHORT_LONGROPE.save(tmp_path / "long")
+    FAMILIES["mistral"].save(tmp_path / "sliding")
+
+    def model(name, **settings):
+        parts = build_parts(
+            EngineConfig(str(tmp_path / name), device="cpu", cpu_kernels="torch", **settings)
+        )
+        return parts.runner._model, parts.model_info.max_model_len
+
+    short, limit = model("long", num_kv_blocks=4)
+    long, _ = model("long")
+    assert limit == 64
+    assert not torch.equal(short.rope_inv_freq, long.rope_inv_freq)
+    same, _ = model("long", max_model_len=64)
+    assert torch.equal(short.rope_inv_freq, same.rope_inv_freq)
+    assert model("sliding")[0].config.sliding_window == WINDOW
+    assert model("sliding", num_kv_blocks=1, block_size=WINDOW)[0].config.sliding_window == 0

@@ -84,3 +84,5 @@ def test_longrope_takes_its_short_factors_where_the_limit_allows(tmp_path):
     torch.testing.assert_close(all_logits(short, token_ids, 17), want, atol=2e-4, rtol=2e-4)
     long = load_model(str(tmp_path))
     assert not torch.allclose(all_logits(long, token_ids, 17), want, atol=1e-2)
+    long.limit_context(64)
+    torch.testing.assert_close(all_logits(long, token_ids, 17), want, atol=2e-4, rtol=2e-4)
