@@ -38,8 +38,14 @@ from workers.tokenizer import PromptTokenizer
 ADMIT_AT_ONCE = 128
 ADMIT_BESIDE_INTERACTIVE = 8
 """Lines admitted in one turn of the loop: each keeps the tokens of others waiting for 0.1 ms."""
+PROMPT_TOKENS_BESIDE = 128
+"""Prompt tokens admitted from one step of the engine to the next while interactive work is about:
+all at once they would make one long step, and the next first token would wait for it."""
+ABOUT_S = 30.0
+"""Interactive work counts as being about for so long after it was last there."""
 SPARE_SEATS = 8
-"""One seat of the engine in so many stays free, for the interactive job that comes next."""
+"""One seat of the engine in so many stays free for interactive jobs while they are about; while
+none is, as many lines wait at the engine for a seat, so that none is empty for a step."""
 UPKEEP_S = 1.0
 
 logger = logging.getLogger("workers.bulk")
@@ -63,7 +69,7 @@ class BulkLane:
     """All bundles of this worker. ``deliver`` may be called by any thread, all else by the loop's.
 
     Args:
-        budget: most lines in the engine at once.
+        budget: about as many lines are in the engine at once; fewer where it has fewer seats.
         owns: whether a message's partition is still ours.
         end_position: the message needs nothing more; may be called by any thread.
         next_ticket: a number never used before.
@@ -88,6 +94,7 @@ class BulkLane:
         self._dead_letters = dead_letters
         self._adapters = adapters
         self._budget = budget
+        self._spare = 0
         self._owns = owns
         self._end_position = end_position
         self._next_ticket = next_ticket
@@ -96,6 +103,8 @@ class BulkLane:
         self._waiting: deque[tuple[_Bundle, BulkLine]] = deque()
         self._runs: dict[int, tuple[_Bundle, LineRun]] = {}
         self._upkeep_due = 0.0
+        self._interactive_until = 0.0
+        self._step_room = PROMPT_TOKENS_BESIDE
         self._tokenizer: PromptTokenizer | None = None
         self._facts: ModelFacts | None = None
         self.tokens_made = 0
@@ -103,7 +112,8 @@ class BulkLane:
     def prepare(self, tokenizer: PromptTokenizer, facts: ModelFacts) -> None:
         """Model and tokenizer are loaded; once, before the first turn."""
         self._tokenizer, self._facts = tokenizer, facts
-        self._budget = min(self._budget, facts.max_num_seqs - facts.max_num_seqs // SPARE_SEATS)
+        self._spare = min(self._budget, facts.max_num_seqs) // SPARE_SEATS
+        self._budget = min(self._budget, facts.max_num_seqs)
 
     @property
     def lines_in_engine(self) -> int:
@@ -117,7 +127,7 @@ class BulkLane:
 
     def could_admit(self, interactive: int) -> bool:
         """Whether lines wait and there is room for one."""
-        return bool(self._waiting or self._inbox) and len(self._runs) < self._budget - interactive
+        return bool(self._waiting or self._inbox) and self._has_room(interactive)
 
     def deliver(self, bundles: Iterable[Fetched]) -> None:
         """Bundles to run. Thread-safe."""
@@ -131,6 +141,7 @@ class BulkLane:
 
     def take(self, steps: Sequence[StepOutputs]) -> None:
         """The engine's news; of interactive runs' nothing is done here."""
+        self._step_room = PROMPT_TOKENS_BESIDE
         runs = self._runs
         for step in steps:
             for output in step.outputs:
@@ -140,8 +151,10 @@ class BulkLane:
 
     def refill(self, interactive: int) -> None:
         """Admit lines into the room that ``interactive`` runs leave, a few at a time."""
+        if interactive:
+            self._interactive_until = time.monotonic() + ABOUT_S
         for _ in range(ADMIT_BESIDE_INTERACTIVE if interactive else ADMIT_AT_ONCE):
-            if len(self._runs) >= self._budget - interactive:
+            if not self._has_room(interactive):
                 break
             if not self._waiting and not self._open_next():
                 break
@@ -150,6 +163,14 @@ class BulkLane:
                 self._start(bundle, line)
         if time.monotonic() >= self._upkeep_due:
             self._upkeep()
+
+    def _has_room(self, interactive: int) -> bool:
+        if time.monotonic() >= self._interactive_until:
+            return len(self._runs) < self._budget + self._spare
+        if len(self._runs) >= self._budget - self._spare - interactive:
+            return False
+        # Without lines in the engine no step would come to make room again.
+        return self._step_room > 0 or not self._runs
 
     def _open_next(self) -> bool:
         """Open bundles until one has lines to run; False where none is left."""
@@ -203,6 +224,7 @@ class BulkLane:
             )
             self._add(bundle, answer)
             return
+        self._step_room -= prompt_tokens
         ticket = self._next_ticket()
         run = LineRun(line, prompt_tokens, self._tokenizer.backend, self._facts.eos_token_ids)
         self._runs[ticket] = (bundle, run)

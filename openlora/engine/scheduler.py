@@ -7,6 +7,9 @@ Order within the one token budget of a step:
 2. prefill chunks of sequences that run already;
 3. new sequences from the queue.
 
+A step that computes an interactive prompt leaves running batch sequences out, at most every second
+step, so that its first token comes as on an empty system. They give up seats and blocks for it.
+
 In 2 and 3 interactive work comes before batch work, but a batch sequence that was passed over in
 ``BATCH_PATIENCE_STEPS`` steps comes first in the next one, and one that was preempted
 ``MAX_BATCH_PREEMPTIONS`` times counts as interactive from then on.
@@ -68,10 +71,14 @@ class ScheduledRow:
     samples: bool
 
 
+def _yields(sequence: Sequence) -> bool:
+    """Whether it makes way for interactive ones."""
+    return sequence.priority == "batch" and sequence.num_preemptions < MAX_BATCH_PREEMPTIONS
+
+
 def _rank(sequence: Sequence) -> tuple[bool, int]:
     """Smaller runs first and is preempted last."""
-    yields = sequence.priority == "batch" and sequence.num_preemptions < MAX_BATCH_PREEMPTIONS
-    return yields, sequence.sequence_id
+    return _yields(sequence), sequence.sequence_id
 
 
 class Scheduler:
@@ -101,6 +108,7 @@ class Scheduler:
         self._max_num_batched_tokens = max_num_batched_tokens
         self._waiting = WaitingSequences(residency.room_epoch)
         self._batch_passed_over = 0
+        self._batch_sat_out = False
 
     @property
     def num_waiting(self) -> int:
@@ -131,7 +139,20 @@ class Scheduler:
         """Choose the rows of step number ``step`` and count their tokens as computed."""
         self._waiting.wake_for_room(self._residency.room_epoch)
         rows: list[ScheduledRow] = []
-        budget = self._schedule_decodes(rows, self._max_num_batched_tokens)
+        budget = self._max_num_batched_tokens
+        if self._is_urgent() and not self._batch_sat_out:
+            budget = self._schedule_decodes(rows, budget, batch=False)
+            num_decodes = len(rows)
+            budget = self._schedule_prefills(rows, budget, "interactive")
+            self._admit(rows, budget, ("interactive",), step, make_room=True)
+            if len(rows) > num_decodes:
+                self._batch_sat_out = True
+                self._count_patience(rows[num_decodes:])
+                return rows
+        else:
+            budget = self._schedule_decodes(rows, budget, batch=False)
+        self._batch_sat_out = False
+        budget = self._schedule_decodes(rows, budget, batch=True)
         num_decodes = len(rows)
         order: tuple[Priority, ...] = ("interactive", "batch")
         if self._batch_passed_over >= BATCH_PATIENCE_STEPS:
@@ -150,10 +171,21 @@ class Scheduler:
         assert all(s.status is Status.RUNNING for s in self.running)
         assert self.running == sorted(self.running, key=_rank)
 
-    def _schedule_decodes(self, rows: list[ScheduledRow], budget: int) -> int:
-        i = 0
+    def _is_urgent(self) -> bool:
+        """Whether interactive prompts wait while batch sequences run."""
+        if not self.running or not _yields(self.running[-1]):
+            return False
+        return self._waiting.first("interactive") is not None or any(
+            s.priority == "interactive" and s.num_uncomputed_tokens > 1 for s in self.running
+        )
+
+    def _schedule_decodes(self, rows: list[ScheduledRow], budget: int, *, batch: bool) -> int:
+        """Those of batch sequences, which are behind all others in ``running``, or the others'."""
+        i = bisect_left(self.running, batch, key=_yields)
         while i < len(self.running):
             sequence = self.running[i]
+            if _yields(sequence) is not batch:
+                break
             if sequence.num_uncomputed_tokens != 1 or not sequence.is_ready:
                 i += 1
             elif self._grow(sequence):
@@ -182,10 +214,17 @@ class Scheduler:
         return budget
 
     def _admit(
-        self, rows: list[ScheduledRow], budget: int, order: tuple[Priority, ...], step: int
+        self,
+        rows: list[ScheduledRow],
+        budget: int,
+        order: tuple[Priority, ...],
+        step: int,
+        *,
+        make_room: bool = False,
     ) -> None:
+        """``make_room``: batch sequences, which have no rows yet, give up seats and blocks."""
         for priority in order:
-            while budget and len(self.running) < self._max_num_seqs:
+            while budget and (make_room or len(self.running) < self._max_num_seqs):
                 sequence = self._waiting.first(priority)
                 if sequence is None:
                     break
@@ -198,13 +237,23 @@ class Scheduler:
                 if wait is Wait.NO_ROOM:
                     self._waiting.park_until_room(sequence, step)
                     continue
-                if not self.blocks.admit(sequence, num_reserved=len(self.running)):
+                if not self._place(sequence, make_room=make_room):
                     # Nobody overtakes: smaller ones would keep a large one waiting for ever.
                     self._residency.release(sequence)
                     return
                 self._start_running(sequence)
                 rows.append(_take(sequence, min(sequence.num_uncomputed_tokens, budget)))
                 budget -= rows[-1].num_tokens
+
+    def _place(self, sequence: Sequence, *, make_room: bool) -> bool:
+        """Give a sequence a seat and its first blocks; False where there is none of either."""
+        while len(self.running) >= self._max_num_seqs or not self.blocks.admit(
+            sequence, num_reserved=len(self.running)
+        ):
+            if not make_room or not self.running or not _yields(self.running[-1]):
+                return False
+            self._preempt(self.running[-1])
+        return True
 
     def _acquire(self, sequence: Sequence, step: int) -> Wait | None:
         """Fetch the sequence's LoRA set; None on success."""

@@ -106,11 +106,51 @@ def test_interactive_comes_before_batch_in_every_phase():
     assert bench.step() == [(1, 8)]
     bench.add(12)
     bench.add(4, priority="batch")
-    assert bench.step() == [(1, 8)], "a sequence that runs goes on"
+    assert bench.step() == [(2, 8)], "the batch sits one step out"
+    assert bench.step() == [(2, 4), (1, 4)], "and goes on in the next"
     bench = Bench(budget=8, seqs=1)
     bench.add(4, priority="batch")
     bench.add(4)
     assert bench.step() == [(2, 4)]
+
+
+def test_batch_decodes_sit_out_a_step_for_an_interactive_prompt_and_never_two():
+    bench = Bench(budget=16, seqs=8)
+    for _ in range(3):
+        bench.add(2, priority="batch", n=40)
+    bench.step()
+    assert bench.step() == [(1, 1), (2, 1), (3, 1)]
+    bench.add(4, n=3)
+    assert bench.step() == [(4, 4)]
+    assert bench.step() == [(4, 1), (1, 1), (2, 1), (3, 1)]
+    bench.add(20, n=1)
+    assert bench.step() == [(4, 1), (5, 15)]
+    assert bench.step() == [(1, 1), (2, 1), (3, 1), (5, 5)]
+
+
+def test_an_interactive_one_that_cannot_start_keeps_no_batch_waiting():
+    bench = Bench(slots=Slots(cold={"cold"}))
+    bench.add(2, priority="batch", n=9)
+    bench.step()
+    bench.add(2, adapter="cold")
+    assert bench.step() == [(1, 1)]
+
+
+def test_batch_gives_up_its_seat_and_its_blocks():
+    bench = Bench(seqs=2)
+    bench.add(2, priority="batch", n=9)
+    bench.add(2, priority="batch", n=9)
+    bench.step()
+    bench.add(3, n=1)
+    assert bench.step() == [(3, 3)]
+    bench.run()
+    bench = Bench(num_blocks=6, seqs=8)
+    bench.add(12, priority="batch", n=4)
+    bench.step()
+    bench.add(12, n=1)
+    assert bench.step() == [(2, 12)]
+    bench.run()
+    assert sorted(bench.finished) == [1, 2]
 
 
 def test_batch_is_passed_over_a_bounded_number_of_times():
