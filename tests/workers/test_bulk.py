@@ -1,0 +1,252 @@
+"""The bulk lane alone: room, answers, what it lets go. The engine and Kafka are lists here."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+
+from openlora.adapters.store import AdapterStore
+from openlora.bench.pipeline_model import write_tokenizer
+from openlora.protocol.bulk import (
+    BulkAnswers,
+    BulkGroup,
+    BulkLine,
+    BulkMessage,
+    LineParams,
+    decode_bulk_answers,
+)
+from openlora.protocol.codec import encode
+from openlora.protocol.jobs import AdapterRef
+from workers.backlog import Fetched
+from workers.bulk import PROMPT_TOKENS_BESIDE, BulkLane, is_bundle
+from workers.messages import Fault, ModelFacts, Output, StepOutputs
+from workers.offsets import Position
+from workers.tokenizer import PromptTokenizer
+
+FACTS = ModelFacts(1, "cpu", "f32", 200, 32_768, (0,), 0, 0, "none", max_num_seqs=16)
+SOON = 1 << 60
+
+
+class Engine:
+    """Keeps what it is told; ``registered`` as workers do it."""
+
+    def __init__(self) -> None:
+        self.started = {}
+        self.aborted = []
+        self.registered = []
+
+    def register(self, name, path):
+        self.registered.append(name)
+
+    def start(self, start):
+        self.started[start.ticket] = start
+
+    def abort(self, ticket):
+        self.aborted.append(ticket)
+
+
+class Outlet:
+    """Holds answers until ``acknowledge``."""
+
+    def __init__(self) -> None:
+        self.stopped = frozenset()
+        self.watched = frozenset()
+        self.messages = []
+        self.waiting = []
+
+    def start(self):
+        pass
+
+    def write(self, messages, on_written):
+        self.messages += [decode_bulk_answers(message) for message in messages]
+        self.waiting.append(on_written)
+
+    def acknowledge(self):
+        for on_written in self.waiting:
+            on_written()
+        self.waiting.clear()
+
+
+class Letters:
+    def __init__(self) -> None:
+        self.codes = []
+
+    def write(self, fetched, code, reason):
+        self.codes.append(code)
+
+
+class Bench:
+    def __init__(self, tokenizer, store, budget=256) -> None:
+        self.engine, self.outlet, self.letters = Engine(), Outlet(), Letters()
+        self.ended = []
+        self.owned = True
+        self.lane = BulkLane(
+            "w",
+            self.engine,
+            self.outlet,
+            self.letters,
+            AdapterStore(store),
+            budget=budget,
+            owns=lambda position: self.owned,
+            end_position=self.ended.append,
+            next_ticket=itertools.count().__next__,
+        )
+        self.lane.prepare(tokenizer, FACTS)
+
+    def deliver(self, value, offset=0):
+        position = Position(("openlora.batch", 0), offset, 1)
+        fetched = Fetched(position, None, value if isinstance(value, bytes) else encode(value))
+        self.lane.deliver([fetched])
+        return position
+
+    def say(self, ticket, token=500, **fields):
+        self.lane.take([StepOutputs((Output(ticket, 0, token, **fields),))])
+
+    def upkeep(self):
+        self.lane._upkeep_due = 0.0
+        self.lane.refill(0)
+
+    @property
+    def answers(self):
+        return [answer for bundle in self.outlet.messages for answer in bundle.answers]
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    return PromptTokenizer(str(write_tokenizer(tmp_path_factory.mktemp("model"))))
+
+
+@pytest.fixture
+def bench(tokenizer, tmp_path):
+    return Bench(tokenizer, tmp_path)
+
+
+def bundle(*lines, adapters=(), batch_id="batch_1", deadline_ms=SOON):
+    return BulkMessage(batch_id, "hash", deadline_ms, BulkGroup("plain", "", adapters), lines)
+
+
+def line(number, prompt="hello", **params):
+    return BulkLine(number, f"c{number}", prompt=prompt, params=LineParams(**params))
+
+
+def test_a_bundles_answers_leave_together_and_end_it_once_they_are_taken(bench):
+    position = bench.deliver(bundle(line(1), line(2, max_tokens=2)))
+    bench.lane.refill(0)
+    first, second = bench.engine.started
+    assert bench.engine.started[first].priority == "batch"
+    assert bench.engine.started[first].params.seed != bench.engine.started[second].params.seed
+    bench.say(second, 600)
+    bench.say(second, 700, finish_reason="length")
+    assert not bench.outlet.messages
+    bench.say(first, 0, finish_reason="stop")
+    assert [(a.line, a.custom_id, a.text, a.finish_reason) for a in bench.answers] == [
+        (2, "c2", " w600 w700", "length"),
+        (1, "c1", "", "stop"),
+    ]
+    assert not bench.ended
+    bench.outlet.acknowledge()
+    assert bench.ended == [position]
+    assert bench.lane.is_idle
+
+
+def test_a_stop_string_ends_a_line_in_the_engine(bench):
+    bench.deliver(bundle(line(1, stop=("w601",))))
+    bench.lane.refill(0)
+    [ticket] = bench.engine.started
+    for token in (600, 601):
+        bench.say(ticket, token)
+    assert bench.engine.aborted == [ticket]
+    assert [(a.text, a.finish_reason, a.completion_tokens) for a in bench.answers] == [
+        (" w600 ", "stop", 2)
+    ]
+    bench.say(ticket, 602)  # was on its way
+    assert len(bench.answers) == 1
+
+
+def test_what_cannot_be_run_is_answered_and_the_rest_goes_on(bench):
+    lost = (AdapterRef("a", 1, "0" * 64),)
+    bench.deliver(bundle(line(1, prompt="x" * 500), line(2)))
+    bench.deliver(bundle(line(3), adapters=lost), 1)
+    bench.deliver(bundle(line(4), deadline_ms=1), 2)
+    bench.deliver(b'{"type":"bulk","lines":1}', 3)
+    bench.lane.refill(0)
+    [ticket] = bench.engine.started
+    bench.say(ticket, None, fault=Fault("adapter_failed", "broken"))
+    codes = {answer.line: answer.failure.code for answer in bench.answers}
+    assert codes == {
+        1: "prompt_too_long",
+        2: "adapter_failed",
+        3: "adapter_failed",
+        4: "deadline_exceeded",
+    }
+    assert bench.letters.codes == ["invalid_request"]
+
+
+def test_lines_fill_the_seats_and_a_few_more_wait_behind_them(bench):
+    bench.deliver(bundle(*(line(n) for n in range(1, 65))))
+    bench.lane.refill(0)
+    assert len(bench.engine.started) == 16 + 2
+    assert not bench.lane.could_admit(0)
+    bench.say(0, finish_reason="stop")
+    assert bench.lane.could_admit(0)
+
+
+def test_beside_interactive_work_few_prompt_tokens_are_admitted_a_step(bench):
+    prompt = "x" * (PROMPT_TOKENS_BESIDE - 1)
+    bench.deliver(bundle(*(line(n, prompt) for n in range(1, 65))))
+    bench.lane.refill(1)
+    bench.lane.refill(1)
+    assert len(bench.engine.started) == 2
+    bench.lane.take([StepOutputs()])
+    bench.lane.refill(0)  # the interactive job has just ended
+    assert len(bench.engine.started) == 4
+    for _ in range(20):
+        bench.lane.take([StepOutputs()])
+        bench.lane.refill(4)
+    assert len(bench.engine.started) == 16 - 2 - 4
+
+
+def test_a_stopped_batch_is_dropped(bench):
+    position = bench.deliver(bundle(line(1), line(2)))
+    later = bench.deliver(bundle(line(3)), 1)
+    bench.lane.refill(0)
+    assert bench.outlet.watched == frozenset({"batch_1"})
+    bench.outlet.stopped = frozenset({"batch_1"})
+    bench.upkeep()
+    assert set(bench.engine.aborted) == set(bench.engine.started)
+    assert set(bench.ended) == {position, later}
+    assert not bench.outlet.messages
+    bench.deliver(bundle(line(4)), 2)
+    bench.lane.refill(0)
+    assert len(bench.ended) == 3
+
+
+def test_bundles_of_partitions_that_moved_are_left_to_their_owner(bench):
+    bench.deliver(bundle(line(1)))
+    bench.lane.refill(0)
+    bench.owned = False
+    bench.upkeep()
+    assert bench.engine.aborted
+    assert bench.lane.is_idle
+    assert not bench.ended
+
+
+def test_answers_too_long_for_a_message_are_split(bench, monkeypatch):
+    monkeypatch.setattr("workers.bulk_lines.ANSWERS_BYTES", 400)
+    bench.deliver(bundle(*(line(n) for n in range(1, 5))))
+    bench.lane.refill(0)
+    for ticket in bench.engine.started:
+        for _ in range(10 + 80 * (ticket == 3)):
+            bench.say(ticket, 20_000)
+        bench.say(ticket, finish_reason="stop")
+    assert len(bench.outlet.messages) > 1
+    assert [a.line for a in bench.answers] == [1, 2, 3, 4]
+    assert bench.answers[3].failure.code == "payload_too_large"
+    assert all(isinstance(message, BulkAnswers) for message in bench.outlet.messages)
+
+
+def test_single_jobs_are_no_bundles():
+    position = Position(("openlora.batch", 0), 0, 1)
+    assert is_bundle(Fetched(position, None, encode(bundle(line(1)))))
+    assert not is_bundle(Fetched(position, None, b'{"job_id":"x"}'))
