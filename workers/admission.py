@@ -6,6 +6,9 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+import msgspec
+
+from openlora.adapters.merge_spec import MergeSpec
 from openlora.adapters.store import AdapterStore
 from openlora.errors import (
     AdapterFailed,
@@ -26,8 +29,6 @@ from workers.messages import ModelFacts, Start
 from workers.run import Run, failure_of, now_ms
 from workers.token_sink import TokenSink, lost_log_epoch
 from workers.tokenizer import PromptTokenizer
-
-MERGE_METHOD = "cat"
 
 logger = logging.getLogger("workers.admission")
 
@@ -171,10 +172,7 @@ class Admission:
         job = run.job
         if job.deadline_ms is not None and now_ms() >= job.deadline_ms:
             raise DeadlineExceeded("the deadline passed before the job could start")
-        if job.merge.method != MERGE_METHOD:
-            raise InvalidRequest(
-                f"merge.method is {job.merge.method!r}; this worker knows only {MERGE_METHOD!r}"
-            )
+        MergeSpec(**msgspec.structs.asdict(job.merge)).check()
         for adapter in job.adapters:
             self.engine.register(adapter.hash, str(self.adapters.path(adapter.hash)))
         run.start = Start(
@@ -183,6 +181,7 @@ class Admission:
             params=job.params,
             adapters=_weights(job),
             priority=job.priority,
+            merge=job.merge,
         )
 
 

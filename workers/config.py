@@ -25,6 +25,8 @@ ENVIRONMENT: dict[str, str] = {
 DEVICES = ("auto", "cpu", "cuda")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 LOG_LEVELS = ("debug", "info", "warning", "error")
+MERGES = ".merged"
+"""Folder of the store that keeps merged adapters."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Protocol, cast
 
 import msgspec
 
+from openlora.adapters.merge_spec import MergeSpec
 from openlora.engine.request import Priority, Request, TokenOutput
 from openlora.errors import OpenLoRAError
 from workers.framing import RECEIVE_BYTES, FrameSplitter, pack_frame, receive_frame
@@ -70,7 +71,9 @@ def build_engine(
         return ScriptedEngine(float(rate or 0), clock_tokens=kind == "clock")
     from openlora.engine import Engine, EngineConfig
 
-    config = EngineConfig(model=setup.model, device=setup.device, dtype=setup.dtype)
+    config = EngineConfig(
+        model=setup.model, device=setup.device, dtype=setup.dtype, merge_dir=setup.merge_dir
+    )
     return Engine(config, progress=progress)
 
 
@@ -128,6 +131,7 @@ class EngineServer:
             params=start.params,
             output_token_ids=start.output_token_ids,
             priority=cast(Priority, start.priority),
+            merge=MergeSpec(**msgspec.structs.asdict(start.merge)),
         )
         try:
             request_id = self._engine.add(request)

@@ -39,7 +39,7 @@ from openlora.joblog import JobLog, reach_redis, redis_client
 from openlora.joblog.crashes import CrashLog
 from workers.aftermath import Aftermath
 from workers.assembly import Parts, assemble
-from workers.config import WorkerConfig
+from workers.config import MERGES, WorkerConfig
 from workers.engine_client import EngineClient, EngineGone
 from workers.heartbeat import (
     HEARTBEAT_INTERVAL_S,
@@ -89,6 +89,7 @@ class Worker:
                 device=config.device,
                 dtype=config.dtype,
                 log_level=config.log_level.upper(),
+                merge_dir=str(config.store / MERGES),
             )
         )
         try:

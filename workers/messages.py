@@ -9,17 +9,22 @@ from __future__ import annotations
 
 import msgspec
 
+from openlora.protocol.jobs import Merge
 from openlora.sampling_params import SamplingParams
 
 
 class EngineSetup(msgspec.Struct, frozen=True, array_like=True):
-    """The first frame to the engine process. ``kind``: "model", "scripted:RATE", "clock:RATE"."""
+    """The first frame to the engine process. ``kind``: "model", "scripted:RATE", "clock:RATE".
+
+    ``merge_dir``: the directory that keeps merged adapters.
+    """
 
     kind: str
     model: str
     device: str
     dtype: str
     log_level: str
+    merge_dir: str | None = None
 
 
 class ModelFacts(msgspec.Struct, frozen=True, array_like=True, tag="facts"):
@@ -58,6 +63,7 @@ class Start(msgspec.Struct, frozen=True, array_like=True):
     adapters: tuple[tuple[str, float], ...] = ()
     output_token_ids: tuple[int, ...] = ()
     priority: str = "interactive"
+    merge: Merge = Merge()
 
 
 class Commands(msgspec.Struct, frozen=True, array_like=True):

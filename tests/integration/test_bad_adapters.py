@@ -139,6 +139,25 @@ def test_each_unusable_adapter_is_refused_with_the_reason(system, folder, tmp_pa
         assert text_of(again) == text_of(alone)
 
 
+def test_merges_go_through_the_whole_system_and_bad_ones_fail_alone(system):
+    """With weight 0 for the other one, the best approximation of the sum is the one itself."""
+    pair = [{"id": "poet", "weight": 1.0}, {"id": "pirate", "weight": 0.0}]
+    with Client(system.url) as client:
+        alone = client.run("alone", prompt="the sea", adapter="poet", params=GREEDY)
+        merged = client.run(
+            "svd", prompt="the sea", adapters=pair, merge={"method": "svd"}, params=GREEDY
+        )
+        assert text_of(merged) == text_of(alone)
+        pruned = {"method": "dare_ties_svd", "density": 0.2, "seed": 3}
+        first, again = (
+            client.run(name, prompt="the sea", adapters=pair, merge=pruned, params=GREEDY)
+            for name in ("first", "again")
+        )
+        assert text_of(first) == text_of(again)
+        client.generate("bad", prompt="x", adapters=pair, merge={"method": "ties"})
+        assert client.until_end("bad")[-1]["code"] == "invalid_request"
+
+
 def test_content_that_changed_in_the_store_fails_its_requests_alone(system, folder, tmp_path):
     """Other bytes under a content's name: the worker that loads them finds out."""
     shutil.copytree(folder / "adapters/poet", tmp_path / "other")
