@@ -1,0 +1,55 @@
+"""The picture of a running batch."""
+
+import io
+
+from rich.console import Console
+
+from openlora.commands.batch_progress import Rates, picture, summary
+
+
+def batch(status="in_progress", **progress):
+    return {
+        "id": "batch_1",
+        "status": status,
+        "request_counts": {"total": 1000, "completed": 390, "failed": 10},
+        "progress": {
+            "lines_done": 400,
+            "completion_tokens": 8000,
+            "problem": None,
+            "bytes_read": 50,
+            "bytes": 100,
+            **progress,
+        },
+    }
+
+
+def shown(*args):
+    console = Console(file=io.StringIO(), width=120)
+    console.print(picture(*args))
+    return console.file.getvalue()
+
+
+def test_speed_and_time_left_come_from_the_last_polls():
+    rates = Rates()
+    assert rates.per_second() == (0.0, 0.0)
+    for second in range(100):
+        rates.add(second, 4 * second, 80 * second)
+    assert rates.per_second() == (4.0, 80.0)
+    text = shown(batch(), {"pirate": 300, "": 100}, rates)
+    assert "400 of 1,000 lines · 4 lines/s, 80 tokens/s · 2 min 30 s left · 10 failed" in text
+    assert "pirate" in text
+    assert "(base model)" in text
+
+
+def test_many_adapters_are_summed_up():
+    text = shown(batch(), {f"a{n}": n for n in range(1, 101)}, Rates())
+    assert "a100" in text
+    assert "92 more" in text
+    assert "4,278" in text
+
+
+def test_what_holds_a_batch_up_is_shown():
+    stuck = batch(problem="the disk is full")
+    assert "waiting: the disk is full" in shown(stuck, {}, Rates())
+    assert summary(stuck).startswith("in_progress  400/1000 lines  10 failed  8000 tokens")
+    assert "waiting: the disk is full" in summary(stuck)
