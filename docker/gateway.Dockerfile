@@ -12,7 +12,7 @@ COPY producer producer
 COPY workers workers
 RUN pip install --no-cache-dir --no-deps . \
     && useradd --create-home --uid 1000 openlora \
-    && install -d -o openlora /data/store
+    && install -d -o openlora /data/store /data/batches
 
 USER openlora
 WORKDIR /home/openlora
