@@ -1,0 +1,262 @@
+"""The steps on a real Redis, run in this process: each twice, and with what can go wrong."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import secrets
+import time
+
+import pytest
+
+from openlora.errors import Overloaded
+from openlora.joblog import JobLog, redis_client
+from openlora.protocol.bulk import BulkAnswer, BulkAnswers, decode_bulk_message
+from openlora.protocol.status import AdapterRecord, PartitionStatus
+from openlora.registry import AdapterRegistry
+from producer.bulk.app import do_step
+from producer.bulk.files import FileStore
+from producer.bulk.records import BatchRecord, Step, StepKind
+from producer.bulk.results import answered, write_segment
+from producer.bulk.state import BatchStates, Mark, now_ms
+from producer.bulk.steps import Tools
+from producer.bulk.steward import Steward
+from producer.bulk.workers_seen import heartbeats, nothing_pending
+from tests.joblog.test_log import a_heartbeat
+
+pytestmark = pytest.mark.services
+
+
+class Sender:
+    """Keeps what is sent, or refuses it."""
+
+    def __init__(self) -> None:
+        self.bundles = []
+        self.is_away = False
+
+    def send(self, bundles):
+        if self.is_away:
+            raise Overloaded("no broker")
+        self.bundles += [(key, decode_bulk_message(value)) for key, value in bundles]
+
+
+class Producer:
+    """The steward's queue is a list; ``run`` does all steps until there is none."""
+
+    def __init__(self, redis_url, folder) -> None:
+        self.client = redis_client(redis_url)
+        self.states = BatchStates(self.client)
+        self.store = FileStore(folder, self.client)
+        self.sender = Sender()
+        self.registry = AdapterRegistry(self.client)
+        self.tools = Tools(self.states, self.store, self.registry, self.sender, self.client)
+        self.queue = []
+        self.steward = Steward(self.states, self.client, lambda *entry: self.queue.append(entry))
+        self.fails = []
+
+    def submit(self, data, **fields):
+        file = self.store.put(io.BytesIO(data), "t", "in.jsonl", "batch")
+        path = self.store.path(file)
+        record = BatchRecord(
+            "batch_" + secrets.token_hex(4),
+            "t",
+            file.id,
+            file.sha256,
+            file.size,
+            path.stat().st_mtime_ns,
+            now_ms(),
+            now_ms() + 1_000_000,
+            **fields,
+        )
+        assert self.states.create(record, 100)
+        self.steward.advance(record.id)
+        return record.id
+
+    def run(self, times=1):
+        while self.queue:
+            batch_id, step = self.queue.pop(0)
+            for _ in range(times):
+                do_step(self.tools, self.steward, batch_id, step)
+
+    def answer(self, batch_id, bundles, partition=0):
+        """What collector and worker do for these bundles."""
+        for _, message in bundles:
+            answers = tuple(
+                BulkAnswer(line.line, line.custom_id, f"to {line.prompt}", "stop", 2, 3)
+                for line in message.lines
+            )
+            bundle = BulkAnswers(batch_id, message.input_hash, message.group, answers)
+            results = answered(bundle, 1)
+            name = f"answers-{partition}-{message.lines[0].line}"
+            write_segment(self.store.folder(batch_id).segments, name, results)
+            marks = [Mark(answer.line, 2, 3) for answer in answers]
+            self.states.mark(batch_id, marks, source="worker", adapter="a")
+
+    def results(self, batch_id):
+        return [json.loads(line) for line in b"".join(self.store.results(batch_id)).splitlines()]
+
+
+@pytest.fixture
+def producer(redis_url, tmp_path):
+    made = Producer(redis_url, tmp_path)
+    for name in ("a", "b"):
+        made.registry.put(AdapterRecord(name, 0, name * 64, 8, (), "", 1, "", 1))
+    yield made
+    made.client.close()
+
+
+def lines(count, **fields):
+    return b"".join(
+        json.dumps({"prompt": f"p{n}", "adapter": "ab"[n % 2], **fields}).encode() + b"\n"
+        for n in range(count)
+    )
+
+
+@pytest.mark.parametrize("times", [1, 2])
+def test_steps_that_run_twice_change_nothing(producer, times, monkeypatch):
+    monkeypatch.setattr("producer.bulk.reading.CHUNK_LINES", 40)
+    batch_id = producer.submit(lines(150) + b"bad\n")
+    producer.run(times)
+    state = producer.states.get(batch_id)
+    assert (state.phase, state.total, state.done, state.chunks) == ("running", 151, 1, 4)
+    assert state.published == state.outstanding == 150
+    sent = producer.sender.bundles
+    # long runs: all of an adapter's lines of the batch side by side, 64 to a message
+    assert [len(message.lines) for _, message in sent] == [64, 11, 64, 11]
+    assert [key for key, _ in sent] in ([b"a", b"a", b"b", b"b"], [b"b", b"b", b"a", b"a"])
+    producer.answer(batch_id, sent + sent[:2])
+    producer.answer(batch_id, sent[:1], partition=1)
+    assert producer.states.get(batch_id).answered == 150
+    producer.steward.advance(batch_id)
+    producer.run(times)
+    state = producer.states.get(batch_id)
+    assert (state.status, state.done, state.failed) == ("completed", 151, 1)
+    assert (state.prompt_tokens, state.completion_tokens) == (300, 450)
+    results = producer.results(batch_id)
+    assert [r["line"] for r in results] == list(range(1, 152))
+    assert [r.get("text") for r in results[:2]] == ["to p0", "to p1"]
+    assert not producer.store.folder(batch_id).segments.exists()
+    assert producer.states.open_ids() == []
+
+
+def test_an_input_that_changed_fails_the_batch_and_says_where(producer, monkeypatch):
+    monkeypatch.setattr("producer.bulk.reading.CHUNK_LINES", 40)
+    batch_id = producer.submit(lines(100))
+    [(_, step)] = producer.queue
+    do_step(producer.tools, producer.steward, batch_id, step)
+    producer.queue.pop(0)
+    [path] = [p for p in (producer.store.root / "files").iterdir() if p.name.startswith("file-")]
+    os.utime(path, ns=(1, 1))
+    producer.run()
+    state = producer.states.get(batch_id)
+    assert state.status == "failed"
+    assert "line 41" in producer.states.errors(batch_id)[0].message
+    assert [r["error"]["code"] for r in producer.results(batch_id)] == ["invalid_request"] * 40
+    gone = producer.submit(lines(3))
+    for path in (producer.store.root / "files").iterdir():
+        path.unlink()
+    producer.run()
+    assert producer.states.get(gone).status == "failed"
+    assert "gone" in producer.states.errors(gone)[0].message
+
+
+def test_a_full_disk_and_an_absent_broker_are_waited_out(producer):
+    batch_id = producer.submit(lines(5))
+    [entry] = producer.queue
+    # where a folder is to be made, a file lies: no write succeeds, as on a full disk
+    blocker = producer.store.root / "batches"
+    blocker.write_bytes(b"")
+    for _ in range(2):
+        with pytest.raises(OSError, match=r"exists|directory"):
+            do_step(producer.tools, producer.steward, *entry)
+    blocker.unlink()
+    producer.sender.is_away = True
+    with pytest.raises(Overloaded, match="no broker"):
+        producer.run()
+    assert producer.states.get(batch_id).published == 0
+    producer.sender.is_away = False
+    do_step(producer.tools, producer.steward, batch_id, Step("publish", 0))
+    assert producer.states.get(batch_id).published == 5
+
+
+def test_a_model_is_looked_up_among_the_living_workers(producer):
+    line = {
+        "custom_id": "1",
+        "method": "POST",
+        "url": "/v1/completions",
+        "body": {"model": "tiny", "prompt": "p"},
+    }
+    batch_id = producer.submit(json.dumps(line).encode())
+    with pytest.raises(Overloaded, match="line 1 names a model and no worker"):
+        producer.run()
+    JobLog(producer.client).write_heartbeat(a_heartbeat("w", model_id="tiny"))
+    do_step(producer.tools, producer.steward, batch_id, Step("read", 0))
+    producer.run()
+    assert producer.states.get(batch_id).published == 1
+
+
+def test_a_step_that_was_lost_is_queued_again(producer):
+    batch_id = producer.submit(lines(3))
+    producer.queue.clear()
+    producer.steward.advance(batch_id)
+    assert producer.queue == []
+    time.sleep(0.002)
+    reborn = Steward(producer.states, producer.client, lambda *entry: producer.queue.append(entry))
+    reborn.advance(batch_id)
+    assert producer.queue == [(batch_id, Step("read", 0))]
+    reborn.advance(batch_id)
+    assert len(producer.queue) == 1
+
+
+def test_only_what_is_missing_is_published_again(producer):
+    batch_id = producer.submit(lines(100))
+    producer.run()
+    sent = list(producer.sender.bundles)
+    producer.answer(batch_id, sent[:1])
+    state = producer.states.get(batch_id)
+    assert producer.states.change(state, {"again": 0})
+    producer.steward.advance(batch_id)
+    producer.run()
+    again = producer.sender.bundles[len(sent) :]
+    assert again == sent[1:]
+    assert producer.states.get(batch_id).again == -1
+    assert producer.states.get(batch_id).published == 100
+
+
+@pytest.mark.parametrize("kind", ["read", "plan", "publish", "close", "assemble", "finish"])
+def test_a_step_nobody_waits_for_is_not_done(producer, kind: StepKind):
+    batch_id = producer.submit(lines(1))
+    assert do_step(producer.tools, producer.steward, batch_id, Step(kind, 7)) == "done before"
+    assert do_step(producer.tools, producer.steward, "batch_x", Step(kind, 0)) == "done before"
+
+
+def test_limits_and_pages(producer):
+    ids = [producer.submit(lines(1)) for _ in range(5)]
+    record = producer.states.get(ids[0]).record
+    assert not producer.states.create(record, 5)
+    page, more = producer.states.page("t", 2, None)
+    assert more
+    seen = [state.id for state in page]
+    while more:
+        page, more = producer.states.page("t", 2, seen[-1])
+        seen += [state.id for state in page]
+    assert sorted(seen) == sorted(ids)
+    assert producer.states.page("nobody", 2, None) == ([], False)
+
+
+def test_pending_lines_are_told_from_lost_ones(producer):
+    log = JobLog(producer.client)
+    assert not nothing_pending(heartbeats(producer.client))  # nobody lives to say so
+
+    def seen(*offsets):
+        statuses = tuple(
+            PartitionStatus("openlora.batch", n, committed, high, high)
+            for n, (committed, high) in enumerate(offsets)
+        )
+        log.write_heartbeat(a_heartbeat("w", ready=True, partitions=statuses))
+        return nothing_pending(heartbeats(producer.client))
+
+    assert seen((5, 5), (0, 0))
+    assert not seen((5, 5), (4, 5))
+    assert not seen((5, 5), (0, -1))
