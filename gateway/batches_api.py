@@ -7,14 +7,20 @@ import secrets
 from typing import Any
 
 import msgspec
+from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
 from gateway.config import GatewayConfig
 from gateway.files_api import Keyed, file_routes, storing
-from gateway.threads import in_daemon_thread
-from openlora.errors import BatchNotFound, InvalidRequest, PayloadTooLarge, RateLimited
+from openlora.errors import (
+    BatchNotFound,
+    FileNotFound,
+    InvalidRequest,
+    PayloadTooLarge,
+    RateLimited,
+)
 from openlora.joblog import redis_client
 from producer.bulk.files import FileStore
 from producer.bulk.openai_body import CHAT_URL, TEXT_URL
@@ -85,6 +91,10 @@ class BatchesApi:
             file = self._store.get(new.input_file_id, tenant)
             if file.batch_id:
                 raise InvalidRequest(f"{file.id} is a result; a batch's input is a file you sent")
+            try:
+                mtime_ns = self._store.path(file).stat().st_mtime_ns
+            except FileNotFoundError as error:
+                raise FileNotFound(f"the content of {file.id} is gone; send it again") from error
             created = now_ms()
             record = BatchRecord(
                 id=f"batch_{secrets.token_hex(12)}",
@@ -92,7 +102,7 @@ class BatchesApi:
                 input_file_id=file.id,
                 input_hash=file.sha256,
                 input_size=file.size,
-                input_mtime_ns=self._store.path(file).stat().st_mtime_ns,
+                input_mtime_ns=mtime_ns,
                 created_ms=created,
                 expires_ms=created + window_s * 1000,
                 endpoint=new.endpoint,
@@ -107,7 +117,7 @@ class BatchesApi:
                 )
             return BatchState(record=record)
 
-        return JSONResponse(batch_fields(await in_daemon_thread(storing(make)), []))
+        return JSONResponse(batch_fields(await run_in_threadpool(storing(make)), []))
 
     async def list(self, request: Request, tenant: str) -> Response:
         """The tenant's batches, newest first, a page at a time."""
@@ -115,7 +125,7 @@ class BatchesApi:
         if not limit.isascii() or not limit.isdigit() or not 1 <= int(limit) <= MAX_PAGE:
             raise InvalidRequest(f"limit is {limit[:32]!r}; it must be 1 to {MAX_PAGE}")
         after = request.query_params.get("after")
-        states, has_more = await in_daemon_thread(
+        states, has_more = await run_in_threadpool(
             lambda: self._states.page(tenant, int(limit), after)
         )
         return JSONResponse(
@@ -135,7 +145,7 @@ class BatchesApi:
     async def cancel(self, request: Request, tenant: str) -> Response:
         """Ends a batch early: workers drop its lines within seconds, what is done stays."""
         state = await self._state(request, tenant)
-        await in_daemon_thread(lambda: self._states.end(state.id, "cancelled"))
+        await run_in_threadpool(lambda: self._states.end(state.id, "cancelled"))
         return JSONResponse(await self._fields(request, tenant))
 
     async def results(self, request: Request, tenant: str) -> Response:
@@ -150,16 +160,18 @@ class BatchesApi:
     async def adapters(self, request: Request, tenant: str) -> Response:
         """Lines done by adapter; "" is the base model, and what was refused unseen."""
         state = await self._state(request, tenant)
-        return JSONResponse(await in_daemon_thread(lambda: self._states.adapter_progress(state.id)))
+        return JSONResponse(
+            await run_in_threadpool(lambda: self._states.adapter_progress(state.id))
+        )
 
     async def _fields(self, request: Request, tenant: str) -> dict[str, Any]:
         state = await self._state(request, tenant)
-        errors = await in_daemon_thread(lambda: self._states.errors(state.id))
+        errors = await run_in_threadpool(lambda: self._states.errors(state.id))
         return batch_fields(state, errors)
 
     async def _state(self, request: Request, tenant: str) -> BatchState:
         batch_id: str = request.path_params["id"]
-        state = await in_daemon_thread(lambda: self._states.get(batch_id))
+        state = await run_in_threadpool(lambda: self._states.get(batch_id))
         if state is None or state.record.tenant != tenant:
             raise BatchNotFound(f"there is no batch {batch_id[:64]!r}; GET /v1/batches lists them")
         return state

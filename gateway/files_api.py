@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TypeVar
 
+from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
@@ -12,7 +13,6 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
 from gateway.adapter_api import Handler, TenantHandler
-from gateway.threads import in_daemon_thread
 from openlora.errors import InvalidRequest, Overloaded
 from producer.bulk.files import FileStore
 from producer.bulk.records import FileRecord
@@ -62,7 +62,7 @@ class FilesApi:
                 raise InvalidRequest(f"purpose is {purpose!r:.80}; it must be {PURPOSE!r}")
             name = (upload.filename or "input.jsonl")[:MAX_FILENAME_CHARS]
             source = upload.file
-            record = await in_daemon_thread(
+            record = await run_in_threadpool(
                 storing(lambda: self._store.put(source, tenant, name, PURPOSE))
             )
         finally:
@@ -71,7 +71,7 @@ class FilesApi:
 
     async def list(self, request: Request, tenant: str) -> Response:
         """All files of the tenant, newest first."""
-        records = await in_daemon_thread(lambda: self._store.all_of(tenant))
+        records = await run_in_threadpool(lambda: self._store.all_of(tenant))
         data = [file_fields(record) for record in records]
         return JSONResponse({"object": "list", "data": data, "has_more": False})
 
@@ -87,12 +87,12 @@ class FilesApi:
     async def remove(self, request: Request, tenant: str) -> Response:
         """Forgets a file, and its content where it was sent."""
         record = await self._record(request, tenant)
-        await in_daemon_thread(storing(lambda: self._store.remove(record)))
+        await run_in_threadpool(storing(lambda: self._store.remove(record)))
         return JSONResponse({"id": record.id, "object": "file", "deleted": True})
 
     async def _record(self, request: Request, tenant: str) -> FileRecord:
         file_id = request.path_params["id"]
-        return await in_daemon_thread(lambda: self._store.get(file_id, tenant))
+        return await run_in_threadpool(lambda: self._store.get(file_id, tenant))
 
 
 def storing(call: Callable[[], T]) -> Callable[[], T]:
