@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -148,14 +148,20 @@ def _load_site(
     pages = max((-(-module.rank // PAGE_RANK) for module in modules), default=0)
     a = zeros((pages, model.num_layers, shape.in_features, len(slots), PAGE_RANK), dtype)
     b = zeros((pages, model.num_layers, len(shape.block_slices), PAGE_RANK, shape.block_out), dtype)
-    for module in modules:
+    for alike in _alike(modules, layout):
+        module, layers = alike[0], slice(alike[0].layer, alike[-1].layer + 1)
         index, place = slots[module.path]
-        _fill(a[:, module.layer, :, index], tensors.get(module.a).T)
-        scaled = _scaled(module, tensors, dtype)
-        gain = None if extras is None else extras.gain(module)
-        if gain is not None:
-            scaled = scaled * gain[:, None]
-        _fill_blocks(b[:, module.layer], place, shape.block_out, scaled)
+        # [layers, rank, in_features] and [layers, out_features, rank]: one copy for all layers.
+        # Many small ones would wait for the interpreter between any two, and keep it from others.
+        lora_a = torch.stack([tensors.get(each.a) for each in alike])
+        lora_b = torch.stack([tensors.get(each.b) for each in alike])
+        _fill(a[:, layers, :, index], lora_a.mT)
+        scaled = _scaled(lora_b, module.scale, dtype)
+        gains = [None if extras is None else extras.gain(each) for each in alike]
+        for layer, gain in enumerate(gains):
+            if gain is not None:
+                scaled[layer] = scaled[layer] * gain[:, None]
+        _fill_blocks(b[:, layers], place, shape.block_out, scaled)
     # One sum for all modules: anything that is not finite makes it so, and is then looked for.
     if not (_sum_is_finite(a) and _sum_is_finite(b)):
         for module in modules:
@@ -163,11 +169,27 @@ def _load_site(
     return SiteWeights(a.flatten(3), b)
 
 
-def _scaled(module: LoRAModule, tensors: FileTensors, dtype: torch.dtype) -> torch.Tensor:
+def _alike(modules: Sequence[LoRAModule], layout: AdapterLayout) -> Iterable[list[LoRAModule]]:
+    """Runs of the same linear in layer after layer, of one rank, scale and dtype."""
+
+    def kind(module: LoRAModule) -> tuple[object, ...]:
+        a, b = layout.tensors[module.a], layout.tensors[module.b]
+        return module.path, module.rank, module.scale, a.dtype, b.dtype
+
+    run: list[LoRAModule] = []
+    for module in sorted(modules, key=lambda module: (module.path, module.layer)):
+        if run and (kind(module) != kind(run[-1]) or module.layer != run[-1].layer + 1):
+            yield run
+            run = []
+        run.append(module)
+    if run:
+        yield run
+
+
+def _scaled(b: torch.Tensor, scale: float, dtype: torch.dtype) -> torch.Tensor:
     """lora_B times the scale, rounded once where the file has another dtype than the pages."""
-    b = tensors.get(module.b)
     # A product in the pages' own dtype is made in fp32 and rounded once as well.
-    return (b if b.dtype == dtype else b.float()) * module.scale
+    return (b if b.dtype == dtype else b.float()) * scale
 
 
 def _sum_is_finite(tensor: torch.Tensor) -> bool:
@@ -180,24 +202,24 @@ def _check_finite(module: LoRAModule, tensors: FileTensors, dtype: torch.dtype) 
             raise AdapterFailed(f"tensor {name} holds values that are not finite")
     if not tensors.get(module.a).to(dtype).isfinite().all():
         raise AdapterFailed(f"tensor {module.a} does not fit {dtype}")
-    if not _scaled(module, tensors, dtype).to(dtype).isfinite().all():
+    if not _scaled(tensors.get(module.b), module.scale, dtype).to(dtype).isfinite().all():
         raise AdapterFailed(
             f"{module.name}: lora_B times its scale {module.scale:g} does not fit {dtype}"
         )
 
 
 def _fill(pages: torch.Tensor, a: torch.Tensor) -> None:
-    """a: [in_features, rank] into pages: [pages, in_features, R]."""
-    for page, part in enumerate(torch.split(a, PAGE_RANK, dim=1)):
-        pages[page, :, : part.shape[1]] = part
+    """a: [layers, in_features, rank] into pages: [pages, layers, in_features, R]."""
+    for page, part in enumerate(torch.split(a, PAGE_RANK, dim=-1)):
+        pages[page, :, :, : part.shape[-1]] = part
 
 
 def _fill_blocks(pages: torch.Tensor, place: SiteModule, block_out: int, b: torch.Tensor) -> None:
-    """b: [out_features, rank] into its blocks of pages: [pages, blocks, R, block_out]."""
-    blocks = b.view(-1, block_out, b.shape[1]).transpose(1, 2)
-    last = place.first_block + blocks.shape[0]
-    for page, part in enumerate(torch.split(blocks, PAGE_RANK, dim=1)):
-        pages[page, place.first_block : last, : part.shape[1]] = part
+    """b: [layers, out_features, rank] into its blocks of pages: [pages, layers, blocks, R, out]."""
+    blocks = b.view(b.shape[0], -1, block_out, b.shape[2]).mT
+    last = place.first_block + blocks.shape[1]
+    for page, part in enumerate(torch.split(blocks, PAGE_RANK, dim=2)):
+        pages[page, :, place.first_block : last, : part.shape[2]] = part
 
 
 def check_modules(

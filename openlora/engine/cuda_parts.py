@@ -55,7 +55,7 @@ def cuda_parts(
         load_adapter=tier.load,
         write_adapter=uploads.write,
         steps_ahead=1,
-        num_load_threads=max(1, min(8, (os.cpu_count() or 1) // 2)),
+        num_load_threads=max(1, min(12, (os.cpu_count() or 1) * 3 // 4)),
         cached_adapter=tier.cached,
         max_staged=max(MAX_STAGED, int(memory.num_bytes * _STAGED_SHARE / usual_bytes)),
     )

@@ -12,6 +12,7 @@ import weakref
 from bisect import bisect_left, insort
 from collections import OrderedDict, deque
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
 
@@ -82,15 +83,7 @@ class HostMemory:
         # Written to, so that the pages exist before they are pinned: that is 5 times faster.
         self._block = torch.zeros(num_bytes, dtype=torch.uint8)
         if pin and num_bytes:
-            cudart: Any = torch.cuda.cudart()  # type: ignore[no-untyped-call]
-            status = cudart.cudaHostRegister(self._block.data_ptr(), num_bytes, 0)
-            if status != cudart.cudaError.success:
-                logger.warning(
-                    "cannot pin %d MiB for adapters (%s): loads slow running requests down; "
-                    "raise the locked-memory limit or lower adapter_host_bytes",
-                    num_bytes >> 20,
-                    status,
-                )
+            self._pin()
 
     @property
     def num_bytes(self) -> int:
@@ -109,6 +102,29 @@ class HostMemory:
         part = self._block.numpy()[start : start + num_bytes]
         weakref.finalize(part, self._gone.append, start)
         return torch.from_numpy(part)
+
+    def _pin(self) -> None:
+        cudart: Any = torch.cuda.cudart()  # type: ignore[no-untyped-call]
+        address = self._block.data_ptr()
+        status = cudart.cudaHostRegister(address, self.num_bytes, 0)
+        if status == cudart.cudaError.success:
+            # Before the memory goes, which the finalizer keeps until then: what comes to lie at
+            # its address could not be pinned any more.
+            weakref.finalize(self, _unpin, cudart, address, self._block)
+            return
+        with suppress(RuntimeError):
+            # Takes the error off, which the next launch would report as its own.
+            torch.zeros(1, device="cuda")
+        logger.warning(
+            "cannot pin %d MiB for adapters (%s): loads slow running requests down; raise the "
+            "locked-memory limit or lower adapter_host_bytes",
+            self.num_bytes >> 20,
+            status,
+        )
+
+
+def _unpin(cudart: Any, address: int, _block: torch.Tensor) -> None:
+    cudart.cudaHostUnregister(address)
 
 
 class Load(Protocol[_T]):
