@@ -28,9 +28,10 @@ from openlora.protocol.events import Failure, FinishReason
 from workers.backlog import Fetched
 from workers.bulk_lines import LineRun, answer_messages
 from workers.bulk_outlet import BulkOutlet
+from workers.bulk_pace import Pace
 from workers.dead_letters import DeadLetters
 from workers.engine_client import EngineClient
-from workers.messages import Fault, ModelFacts, Output, Start, StepOutputs
+from workers.messages import ModelFacts, Output, Start, StepOutputs
 from workers.offsets import Position
 from workers.run import failure_of, now_ms
 from workers.tokenizer import PromptTokenizer
@@ -38,9 +39,6 @@ from workers.tokenizer import PromptTokenizer
 ADMIT_AT_ONCE = 128
 ADMIT_BESIDE_INTERACTIVE = 8
 """Lines admitted in one turn of the loop: each keeps the tokens of others waiting for 0.1 ms."""
-PROMPT_TOKENS_BESIDE = 128
-"""Prompt tokens admitted from one step of the engine to the next while interactive work is about:
-all at once they would make one long step, and the next first token would wait for it."""
 ABOUT_S = 30.0
 """Interactive work counts as being about for so long after it was last there."""
 SPARE_SEATS = 8
@@ -104,7 +102,7 @@ class BulkLane:
         self._runs: dict[int, tuple[_Bundle, LineRun]] = {}
         self._upkeep_due = 0.0
         self._interactive_until = 0.0
-        self._step_room = PROMPT_TOKENS_BESIDE
+        self._pace = Pace()
         self._tokenizer: PromptTokenizer | None = None
         self._facts: ModelFacts | None = None
         self.tokens_made = 0
@@ -141,7 +139,7 @@ class BulkLane:
 
     def take(self, steps: Sequence[StepOutputs]) -> None:
         """The engine's news; of interactive runs' nothing is done here."""
-        self._step_room = PROMPT_TOKENS_BESIDE
+        self._pace.step(len(steps), time.monotonic())
         runs = self._runs
         for step in steps:
             for output in step.outputs:
@@ -165,12 +163,11 @@ class BulkLane:
             self._upkeep()
 
     def _has_room(self, interactive: int) -> bool:
+        if self._pace.room <= 0:
+            return False
         if time.monotonic() >= self._interactive_until:
             return len(self._runs) < self._budget + self._spare
-        if len(self._runs) >= self._budget - self._spare - interactive:
-            return False
-        # Without lines in the engine no step would come to make room again.
-        return self._step_room > 0 or not self._runs
+        return len(self._runs) < self._budget - self._spare - interactive
 
     def _open_next(self) -> bool:
         """Open bundles until one has lines to run; False where none is left."""
@@ -224,7 +221,7 @@ class BulkLane:
             )
             self._add(bundle, answer)
             return
-        self._step_room -= prompt_tokens
+        self._pace.join(prompt_tokens)
         ticket = self._next_ticket()
         run = LineRun(line, prompt_tokens, self._tokenizer.backend, self._facts.eos_token_ids)
         self._runs[ticket] = (bundle, run)
@@ -249,9 +246,12 @@ class BulkLane:
         if in_engine:
             self._engine.abort(output.ticket)
         del self._runs[output.ticket]
+        if not self._runs:
+            self._pace.rest()
         assert self._tokenizer is not None
         assert self._facts is not None
-        failure = None if output.fault is None else _failure(output.fault)
+        fault = output.fault
+        failure = None if fault is None else Failure(fault.code, fault.message)
         reason = reason or output.finish_reason  # type: ignore[assignment]
         tokenizer, eos_token_ids = self._tokenizer.backend, self._facts.eos_token_ids
         self._add(bundle, run.answer(reason, failure, tokenizer, eos_token_ids))
@@ -289,10 +289,8 @@ class BulkLane:
             if owner is bundle:
                 self._engine.abort(ticket)
                 del self._runs[ticket]
-
-
-def _failure(fault: Fault) -> Failure:
-    return Failure(fault.code, fault.message)
+        if not self._runs:
+            self._pace.rest()
 
 
 def _weights(message: BulkMessage) -> tuple[tuple[str, float], ...]:

@@ -19,7 +19,8 @@ from openlora.protocol.bulk import (
 from openlora.protocol.codec import encode
 from openlora.protocol.jobs import AdapterRef
 from workers.backlog import Fetched
-from workers.bulk import PROMPT_TOKENS_BESIDE, BulkLane, is_bundle
+from workers.bulk import BulkLane, is_bundle
+from workers.bulk_pace import FIRST_TOKENS
 from workers.messages import Fault, ModelFacts, Output, StepOutputs
 from workers.offsets import Position
 from workers.tokenizer import PromptTokenizer
@@ -192,19 +193,29 @@ def test_lines_fill_the_seats_and_a_few_more_wait_behind_them(bench):
     assert bench.lane.could_admit(0)
 
 
-def test_beside_interactive_work_few_prompt_tokens_are_admitted_a_step(bench):
-    prompt = "x" * (PROMPT_TOKENS_BESIDE - 1)
-    bench.deliver(bundle(*(line(n, prompt) for n in range(1, 65))))
-    bench.lane.refill(1)
-    bench.lane.refill(1)
-    assert len(bench.engine.started) == 2
-    bench.lane.take([StepOutputs()])
-    bench.lane.refill(0)  # the interactive job has just ended
-    assert len(bench.engine.started) == 4
-    for _ in range(20):
-        bench.lane.take([StepOutputs()])
+def test_interactive_work_takes_seats_and_leaves_one_in_eight_free(bench):
+    bench.deliver(bundle(*(line(n) for n in range(1, 65))))
+    for _ in range(4):
         bench.lane.refill(4)
     assert len(bench.engine.started) == 16 - 2 - 4
+    bench.lane.refill(0)  # the interactive jobs have just ended, others may follow
+    assert len(bench.engine.started) == 16 - 2
+
+
+def test_prompt_tokens_join_step_by_step(bench):
+    prompt = "x" * (FIRST_TOKENS // 2)
+    bench.deliver(bundle(*(line(n, prompt) for n in range(1, 9))))
+    bench.lane.refill(0)
+    bench.lane.refill(0)
+    assert len(bench.engine.started) == 2
+    assert not bench.lane.could_admit(0)
+    bench.lane.take([StepOutputs()])
+    bench.lane.refill(0)
+    assert len(bench.engine.started) == 4
+    for ticket in range(4):
+        bench.say(ticket, finish_reason="stop")
+    bench.lane.refill(0)
+    assert len(bench.engine.started) == 6, "without lines in the engine nobody waits for a step"
 
 
 def test_a_stopped_batch_is_dropped(bench):
