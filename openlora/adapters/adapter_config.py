@@ -70,6 +70,7 @@ class AdapterConfig:
     target_modules: re.Pattern[str] | tuple[str, ...]
     exclude_modules: re.Pattern[str] | tuple[str, ...]
     layers_to_transform: frozenset[int] | None
+    layers_pattern: tuple[re.Pattern[str], ...]
     base_model: str
     use_dora: bool = False
     bias: str = "none"
@@ -97,8 +98,18 @@ class AdapterConfig:
             return _matches(self.target_modules, module)
         if module in self.target_modules:
             return True
-        in_layers = self.layers_to_transform is None or layer in self.layers_to_transform
-        return in_layers and _matches(self.target_modules, module)
+        return self._is_in_layers(module, layer) and _matches(self.target_modules, module)
+
+    def _is_in_layers(self, module: str, layer: int) -> bool:
+        if self.layers_to_transform is None:
+            return True
+        if self.layers_pattern:
+            # A pattern names what stands before the layer's number; where none does, PEFT finds
+            # no number and leaves the module out.
+            found = (pattern.match(module) for pattern in self.layers_pattern)
+            numbers = [int(match["number"]) for match in found if match]
+            return bool(numbers) and numbers[0] in self.layers_to_transform
+        return layer in self.layers_to_transform
 
 
 ALL_LINEAR = (
@@ -151,6 +162,7 @@ def parse_adapter_config(raw: Mapping[str, Any]) -> AdapterConfig:
         target_modules=_targets(raw.get("target_modules"), "target_modules"),
         exclude_modules=_targets(raw.get("exclude_modules") or [], "exclude_modules"),
         layers_to_transform=_layers(raw.get("layers_to_transform")),
+        layers_pattern=_layers_pattern(raw.get("layers_pattern")),
         base_model=str(raw.get("base_model_name_or_path") or ""),
         use_dora=bool(raw.get("use_dora")),
         bias=str(raw.get("bias") or "none"),
@@ -174,6 +186,12 @@ def _refuse(raw: Mapping[str, Any]) -> None:
     if raw.get("use_dora") and raw.get("lora_bias"):
         raise AdapterFailed(f"{CONFIG_FILE}: use_dora and lora_bias together are not supported")
     init = raw.get("init_lora_weights", True)
+    if init == "loftq":
+        raise AdapterFailed(
+            f"{CONFIG_FILE}: init_lora_weights is loftq, which quantises the base model once more "
+            "wherever it is loaded; serve the base model that was saved with the adapter, and set "
+            "init_lora_weights to true, as PEFT's LoftQ example does"
+        )
     if init not in _PLAIN_INITS:
         raise AdapterFailed(
             f"{CONFIG_FILE}: init_lora_weights is {str(init)[:100]}, which changes the base "
@@ -221,6 +239,19 @@ def _targets(value: Any, field: str) -> re.Pattern[str] | tuple[str, ...]:
         f"{CONFIG_FILE}: {field} is {str(value)[:100]}; "
         "it must be a list of module names or a pattern"
     )
+
+
+def _layers_pattern(value: Any) -> tuple[re.Pattern[str], ...]:
+    patterns = [value] if isinstance(value, str) else value or []
+    if not isinstance(patterns, list) or not all(isinstance(item, str) for item in patterns):
+        raise AdapterFailed(
+            f"{CONFIG_FILE}: layers_pattern is {str(value)[:100]}; it must hold names"
+        )
+    found = []
+    for pattern in filter(None, patterns):
+        compile_pattern(pattern, "layers_pattern")
+        found.append(re.compile(rf"(?:^|.*?\.)(?:{pattern})\.(?P<number>\d+)\."))
+    return tuple(found)
 
 
 def _names(value: Any, field: str) -> tuple[str, ...]:
