@@ -7,7 +7,7 @@ import shutil
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from gateway import config as gateway_config
 from openlora.commands.brokers import BROKER_LOST, REDIS_LOST
@@ -22,6 +22,9 @@ from openlora.commands.signals import StopSignals
 from openlora.commands.supervisor import Supervisor
 from openlora.protocol.status import AdapterRecord
 from workers import config as worker_config
+
+if TYPE_CHECKING:
+    from openlora.commands.adapter_watch import AdapterWatch
 
 DEMO_NAME = "SmolLM2-135M-Instruct"
 _READY_POLL_S = 0.2
@@ -58,6 +61,7 @@ class System:
         _settings(worker_config, {**self._environ, "OPENLORA_MODEL": config.model or DEMO_NAME})
         self._instance = InstanceDir(config.state_dir, config.port, config.model or DEMO_NAME)
         self._environ.setdefault("OPENLORA_BATCHES", str(self._instance.path / "batches"))
+        self._watch: AdapterWatch | None = None
         self._gateway: list[Part] = []
         self._producer: list[Part] = []
         self._workers: list[Child] = []
@@ -88,6 +92,8 @@ class System:
 
     def stop(self) -> bool:
         """Drain and end all parts in the order that ``supervisor`` gives the reasons of."""
+        if self._watch is not None:
+            self._watch.stop()
         if self._gateway:
             self._screen.line(
                 "Stopping: no new work, open streams finish (Ctrl-C again stops at once)"
@@ -141,11 +147,15 @@ class System:
 
     def _seed_adapters(self, model: str) -> list[AdapterRecord]:
         from openlora.adapters.store import AdapterStore
+        from openlora.commands.adapter_watch import AdapterWatch, FolderChanges
         from openlora.commands.seed import adapter_dirs, hidden_size_of, register_dirs
         from openlora.joblog import redis_client
-        from openlora.registry import AdapterRegistry
+        from openlora.registry import OPERATOR, AdapterRegistry
 
+        changes = None
         if self._config.adapters is not None:
+            # Before they are listed: what appears between the two is registered twice, not never.
+            changes = FolderChanges(self._config.adapters)
             dirs = adapter_dirs(self._config.adapters)
             if not dirs:
                 self._screen.warn(
@@ -158,10 +168,18 @@ class System:
         else:
             dirs = []
         registry = AdapterRegistry(redis_client(self._environ["OPENLORA_REDIS"]))
-        store = AdapterStore(self._gateway_config.store)
-        for bad in register_dirs(dirs, store, registry, hidden_size_of(model)):
+        store, hidden_sizes = AdapterStore(self._gateway_config.store), hidden_size_of(model)
+        for bad in register_dirs(dirs, store, registry, hidden_sizes):
             self._screen.warn(f"Adapter {bad.name} is left out: {bad.reason}")
-        return registry.list()
+        if changes is not None:
+            self._watch = AdapterWatch(
+                changes,
+                lambda dirs: register_dirs(dirs, store, registry, hidden_sizes),
+                self._screen.warn,
+                self._screen.line,
+            )
+            self._watch.start()
+        return registry.list(OPERATOR)
 
     def _start_processes(self, model: str) -> None:
         environ = {**self._environ, "OPENLORA_MODEL": model}

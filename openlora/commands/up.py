@@ -6,7 +6,8 @@ examples:
   openlora up --kafka kafka:9092 --redis redis://:secret@redis:6379/0
 
 Without --kafka or --redis an embedded server runs as a child process. Each subfolder of
---adapters with an adapter_config.json becomes an adapter of that name. Ctrl-C drains: no new
+--adapters with an adapter_config.json becomes an adapter of that name, also one that appears or
+changes later. Ctrl-C drains: no new
 work, open streams finish, then all processes end; a second Ctrl-C stops at once.
 """
 

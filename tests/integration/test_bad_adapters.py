@@ -6,6 +6,7 @@ import base64
 import json
 import pickle
 import shutil
+import time
 
 import httpx
 import pytest
@@ -175,6 +176,20 @@ def test_content_that_changed_in_the_store_fails_its_requests_alone(system, fold
         assert streams["bad"][-1]["code"] == "adapter_failed"
         assert "is damaged" in streams["bad"][-1]["message"]
     httpx.delete(f"{system.url}/v1/adapters/other").raise_for_status()
+
+
+def test_an_adapter_that_appears_in_the_folder_is_served(system, folder):
+    shutil.copytree(folder / "adapters/poet", folder / "adapters/late")
+    change_tensors(folder / "adapters/late", lambda t, names: t[names[0]].mul_(0.5))
+    deadline = time.monotonic() + 30
+    while httpx.get(f"{system.url}/v1/adapters/late").status_code == 404:
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    with Client(system.url) as client:
+        assert text_of(client.run("late", prompt="the sea", adapter="late", params=GREEDY))
+    assert "Adapter late is registered" in system.output
+    shutil.rmtree(folder / "adapters/late")
+    httpx.delete(f"{system.url}/v1/adapters/late").raise_for_status()
 
 
 def test_the_command_says_it_in_one_line(system, folder, tmp_path):
