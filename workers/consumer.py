@@ -20,7 +20,7 @@ from kafka.errors import AuthorizationError, KafkaError
 from kafka.structs import TopicPartition
 
 from openlora.errors import SetupError
-from openlora.protocol.names import BATCH_TOPIC, JOB_TOPICS
+from openlora.protocol.names import BATCH_TOPIC, JOB_TOPICS, JOBS_TOPIC
 from openlora.protocol.status import PartitionStatus
 from workers.assignor import SamePartitionsAssignor
 from workers.backlog import Backlog, Fetched
@@ -108,6 +108,10 @@ class JobConsumer:
             self._servers, self._client_id, self._assignor, timeout_ms
         )
         self._consumer.subscribe(topics=JOB_TOPICS, listener=self._rebalances)
+
+    def partition_count(self) -> int:
+        """Partitions of the interactive topic; before ``start``. 0 while nobody has made it."""
+        return len(self._consumer.partitions_for_topic(JOBS_TOPIC) or ())
 
     def start(self) -> None:
         """Join the group and begin to fetch."""

@@ -6,7 +6,8 @@ Start
     3. tokenizer         loaded meanwhile, in a thread; heartbeats show how far the model is
     4. engine ready      waited for before the group is joined: nobody gives us partitions that we
                          could not serve
-    5. group             joined; jobs come in; the first heartbeat as a member says "ready"
+    5. group             joined once it is at rest; jobs come in; the first heartbeat as a member
+                         says "ready"
 
 Drain (SIGTERM or SIGINT)
     1. group             left first, with what has ended committed: others take over our
@@ -48,6 +49,8 @@ from workers.heartbeat import (
     LoadingHeartbeats,
 )
 from workers.messages import EngineSetup
+from workers.run import now_ms
+from workers.settling import LOOK_INTERVAL_S, PATIENCE_S, is_settled
 from workers.token_sink import Stopped
 from workers.tokenizer import PromptTokenizer
 
@@ -123,6 +126,7 @@ class Worker:
         parts.loop.set_admission(parts.admission(tokenizer, facts))
         heartbeats = Heartbeats(HeartbeatWriter(self._config, facts), parts)
         self._wake = parts.loop.wake
+        self._settle(parts, heartbeats)
         self._started = True
         parts.consumer.start()
         try:
@@ -136,6 +140,18 @@ class Worker:
             self._leave(parts, heartbeats)
             client.close()
         return 1 if self._failure else 0
+
+    def _settle(self, parts: Parts, heartbeats: Heartbeats) -> None:
+        """Wait until the group is at rest; a signal ends this as it ends the rest of the start."""
+        deadline = time.monotonic() + PATIENCE_S
+        partitions = parts.consumer.partition_count()
+        while time.monotonic() < deadline:
+            others = parts.sink.patiently(parts.job_log.heartbeats)
+            if is_settled(others, partitions, now_ms()):
+                return
+            logger.info("event=group_in_motion next=wait_to_join")
+            heartbeats.write_if_due(ready=False)
+            time.sleep(LOOK_INTERVAL_S)
 
     def _work(self, parts: Parts, heartbeats: Heartbeats) -> None:
         while not self._draining.is_set():

@@ -126,7 +126,7 @@ def _line(row: FaultRow) -> str:
 def _table(rows: list[FaultRow]) -> Table:
     table = Table(box=None, pad_edge=False)
     columns = ("fault", "times", "streams hit", "lost", "repeated", "changed", "failed",
-               "restarted", "refused", "worst stall, s")  # fmt: skip
+               "restarted", "refused", "worst stall, s", "worst first token, s")  # fmt: skip
     for number, column in enumerate(columns):
         table.add_column(column, justify="right" if number else "left")
     for row in rows:
@@ -135,5 +135,6 @@ def _table(rows: list[FaultRow]) -> Table:
             row.fault,
             *(str(count) for count in (*counts, row.restarted, row.refused)),
             f"{row.worst_stall_s:.2f}",
+            f"{row.worst_wait_s:.2f}",
         )
     return table

@@ -23,7 +23,8 @@ class FaultRow(msgspec.Struct, frozen=True):
             or met otherwise; failed: streams that ended in an error.
         restarted: streams that were told ``restarted`` and began again.
         refused: requests answered with a retriable error before they were accepted.
-        worst_stall_s: longest pause between two frames of a stream that was hit.
+        worst_stall_s: longest pause between two tokens of a stream that was hit.
+        worst_wait_s: longest time from ``accepted`` to the first token.
         mishaps: the first few, in words.
     """
 
@@ -37,6 +38,7 @@ class FaultRow(msgspec.Struct, frozen=True):
     restarted: int
     refused: int
     worst_stall_s: float
+    worst_wait_s: float
     mishaps: tuple[str, ...] = ()
 
     @property
@@ -78,7 +80,8 @@ def fault_row(fault: str, streams: Iterable[Stream], at: float, until: float) ->
         failed=kinds["failed"],
         restarted=sum(any(at <= r < until for r in stream.restarts) for stream in everyone),
         refused=sum(any(at <= r < until for r in stream.refused_at) for stream in everyone),
-        worst_stall_s=round(max((_worst_gap(s, at, until) for s in hit), default=0.0), 2),
+        worst_stall_s=_worst((s.times[1:] for s in hit), at, until),
+        worst_wait_s=_worst((s.times[:2] for s in everyone), at, until),
         mishaps=tuple(f"{m.kind}: {m.detail}" for m in mishaps[:5]),
     )
 
@@ -97,15 +100,14 @@ def add_rows(rows: Sequence[FaultRow]) -> FaultRow:
         restarted=sum(row.restarted for row in rows),
         refused=sum(row.refused for row in rows),
         worst_stall_s=max(row.worst_stall_s for row in rows),
+        worst_wait_s=max(row.worst_wait_s for row in rows),
         mishaps=tuple(text for row in rows for text in row.mishaps)[:5],
     )
 
 
-def _worst_gap(stream: Stream, at: float, until: float) -> float:
-    """The longest pause that overlaps the time in question."""
-    ends = [] if stream.ended_at is None else [stream.ended_at]
-    times = [*stream.times, *(ends or [until])]
-    return max(
-        (b - a for a, b in itertools.pairwise(times) if b > at and a < until),
-        default=0.0,
+def _worst(streams: Iterable[Sequence[float]], at: float, until: float) -> float:
+    """The longest pause between neighbours of one stream that overlaps the time in question."""
+    pauses = (
+        b - a for times in streams for a, b in itertools.pairwise(times) if b > at and a < until
     )
+    return round(max(pauses, default=0.0), 2)
