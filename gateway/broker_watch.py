@@ -7,12 +7,13 @@ import logging
 from collections.abc import Mapping
 
 from gateway.threads import in_daemon_thread
-from openlora.errors import SetupError
+from openlora.errors import Overloaded, SetupError
 from producer.topics import TopicKeeper
 
 log = logging.getLogger(__name__)
 
 PERIOD_S = 2.0
+RETRY_AFTER_MS = 1000
 
 
 class BrokerWatch:
@@ -42,6 +43,21 @@ class BrokerWatch:
                 self.answers = False
                 raise
             self.answers = True
+
+    async def scale(self, partitions: int) -> dict[str, int]:
+        """Adds partitions to the job topics; → partitions by topic.
+
+        Raises:
+            InvalidRequest: a topic has more already, or the broker cannot add any.
+            Overloaded: the broker does not answer.
+        """
+        async with self._lock:
+            try:
+                counts = await in_daemon_thread(lambda: self._topics.scale(partitions))
+            except SetupError as error:
+                raise Overloaded(error.message, retry_after_ms=RETRY_AFTER_MS) from error
+            self.partitions = {**self.partitions, **counts}
+            return counts
 
     async def run(self) -> None:
         """Asks now and then, until cancelled."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
 from functools import wraps
+from typing import Annotated
 
 import msgspec
 from starlette.requests import Request
@@ -15,15 +16,21 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from gateway.adapter_api import adapter_routes
-from gateway.auth import check_origin, key_of
+from gateway.auth import DEFAULT_TENANT, check_origin, key_of
 from gateway.batches_api import bulk_routes
 from gateway.dead_api import DeadApi
 from gateway.system import Gateway
 from gateway.workers_view import model_fields, queue_depth, worker_fields
-from openlora.errors import Overloaded
+from openlora.errors import Forbidden, InvalidRequest, Overloaded
 
 Handler = Callable[[Request], Awaitable[Response]]
 TenantHandler = Callable[[Request, str], Awaitable[Response]]
+
+
+class ScaleTopics(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Body of ``POST /v1/topics/scale``."""
+
+    partitions: Annotated[int, msgspec.Meta(ge=1, le=10_000)]
 
 
 def api_routes(gateway: Gateway) -> list[Route]:
@@ -37,6 +44,7 @@ def api_routes(gateway: Gateway) -> list[Route]:
         Route("/v1/models", api.keyed(api.models)),
         Route("/v1/workers", api.keyed(api.workers)),
         Route("/v1/topics", api.keyed(api.topics)),
+        Route("/v1/topics/scale", api.keyed(api.scale_topics), methods=["POST"]),
         *adapter_routes(gateway, api.keyed),
         *bulk_routes(gateway.config, api.keyed),
         Route("/v1/dead", api.keyed(dead.list)),
@@ -104,3 +112,15 @@ class HttpApi:
     async def topics(self, request: Request, tenant: str) -> Response:
         """Every partition of the job topics with its owner, offsets and lag."""
         return JSONResponse(msgspec.to_builtins(await self._gateway.partition_rows()))
+
+    async def scale_topics(self, request: Request, tenant: str) -> Response:
+        """Adds partitions to the job topics; → partitions by topic. For the operator alone."""
+        if tenant != DEFAULT_TENANT:
+            raise Forbidden("only the operator's key may change topics")
+        try:
+            wanted = msgspec.json.decode(await request.body(), type=ScaleTopics).partitions
+        except (msgspec.DecodeError, UnicodeError) as error:
+            raise InvalidRequest(
+                f'the body is not valid: {error}; send {{"partitions": 64}}'
+            ) from error
+        return JSONResponse(await self._gateway.broker.scale(wanted))

@@ -7,13 +7,11 @@ import threading
 from collections.abc import Callable
 from typing import TypeVar
 
-from openlora.errors import OpenLoRAError
-
 T = TypeVar("T")
 
 
 async def in_daemon_thread(call: Callable[[], T]) -> T:
-    """The result of ``call``, or the ``OpenLoRAError`` it raised.
+    """The result of ``call``, or what it raised.
 
     ``asyncio.to_thread`` would not do: its threads are joined when the process ends, and a client
     that looks for a lost broker may be at it for ten seconds.
@@ -21,7 +19,7 @@ async def in_daemon_thread(call: Callable[[], T]) -> T:
     loop = asyncio.get_running_loop()
     future: asyncio.Future[T] = loop.create_future()
 
-    def settle(result: T | None, error: OpenLoRAError | None) -> None:
+    def settle(result: T | None, error: Exception | None) -> None:
         if future.done():
             return  # whoever asked was cancelled
         if error is None:
@@ -31,10 +29,10 @@ async def in_daemon_thread(call: Callable[[], T]) -> T:
 
     def run() -> None:
         result: T | None = None
-        failure: OpenLoRAError | None = None
+        failure: Exception | None = None
         try:
             result = call()
-        except OpenLoRAError as error:
+        except Exception as error:  # noqa: BLE001 (whatever it is, who asked must hear of it)
             failure = error
         if not loop.is_closed():
             loop.call_soon_threadsafe(settle, result, failure)

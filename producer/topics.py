@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from types import TracebackType
@@ -12,7 +13,7 @@ import msgspec
 from kafka.admin import KafkaAdminClient
 from kafka.errors import KafkaError, TopicAlreadyExistsError
 
-from openlora.errors import SetupError
+from openlora.errors import InvalidRequest, SetupError
 from openlora.protocol import names
 from openlora.protocol.bulk import RESULTS_TOPIC
 from openlora.protocol.status import Heartbeat
@@ -70,21 +71,66 @@ class TopicKeeper:
         Raises:
             SetupError: the broker does not answer, or refuses.
         """
-        try:
-            return self._ensure()
-        except (KafkaError, OSError) as error:
-            # kafka-python's admin client does not find a restarted broker again; a new one does.
-            _logger.info("connecting to Kafka again after: %r", error)
-            self.close()
-            self._admin = self._connect()
+        if self._admin is not None:
+            try:
+                return self._ensure()
+            except (KafkaError, OSError) as error:
+                # kafka-python's admin client does not find a restarted broker again; a new one
+                # does. One that was closed is not used again, should there be no new one yet.
+                _logger.info("connecting to Kafka again after: %r", error)
+                self.close()
+        self._admin = self._connect()
         try:
             return self._ensure()
         except (KafkaError, OSError) as error:
             raise SetupError(f"topics cannot be made at {self._servers}: {error!r}") from error
 
+    def scale(self, partitions: int) -> dict[str, int]:
+        """Add partitions to the job topics until each has ``partitions``; → counts by topic.
+
+        Raises:
+            InvalidRequest: a topic has more already, or the broker adds none.
+            SetupError: the broker does not answer.
+        """
+        before = self.ensure()
+        assert self._admin is not None
+        for topic in names.JOB_TOPICS:
+            if before[topic] > partitions:
+                raise InvalidRequest(
+                    f"{topic} has {before[topic]} partitions already, and Kafka takes none away"
+                )
+        short = [topic for topic in names.JOB_TOPICS if before[topic] < partitions]
+        try:
+            if short:
+                self._admin.create_partitions(dict.fromkeys(short, partitions))
+            counts = self._await_counts(short, partitions)
+        except (KafkaError, OSError) as error:
+            raise InvalidRequest(
+                f"Kafka at {self._servers} adds no partitions ({error!r}); the embedded broker "
+                "cannot, Apache Kafka can"
+            ) from error
+        return {topic: counts[topic] for topic in names.JOB_TOPICS}
+
+    def _await_counts(self, topics: Iterable[str], partitions: int) -> dict[str, int]:
+        """Counts by topic, once they are those wanted: a broker tells of new ones a little late."""
+        deadline = time.monotonic() + _TIMEOUT_MS / 1000
+        while True:
+            counts = self._counts()
+            late = [topic for topic in topics if counts.get(topic) != partitions]
+            if not late:
+                return counts
+            if time.monotonic() > deadline:
+                raise InvalidRequest(
+                    f"Kafka at {self._servers} accepted the partitions but does not show them; the "
+                    "embedded broker cannot add any, Apache Kafka can"
+                )
+            time.sleep(0.1)
+
     def close(self) -> None:
-        """Close the connection."""
-        self._admin.close()
+        """Close the connection; ``ensure`` makes a new one."""
+        if self._admin is not None:
+            self._admin.close()
+            self._admin = None
 
     def _connect(self) -> Any:
         try:

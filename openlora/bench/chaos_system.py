@@ -261,6 +261,17 @@ class ChaosSystem:
             if process.log_path.exists()
         )
 
+    def command(self, *words: str) -> str:
+        """What an ``openlora`` command says that talks to one of the gateways."""
+        done = subprocess.run(
+            [sys.executable, "-P", "-m", "openlora", *words, "--url", self.urls()[0]],
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+        return done.stdout + done.stderr
+
     def lose_redis_data(self) -> None:
         """Kill Redis and delete what it kept on disk; it is not started again here."""
         self.redis.kill()

@@ -3,9 +3,12 @@
 examples:
   openlora topics
   openlora topics --all --json
+  openlora topics scale 64
 
 Owners and numbers come from the workers' heartbeats. A partition that nobody owns waits for a
 worker; its numbers are the broker's. lag: jobs of the partition that have not ended for sure.
+scale adds partitions to the job topics, under running streams: an adapter's later requests may go
+to another worker, whose first one loads it.
 """
 
 from __future__ import annotations
@@ -17,6 +20,11 @@ from openlora.commands.config import add_client_arguments, client_config, proces
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of ``openlora topics``."""
+    subparsers = parser.add_subparsers(dest="action", metavar="ACTION")
+    scale = subparsers.add_parser("scale", help="add partitions to the job topics")
+    scale.add_argument("partitions", type=int, metavar="N", help="how many each is to have")
+    # Not given twice: what stands before the word would be overwritten by the other's default.
+    scale.add_argument("--url", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
     parser.add_argument("--json", action="store_true", help="print every partition as JSON")
     parser.add_argument("--all", action="store_true", help="also partitions that never had a job")
     add_client_arguments(parser)
@@ -31,6 +39,11 @@ def run(args: argparse.Namespace) -> int:
     from openlora.commands.tables import print_json, print_table
     from producer.topics import PartitionRow
 
+    if args.action == "scale":
+        counts = HttpClient(config).post("/v1/topics/scale", {"partitions": args.partitions})
+        for topic, count in counts.items():
+            print(f"{topic} has {count} partitions")
+        return 0
     answer = HttpClient(config).get("/v1/topics")
     if args.json:
         print_json(answer)

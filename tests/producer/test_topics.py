@@ -62,6 +62,21 @@ def test_topics_come_back_after_an_in_memory_broker_restarted(fresh_broker: Brok
         )
 
 
+@pytest.mark.services
+def test_a_broker_that_stays_away_for_long_is_found_again(
+    fresh_broker: Broker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("producer.topics._TIMEOUT_MS", 500)
+    with TopicKeeper(fresh_broker.bootstrap_servers, 4) as keeper:
+        made = keeper.ensure()
+        fresh_broker.server.kill()
+        for _ in range(2):
+            with pytest.raises(SetupError):
+                keeper.ensure()
+        fresh_broker.server.start()
+        assert keeper.ensure() == made
+
+
 def test_no_broker_is_one_clear_line(port: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("producer.topics._TIMEOUT_MS", 300)
     with pytest.raises(SetupError, match=rf"no Kafka broker answers at 127\.0\.0\.1:{port}"):
