@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import fnmatch
 import hashlib
 import hmac
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from urllib.parse import unquote, urlsplit
 
@@ -19,10 +20,38 @@ _TENANT = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,127}")
 
 
 @dataclass(frozen=True, slots=True)
-class ApiKeys:
-    """The accepted keys, as (SHA-256 of the key, tenant). Empty: no key is asked for."""
+class KeyPolicy:
+    """What the holder of one key may do.
 
-    entries: tuple[tuple[bytes, str], ...] = ()
+    Attributes:
+        key_id: names the key in Redis and in messages; says nothing about it.
+        adapters: patterns (``pirate``, ``acme-*``) of adapters it may use; None: all it may see.
+        per_minute: requests that it may send a minute; None: any number.
+    """
+
+    key_id: str = ""
+    adapters: tuple[str, ...] | None = None
+    per_minute: float | None = None
+
+    def check_adapter(self, adapter_id: str) -> None:
+        """Raises Forbidden where the key may not use the adapter."""
+        if self.adapters is None:
+            return
+        if not any(fnmatch.fnmatchcase(adapter_id, pattern) for pattern in self.adapters):
+            raise Forbidden(
+                f"this key may not use adapter {adapter_id!r}; ask the operator, or use one of "
+                f"{', '.join(self.adapters) or 'none'}"
+            )
+
+
+ANYTHING = KeyPolicy()
+
+
+@dataclass(frozen=True, slots=True)
+class ApiKeys:
+    """The accepted keys: (SHA-256 of the key, tenant, policy). Empty: no key is asked for."""
+
+    entries: tuple[tuple[bytes, str, KeyPolicy], ...] = ()
 
     @classmethod
     def parse(cls, text: str) -> ApiKeys:
@@ -41,8 +70,16 @@ class ApiKeys:
                     "the key in visible ASCII characters but '%', the tenant in letters, digits, "
                     "'-', '_', '.'"
                 )
-            entries.append((_digest(key), tenant))
+            entries.append((_digest(key), tenant, ANYTHING))
         return cls(tuple(entries))
+
+    def with_entries(self, entries: Iterable[tuple[bytes, str, KeyPolicy]]) -> ApiKeys:
+        """These keys, and those of ``entries``."""
+        added = tuple(entries)
+        for _, tenant, _ in added:
+            if not _TENANT.fullmatch(tenant):
+                raise SetupError(f"tenant {tenant[:64]!r}: use letters, digits, '-', '_', '.'")
+        return ApiKeys(self.entries + added)
 
     @property
     def required(self) -> bool:
@@ -50,13 +87,17 @@ class ApiKeys:
         return bool(self.entries)
 
     def tenant_of(self, key: str | None) -> str:
-        """The tenant that ``key`` belongs to.
+        """The tenant that ``key`` belongs to. Raises Unauthorized, as ``caller_of``."""
+        return self.caller_of(key)[0]
+
+    def caller_of(self, key: str | None) -> tuple[str, KeyPolicy]:
+        """The tenant that ``key`` belongs to, and what it may do.
 
         Raises:
             Unauthorized: a key is required and this one is missing or unknown.
         """
         if not self.entries:
-            return DEFAULT_TENANT
+            return DEFAULT_TENANT, ANYTHING
         if key is None:
             raise Unauthorized(
                 "no API key; send `Authorization: Bearer KEY`, or from a browser's websocket the "
@@ -65,9 +106,9 @@ class ApiKeys:
         digest = _digest(key)
         found = None
         # every entry is compared, so that the time taken tells nothing about which one matches
-        for entry, tenant in self.entries:
+        for entry, tenant, policy in self.entries:
             if hmac.compare_digest(entry, digest):
-                found = tenant
+                found = (tenant, policy)
         if found is None:
             raise Unauthorized("the API key is not known here; check it, or ask the operator")
         return found

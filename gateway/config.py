@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from gateway.auth import ApiKeys
+from gateway.keys import read_key_file
 from openlora.errors import SetupError
 from producer.bulk.config import batches_dir
 
@@ -23,6 +24,7 @@ ENVIRONMENT = {
     "OPENLORA_REDIS": "Redis URL, redis://[:password@]host:port[/database]",
     "OPENLORA_PARTITIONS": "partitions of the job topics when they are created (default 32)",
     "OPENLORA_API_KEYS": "keys, `key` or `tenant:key` separated by commas (default: no keys asked)",
+    "OPENLORA_API_KEYS_FILE": "file of hashed keys, made by `openlora keys new` (default: none)",
     "OPENLORA_STORE": "content-addressed adapter files, a directory that workers share",
     "OPENLORA_BATCHES": "folder of batches' input and result files, shared with producers",
     "OPENLORA_MAX_BATCHES": "batches that a tenant may have under way (default 32)",
@@ -81,6 +83,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     flag("--kafka", "OPENLORA_KAFKA")
     flag("--redis", "OPENLORA_REDIS")
     flag("--partitions", "OPENLORA_PARTITIONS")
+    flag("--api-keys-file", "OPENLORA_API_KEYS_FILE")
     flag("--store", "OPENLORA_STORE")
     flag("--batches", "OPENLORA_BATCHES")
     flag("--max-batches", "OPENLORA_MAX_BATCHES")
@@ -115,7 +118,9 @@ def config_from(args: argparse.Namespace, environ: Mapping[str, str]) -> Gateway
         kafka=setting("kafka", _servers, default.kafka),
         redis=setting("redis", _redis_url, default.redis),
         partitions=setting("partitions", _integer(1, 10_000), default.partitions),
-        api_keys=ApiKeys.parse(environ.get("OPENLORA_API_KEYS", "")),
+        api_keys=ApiKeys.parse(environ.get("OPENLORA_API_KEYS", "")).with_entries(
+            setting("api_keys_file", lambda name, value: read_key_file(_path(name, value)), [])
+        ),
         store=setting("store", _path, cache_directory(environ) / "adapters"),
         batches=setting("batches", _path, batches_dir(environ)),
         max_batches=setting("max_batches", _integer(1, 100_000), default.max_batches),

@@ -14,6 +14,7 @@ from typing import Any
 
 from starlette.types import Receive
 
+from gateway.auth import KeyPolicy
 from gateway.follower import Follower, FrameWriter, Outbox
 from gateway.frames import accepted_frame, error_frame
 from gateway.intake import Intake
@@ -43,6 +44,7 @@ class Connection:
         writer: FrameWriter,
         *,
         tenant: str,
+        policy: KeyPolicy,
         job_log: AsyncJobLog,
         intake: Intake,
         relay: Relay,
@@ -50,6 +52,7 @@ class Connection:
     ) -> None:
         self._receive = receive
         self._tenant = tenant
+        self._policy = policy
         self._log = job_log
         self._intake = intake
         self._relay = relay
@@ -150,7 +153,7 @@ class Connection:
 
     async def _submit(self, action: Submit) -> None:
         request_id, draft = action.request_id, action.draft
-        job = await self._intake.prepare(draft, self._tenant)
+        job = await self._intake.prepare(draft, self._tenant, self._policy)
         if self._outbox.closed:
             return
         follower = await self._follow(request_id, job.job_id, 0)

@@ -13,8 +13,10 @@ import time
 from concurrent.futures import Future
 from typing import Protocol
 
+from gateway.auth import ANYTHING, KeyPolicy
 from gateway.directory import AdapterDirectory
 from gateway.drafts import JobDraft, job_of
+from gateway.keys import RateLimits
 from gateway.limits import InFlight
 from gateway.metrics import Metrics
 from gateway.quarantine import Quarantine
@@ -51,6 +53,7 @@ class Intake:
         quarantine: Quarantine,
         in_flight: InFlight,
         queue: QueueEstimate,
+        rates: RateLimits,
         metrics: Metrics,
         *,
         shard: int,
@@ -62,15 +65,17 @@ class Intake:
         self._quarantine = quarantine
         self._in_flight = in_flight
         self._queue = queue
+        self._rates = rates
         self._metrics = metrics
         self._shard = shard
         self._lease_ms = lease_ms
         self.draining = False
 
-    async def prepare(self, draft: JobDraft, tenant: str) -> Job:
+    async def prepare(self, draft: JobDraft, tenant: str, policy: KeyPolicy = ANYTHING) -> Job:
         """The job of ``draft``, its adapters resolved; nothing is stored yet.
 
         Raises:
+            Forbidden, RateLimited: the key may not use an adapter, or asks too often.
             UnknownAdapter: an adapter is not registered.
             Overloaded: the gateway is about to stop, too much waits, or Redis does not answer.
         """
@@ -79,7 +84,10 @@ class Intake:
                 "this gateway is shutting down; connect again and send the request there",
                 retry_after_ms=RETRY_AFTER_MS,
             )
+        for choice in draft.adapters:
+            policy.check_adapter(choice.id.partition("@")[0])
         self._queue.check(draft.deadline_s)
+        await self._rates.take(policy)
         adapters = await self._directory.resolve(draft.adapters, tenant)
         return job_of(
             draft,

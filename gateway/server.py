@@ -69,14 +69,14 @@ class WebsocketDoor:
         try:
             check_origin(headers.get("origin"), headers.get("host"))
             key = key_of(headers.get("authorization"), offered)
-            tenant = self._gateway.config.api_keys.tenant_of(key)
+            tenant, policy = self._gateway.config.api_keys.caller_of(key)
         except OpenLoRAError as error:
             await error_response(error)(scope, receive, send)
             return
         await receive()
         subprotocol = SUBPROTOCOL if SUBPROTOCOL in offered else None
         await send({"type": "websocket.accept", "subprotocol": subprotocol})
-        await self._gateway.serve(receive, scope["extensions"][TEXT_FRAMES], tenant)
+        await self._gateway.serve(receive, scope["extensions"][TEXT_FRAMES], tenant, policy)
 
 
 def error_response(error: OpenLoRAError) -> Response:

@@ -23,12 +23,14 @@ from typing import Any
 from starlette.types import Receive
 
 from gateway.adapter_collector import AdapterCollector
+from gateway.auth import KeyPolicy
 from gateway.broker_watch import BrokerWatch
 from gateway.config import GatewayConfig
 from gateway.connection import Connection
 from gateway.directory import AdapterDirectory
 from gateway.follower import FrameWriter
 from gateway.intake import Intake
+from gateway.keys import RateLimits
 from gateway.limits import InFlight
 from gateway.metrics import Metrics
 from gateway.quarantine import Quarantine
@@ -91,6 +93,7 @@ class Gateway:
             self.quarantine,
             InFlight(self.redis, config.max_tenant_jobs, config.max_adapter_jobs),
             self._queue,
+            RateLimits(self.redis),
             self.metrics,
             shard=shard,
             lease_ms=lease_ms,
@@ -169,12 +172,15 @@ class Gateway:
         await asyncio.gather(*self._tasks, return_exceptions=True)
         await self.redis.aclose()
 
-    async def serve(self, receive: Receive, writer: FrameWriter, tenant: str) -> None:
+    async def serve(
+        self, receive: Receive, writer: FrameWriter, tenant: str, policy: KeyPolicy
+    ) -> None:
         """Runs one accepted websocket until it is closed."""
         connection = Connection(
             receive,
             writer,
             tenant=tenant,
+            policy=policy,
             job_log=self.job_log,
             intake=self.intake,
             relay=self.relay,

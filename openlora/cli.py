@@ -27,6 +27,7 @@ COMMANDS = {
     "adapters": ("openlora.commands.adapters", "add, list, show and remove adapters"),
     "batch": ("openlora.commands.batch", "run a file of requests offline"),
     "topics": ("openlora.commands.topics", "partitions, their owners and lag"),
+    "keys": ("openlora.commands.keys", "make API keys"),
     "dead": ("openlora.commands.dead", "jobs that could not be run: why, and once more"),
     "workers": ("openlora.commands.workers", "the live workers and what they do"),
     "bench": ("openlora.bench.__main__", "benchmarks: decode, pipeline"),

@@ -104,6 +104,11 @@ def adapter_jobs_key(adapter_id: str) -> str:
     return f"openlora:in-flight:adapter:{adapter_id}"
 
 
+def rate_key(key_id: str) -> str:
+    """String with a time to live: when the API key's next request would be in time (ms)."""
+    return f"openlora:rate:{key_id}"
+
+
 def worker_key(worker_id: str) -> str:
     """String with a time to live: the worker's newest heartbeat as JSON."""
     return f"openlora:worker:{worker_id}"

@@ -24,7 +24,9 @@ def test_flags_come_before_the_environment_and_that_before_the_default() -> None
     assert config(OPENLORA_PORT="").port == 8000
 
 
-def test_every_variable_is_read() -> None:
+def test_every_variable_is_read(tmp_path: Path) -> None:
+    key_file = tmp_path / "keys.json"
+    key_file.write_text("[]")
     values = {
         "OPENLORA_HOST": "0.0.0.0",
         "OPENLORA_PORT": "0",
@@ -32,6 +34,7 @@ def test_every_variable_is_read() -> None:
         "OPENLORA_REDIS": "rediss://h:1/2",
         "OPENLORA_PARTITIONS": "7",
         "OPENLORA_API_KEYS": "t:k",
+        "OPENLORA_API_KEYS_FILE": str(key_file),
         "OPENLORA_STORE": "/s",
         "OPENLORA_DISCONNECT_GRACE_S": "2.5",
         "OPENLORA_DRAIN_TIMEOUT_S": "0",
