@@ -70,6 +70,7 @@ class Intake:
         self._shard = shard
         self._lease_ms = lease_ms
         self.draining = False
+        self._marks: set[asyncio.Task[None]] = set()
 
     async def prepare(self, draft: JobDraft, tenant: str, policy: KeyPolicy = ANYTHING) -> Job:
         """The job of ``draft``, its adapters resolved; nothing is stored yet.
@@ -129,12 +130,18 @@ class Intake:
             raise
         self._metrics.accept.observe(time.monotonic() - started)
         self._metrics.jobs.labels("accepted").inc()
+        # Nobody waits for it: `accepted`, and with it the first token, would come later.
+        mark = asyncio.create_task(self._mark(job.job_id, where))
+        self._marks.add(mark)
+        mark.add_done_callback(self._marks.discard)
+        return job.job_id
+
+    async def _mark(self, job_id: str, where: tuple[str, int, int]) -> None:
         try:
-            await self._log.mark_published(job.job_id, *where)
+            await self._log.mark_published(job_id, *where)
         except Overloaded as error:
             # The sweeper publishes it once more then, and the second claim finds it taken.
-            log.warning("job %s: not marked as published: %s", job.job_id, error)
-        return job.job_id
+            log.warning("job %s: not marked as published: %s", job_id, error)
 
     async def _first_with_key(self, job: Job, draft: JobDraft) -> str:
         key = draft.idempotency_key

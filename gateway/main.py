@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import socket
 import sys
@@ -94,6 +95,9 @@ async def _serve(config: GatewayConfig, listener: socket.socket) -> int:
         ),
         gateway,
     )
+    # What is loaded stays: a collection that looks at it would hold up every stream.
+    gc.collect()
+    gc.freeze()
     log.info("listening on %s port %d", *listener.getsockname()[:2])
     await server.serve([listener])
     return 1 if gateway.failed else 0

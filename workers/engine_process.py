@@ -9,6 +9,7 @@ Ctrl-C reaches the I/O process alone, which drains it. It ends when the I/O proc
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import select
@@ -240,6 +241,9 @@ def main() -> int:
         sock.sendall(pack_frame(SetupFailed(error.message)))
         return 1
     sock.sendall(pack_frame(_facts(engine)))
+    # What is loaded stays: a collection that looks at it would hold up a step.
+    gc.collect()
+    gc.freeze()
     try:
         EngineServer(engine, sock).serve()
     except (BrokenPipeError, ConnectionResetError):

@@ -28,6 +28,7 @@ runs are drained and the status is 1.
 
 from __future__ import annotations
 
+import gc
 import logging
 import signal
 import threading
@@ -128,6 +129,9 @@ class Worker:
         self._wake = parts.loop.wake
         self._settle(parts, heartbeats)
         self._started = True
+        # What is loaded stays: a collection that looks at it would hold up every stream.
+        gc.collect()
+        gc.freeze()
         parts.consumer.start()
         try:
             self._work(parts, heartbeats)

@@ -33,7 +33,7 @@ from workers.token_sink import TokenSink, Verdict
 from workers.ward import Ward
 
 ADMIT_AT_ONCE = 16
-EMIT_AT_ONCE = 32
+EMIT_AT_ONCE = 100
 PROBE_INTERVAL_S = 0.5
 """A run that has nothing to say asks its log this often whether it was cancelled, lost its lease
 or moved. Asking covers all three, and what happened while Redis was away; the control channel

@@ -84,7 +84,7 @@ class Fault(msgspec.Struct, frozen=True, array_like=True):
     message: str
 
 
-class Output(msgspec.Struct, frozen=True, array_like=True, omit_defaults=True):
+class Output(msgspec.Struct, frozen=True, array_like=True, omit_defaults=True, gc=False):
     """One new token of one run, or its end without one (``fault``)."""
 
     ticket: int

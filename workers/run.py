@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from openlora.engine.detokenizer import Detokenizer
-from openlora.engine.stop_checker import StopChecker
+from openlora.engine.stop_checker import StopChecker, token_stop
 from openlora.errors import OpenLoRAError
 from openlora.joblog import ASK
 from openlora.joblog.crashes import Suspicion
@@ -51,6 +51,7 @@ class Run:
     __slots__ = (
         "_checker",
         "_detokenizer",
+        "_eos_token_ids",
         "_first_token_ms",
         "_started_ms",
         "_tokenizer",
@@ -96,6 +97,7 @@ class Run:
         self._tokenizer = tokenizer
         self._detokenizer = Detokenizer(tokenizer, eos_token_ids)
         self._checker = StopChecker(job.params, eos_token_ids)
+        self._eos_token_ids = eos_token_ids
         self._started_ms = 0.0
         self._first_token_ms = 0.0
 
@@ -134,7 +136,13 @@ class Run:
         assert token_id is not None
         if not self._first_token_ms:
             self._first_token_ms = now_ms()
-        text, reason = self._checker.feed(token_id, self._detokenizer.feed(token_id))
+        text = self._detokenizer.feed(token_id)
+        if self.job.params.stop:
+            text, reason = self._checker.feed(token_id, text)
+        else:
+            reason = token_stop(
+                token_id, len(self.tokens) + 1, self.job.params, self._eos_token_ids
+            )
         if output.logprob is None:
             self.tokens.append(Token(token_id, text))
         else:

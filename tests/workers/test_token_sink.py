@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 
 import pytest
+from tokenizers import Tokenizer, models
 
 from openlora.joblog import JobLog, core, redis_client
 from openlora.protocol.codec import decode_chunk
@@ -31,7 +32,7 @@ class Bench:
     def run(self):
         job = a_job(max_tokens=100)
         claim = self.log.recreate(job, 0, "me")
-        return Run(job, 1, claim.epoch, Position(("t", 0), 0, 1), None, ())
+        return Run(job, 1, claim.epoch, Position(("t", 0), 0, 1), Tokenizer(models.BPE()), ())
 
     def key(self, run):
         epoch = int(self.redis.hget(job_key(run.job.job_id), "epoch"))
