@@ -3,12 +3,14 @@
     python -m openlora.bench.pipeline_client '{"url": …}'   →   one JSON line
 
 It splits frames itself: a library's general frame parser costs several times what is to be
-measured. The same client serves the product and the bare relay.
+measured. The same client serves the product and the bare relay, and checks that each token of each
+request comes once and in order.
 """
 
 from __future__ import annotations
 
 import asyncio
+import gc
 import random
 import sys
 import time
@@ -21,60 +23,11 @@ from websockets.frames import Frame, Opcode
 from websockets.typing import Subprotocol
 from websockets.uri import parse_uri
 
-from workers.scripted_engine import clock_age_ms
+from openlora.bench.pipeline_plan import WINDOW_OPEN, ClientPlan, ClientResult, Spread
+from workers.scripted_engine import CLOCK_TICK_NS, CLOCK_TICKS
 
 OPCODE_MASK = 0x0F
-
-
-class ClientPlan(msgspec.Struct, frozen=True):
-    """What the client does.
-
-    Attributes:
-        url: websocket URL.
-        relay: speak the bare relay's protocol instead of openlora.v1.
-        streams: connections, one request at a time on each.
-        requests: requests of each stream, one after the other.
-        tokens: tokens of each request.
-        stagger: each stream's first request has a length of its own, so that those after it start
-            evenly spread in time. The first ones, which start all at once, are not measured.
-    """
-
-    url: str
-    relay: bool
-    streams: int
-    requests: int
-    tokens: int
-    stagger: bool = False
-
-
-class Spread(msgspec.Struct, frozen=True):
-    """Percentiles of ``count`` samples, in ms; all 0 of none."""
-
-    count: int
-    p50_ms: float
-    p99_ms: float
-
-    @classmethod
-    def of(cls, samples_ms: list[float]) -> Spread:
-        """The spread of ``samples_ms``."""
-        return cls(len(samples_ms), percentile(samples_ms, 0.5), percentile(samples_ms, 0.99))
-
-
-class ClientResult(msgspec.Struct, frozen=True):
-    """What the client saw. ``latency``: emit → receive. Nothing is counted in it of the relay."""
-
-    tokens: int
-    seconds: float
-    cpu_seconds: float
-    latency: Spread
-    added_ttft: Spread
-    errors: list[str]
-
-
-def percentile(values: list[float], share: float) -> float:
-    """The value that ``share`` of ``values`` do not exceed; 0 of none."""
-    ordered = sorted(values)
-    return ordered[min(len(ordered) - 1, int(share * len(ordered)))] if ordered else 0.0
+TICK_MS = CLOCK_TICK_NS / 1e6
 
 
 class _Timings(msgspec.Struct):
@@ -82,11 +35,16 @@ class _Timings(msgspec.Struct):
     ttft_ms: float = 0.0
 
 
-class _Message(msgspec.Struct):
+class _Usage(msgspec.Struct):
+    completion_tokens: int
+
+
+class _Message(msgspec.Struct, gc=False):
     type: str
     token_id: int = -1
     index: int = -1
     message: str = ""
+    usage: _Usage | None = None
     timings: _Timings | None = None
 
 
@@ -97,17 +55,19 @@ class Totals:
     """What all streams of the process have in common."""
 
     def __init__(self, plan: ClientPlan) -> None:
+        loop = asyncio.get_running_loop()
         self.plan = plan
         self.tokens = 0
-        self.latencies_ms: list[float] = []
+        self.ages: list[int] = []
+        """Clock ticks from a token's step to its receipt."""
         self.added_ttft_ms: list[float] = []
         self.errors: list[str] = []
         self.connected = 0
         self.open_streams = plan.streams
-        self.all_connected = asyncio.get_running_loop().create_future()
-        self.all_done = asyncio.get_running_loop().create_future()
-        self.started_ns = 0
-        self.ended_ns = 0
+        self.all_connected = loop.create_future()
+        self.all_done = loop.create_future()
+        self.window_started_ns = 0
+        self._cpu_before_s = 0.0
 
     def stream_connected(self) -> None:
         self.connected += 1
@@ -123,8 +83,30 @@ class Totals:
     def stream_done(self) -> None:
         self.open_streams -= 1
         if self.open_streams == 0 and not self.all_done.done():
-            self.ended_ns = time.monotonic_ns()
             self.all_done.set_result(None)
+
+    def open_window(self) -> None:
+        """What came before is not counted. Says so on standard output."""
+        self.tokens = 0
+        self.ages.clear()
+        self.added_ttft_ms.clear()
+        self._cpu_before_s = time.process_time()
+        sys.stdout.buffer.write(WINDOW_OPEN)
+        sys.stdout.buffer.flush()
+        self.window_started_ns = time.monotonic_ns()
+
+    def result(self) -> ClientResult:
+        """What came since ``open_window``."""
+        seconds = (time.monotonic_ns() - self.window_started_ns) / 1e9
+        return ClientResult(
+            tokens=self.tokens,
+            seconds=seconds,
+            cpu_seconds=time.process_time() - self._cpu_before_s,
+            requests=len(self.added_ttft_ms),
+            latency=Spread.of([age * TICK_MS for age in self.ages]),
+            added_ttft=Spread.of(self.added_ttft_ms),
+            errors=[*self.errors],
+        )
 
 
 class StreamProtocol(asyncio.Protocol):
@@ -137,11 +119,10 @@ class StreamProtocol(asyncio.Protocol):
         self._handshake: ClientProtocol | None = None
         self._buffer = b""
         self._transport: Any = None
-        self._requests_left = totals.plan.requests
+        self._next_index = 0
         self._sent_ns = 0
         self._first_token_ns = 0
         self._is_done = False
-        self._is_measured = not totals.plan.stagger
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = transport
@@ -194,49 +175,54 @@ class StreamProtocol(asyncio.Protocol):
     def _send(self, opcode: Opcode, data: bytes) -> None:
         self._transport.write(Frame(opcode, data).serialize(mask=True))
 
-    def begin(self) -> None:
-        """Send the next request."""
-        plan = self._plan
-        if plan.relay:
+    def begin(self, tokens: int) -> None:
+        """Send a request for ``tokens`` tokens."""
+        if self._plan.relay:
             self._send(Opcode.TEXT, str(self._number).encode())
             return
-        tokens = plan.tokens
-        if plan.stagger and self._requests_left == plan.requests:
-            tokens = random.Random(self._number).randint(1, tokens)
         request = {
             "type": "generate",
             "request_id": "r",
             "prompt": "benchmark",
             "params": {"max_tokens": tokens, "temperature": 0, "seed": self._number},
         }
-        self._first_token_ns = 0
+        self._next_index = self._first_token_ns = 0
         self._sent_ns = time.monotonic_ns()
         self._send(Opcode.TEXT, msgspec.json.encode(request))
 
     def _on_message(self, data: bytes, now: int) -> None:
         message = _decode(data)
         if message.type == "token":
-            self._totals.tokens += 1
-            if not self._plan.relay:
-                if self._is_measured:
-                    self._totals.latencies_ms.append(clock_age_ms(message.token_id, now))
-                if not self._first_token_ns:
-                    self._first_token_ns = now
-            elif message.index == self._plan.tokens - 1:
-                self._finish()
+            totals = self._totals
+            totals.tokens += 1
+            totals.ages.append((now // CLOCK_TICK_NS - message.token_id) % CLOCK_TICKS)
+            if self._plan.relay:
+                if message.index == self._plan.tokens - 1:
+                    self._finish()
+                return
+            if message.index != self._next_index:
+                self._fail(f"token {message.index} came in place of {self._next_index}")
+            self._next_index += 1
+            if not self._first_token_ns:
+                self._first_token_ns = now
         elif message.type == "done":
-            if message.timings is not None and self._is_measured:
-                waited_ms = (self._first_token_ns - self._sent_ns) / 1e6
-                engine_ms = message.timings.ttft_ms - message.timings.queue_ms
-                self._totals.added_ttft_ms.append(waited_ms - engine_ms)
-            self._requests_left -= 1
-            if self._requests_left:
-                self._is_measured = True
-                self.begin()
-            else:
-                self._finish()
+            self._on_done(message)
         elif message.type == "error":
             self._fail(message.message)
+
+    def _on_done(self, message: _Message) -> None:
+        usage, timings = message.usage, message.timings
+        if usage is None or timings is None or usage.completion_tokens != self._next_index:
+            self._fail(f"{self._next_index} tokens came of {usage}")
+            return
+        if self._sent_ns >= self._totals.window_started_ns:
+            waited_ms = (self._first_token_ns - self._sent_ns) / 1e6
+            engine_ms = timings.ttft_ms - timings.queue_ms
+            self._totals.added_ttft_ms.append(waited_ms - engine_ms)
+        if self._plan.window_s:
+            self.begin(self._plan.tokens)
+        else:
+            self._finish()
 
     def _finish(self) -> None:
         if not self._is_done:
@@ -257,25 +243,41 @@ async def run_plan(plan: ClientPlan) -> ClientResult:
             uri.port,
         )
         streams.append(protocol)
-    await totals.all_connected
-    cpu_before = time.process_time()
-    totals.started_ns = time.monotonic_ns()
+    try:
+        async with asyncio.timeout(plan.limit_s):
+            await totals.all_connected
+            if plan.window_s:
+                return await _steady_state(streams, totals)
+            totals.open_window()
+            for protocol in streams:
+                protocol.begin(plan.tokens)
+            await totals.all_done
+    except TimeoutError:
+        totals.errors.append(
+            f"{totals.open_streams} of {plan.streams} streams had not ended after "
+            f"{plan.limit_s:g} s; {totals.tokens} tokens had come"
+        )
+    return totals.result()
+
+
+async def _steady_state(streams: list[StreamProtocol], totals: Totals) -> ClientResult:
+    plan = totals.plan
+    lengths = random.Random(len(streams))
     for protocol in streams:
-        protocol.begin()
-    await totals.all_done
-    return ClientResult(
-        tokens=totals.tokens,
-        seconds=(totals.ended_ns - totals.started_ns) / 1e9,
-        cpu_seconds=time.process_time() - cpu_before,
-        latency=Spread.of(totals.latencies_ms),
-        added_ttft=Spread.of(totals.added_ttft_ms),
-        errors=totals.errors,
-    )
+        protocol.begin(plan.tokens if plan.relay else lengths.randint(1, plan.tokens))
+        await asyncio.sleep(plan.ramp_s / 2 / len(streams))
+    await asyncio.sleep(plan.ramp_s / 2)
+    totals.open_window()
+    # all streams may fail before the window closes
+    await asyncio.wait([totals.all_done], timeout=plan.window_s)
+    return totals.result()
 
 
 def main() -> int:
-    """Run the plan given as the only argument; print the result as JSON."""
+    """Run the plan given as the only argument; print a line when the measured time begins, and the
+    result as JSON."""
     plan = msgspec.json.decode(sys.argv[1], type=ClientPlan)
+    gc.disable()  # a pause of the client is no latency of what it measures
     result = uvloop.run(run_plan(plan))
     sys.stdout.buffer.write(msgspec.json.encode(result) + b"\n")
     return 0

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import asyncio
 import sys
+import threading
+import time
 from collections.abc import Awaitable, Callable, MutableMapping, Sequence
 from typing import Any
 
@@ -18,10 +20,13 @@ import redis
 import redis.asyncio
 import uvicorn
 
+from workers.scripted_engine import clock_token
+
 CHANNEL = "openlora:bench:relay"
 READY_KEY = "openlora:bench:relay:ready"
 """List: gets an element once every stream has named its number."""
 READY_TIMEOUT_S = 60
+_TOKEN_ID = "<token>"
 
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 
@@ -71,24 +76,40 @@ class BareRelay:
 
 
 def step_message(streams: int, index: int) -> bytes:
-    """One step of all streams, each frame as the gateway would write it."""
+    """One step of all streams, each frame as the gateway would write it, but for the token's ID:
+    ``at_time`` sets it."""
     frames = [
         (
             number,
             f'{{"type":"token","request_id":"r","job_id":"{number:026x}","index":{index},'
-            f'"token_id":{20000 + number},"text":" w{20000 + number}","logprob":null}}',
+            f'"token_id":{_TOKEN_ID},"text":" w{20000 + number}","logprob":null}}',
         )
         for number in range(streams)
     ]
     return msgspec.json.encode(frames)
 
 
-def publish_steps(redis_url: str, messages: Sequence[bytes]) -> None:
-    """Publish all steps as fast as Redis takes them, once every stream is connected."""
+def at_time(message: bytes, now_ns: int) -> bytes:
+    """``message`` with the time of the step as its tokens' IDs."""
+    return message.replace(_TOKEN_ID.encode(), str(clock_token(now_ns)).encode())
+
+
+def publish_steps(
+    redis_url: str, messages: Sequence[bytes], steps_per_s: float, stopped: threading.Event
+) -> None:
+    """Publish all steps, once every stream is connected, until ``stopped``.
+
+    ``steps_per_s``: their pace, by a schedule; 0: as fast as Redis takes them.
+    """
     with redis.Redis.from_url(redis_url) as client:
         client.blpop([READY_KEY], READY_TIMEOUT_S)
+        due = time.monotonic()
         for message in messages:
-            client.publish(CHANNEL, message)
+            if steps_per_s:
+                due += 1 / steps_per_s
+                if stopped.wait(max(0.0, due - time.monotonic())):
+                    return
+            client.publish(CHANNEL, at_time(message, time.monotonic_ns()))
 
 
 def main() -> int:
