@@ -26,6 +26,8 @@ ENVIRONMENT = {
     "OPENLORA_API_KEYS": "keys, `key` or `tenant:key` separated by commas (default: no keys asked)",
     "OPENLORA_API_KEYS_FILE": "file of hashed keys, made by `openlora keys new` (default: none)",
     "OPENLORA_STORE": "content-addressed adapter files, a directory that workers share",
+    "OPENLORA_ADAPTER_SOURCES": "URL prefixes that tenants may add adapters from, separated by "
+    "commas, like hf://acme/ (default: none; keys without a tenant may use any)",
     "OPENLORA_BATCHES": "folder of batches' input and result files, shared with producers",
     "OPENLORA_MAX_BATCHES": "batches that a tenant may have under way (default 32)",
     "OPENLORA_DISCONNECT_GRACE_S": "seconds a job runs on after its client left (default 30)",
@@ -47,6 +49,7 @@ class GatewayConfig:
         partitions: number of partitions of job topics this gateway has to create.
         api_keys: who may call; empty asks for no key.
         store: root of the content-addressed store.
+        adapter_sources: URL prefixes that tenants with a name may add adapters from.
         batches: root of the file store. max_batches: open batches of one tenant.
         disconnect_grace_s: a stream that nobody watched for so long is cancelled.
         drain_timeout_s: streams may go on for so long after SIGTERM.
@@ -62,6 +65,7 @@ class GatewayConfig:
     partitions: int = 32
     api_keys: ApiKeys = field(default_factory=ApiKeys)
     store: Path = field(default_factory=lambda: cache_directory({}) / "adapters")
+    adapter_sources: tuple[str, ...] = ()
     batches: Path = field(default_factory=lambda: batches_dir({}))
     max_batches: int = 32
     disconnect_grace_s: float = 30.0
@@ -85,6 +89,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     flag("--partitions", "OPENLORA_PARTITIONS")
     flag("--api-keys-file", "OPENLORA_API_KEYS_FILE")
     flag("--store", "OPENLORA_STORE")
+    flag("--adapter-sources", "OPENLORA_ADAPTER_SOURCES")
     flag("--batches", "OPENLORA_BATCHES")
     flag("--max-batches", "OPENLORA_MAX_BATCHES")
     flag("--disconnect-grace-s", "OPENLORA_DISCONNECT_GRACE_S")
@@ -122,6 +127,7 @@ def config_from(args: argparse.Namespace, environ: Mapping[str, str]) -> Gateway
             setting("api_keys_file", lambda name, value: read_key_file(_path(name, value)), [])
         ),
         store=setting("store", _path, cache_directory(environ) / "adapters"),
+        adapter_sources=setting("adapter_sources", _prefixes, default.adapter_sources),
         batches=setting("batches", _path, batches_dir(environ)),
         max_batches=setting("max_batches", _integer(1, 100_000), default.max_batches),
         disconnect_grace_s=setting(
@@ -149,6 +155,15 @@ def _text(name: str, value: str) -> str:
 
 def _path(name: str, value: str) -> Path:
     return Path(value).expanduser()
+
+
+def _prefixes(name: str, value: str) -> tuple[str, ...]:
+    prefixes = tuple(filter(None, map(str.strip, value.split(","))))
+    for prefix in prefixes:
+        # Without the slash, hf://acme would let hf://acme-evil through.
+        if "://" not in prefix or not prefix.endswith("/"):
+            raise SetupError(f"{name} has {prefix!r}; a prefix looks like hf://acme/")
+    return prefixes
 
 
 def _log_level(name: str, value: str) -> str:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import msgspec
@@ -12,12 +13,16 @@ import msgspec
 from gateway.system import Gateway
 from openlora.adapters.peft_format import AdapterInfo, AdapterLayout
 from openlora.adapters.safetensors_header import TensorEntry
+from openlora.adapters.sources import fetch
 from openlora.adapters.store import AdapterStore
 from openlora.errors import AdapterFailed, Forbidden, InvalidRequest
 from openlora.protocol.status import AdapterRecord
 from openlora.registry import OPERATOR, check_adapter_id
 
 MAX_LICENCE_CHARS = 200
+MAX_URL_CHARS = 2000
+MAX_FETCHES = 4
+"""Processes that fetch at a time."""
 _READS_HIDDEN = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "qkv_proj", "gate_up_proj")
 _WRITES_HIDDEN = ("o_proj", "down_proj")
 
@@ -36,18 +41,20 @@ class NewAdapter(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 class Registrar:
     """Registers adapters for one gateway, one at a time: each reads and writes whole files, and
-    the disk serves the open streams as well."""
+    the disk serves the open streams as well. What comes from elsewhere is fetched before its turn,
+    so that a slow server holds up nobody."""
 
     def __init__(self, gateway: Gateway) -> None:
         self._gateway = gateway
         self._turn = asyncio.Lock()
+        self._fetches = asyncio.Semaphore(MAX_FETCHES)
 
     async def register(self, new: NewAdapter, tenant: str) -> AdapterRecord:
         """Validates, stores and registers ``new``; a changed adapter gets the next version.
 
         Raises:
-            InvalidRequest: the ID, visibility or licence is malformed, or the source is no local
-                directory.
+            InvalidRequest: the ID, visibility or licence is malformed, or the source is neither a
+                local directory nor a URL.
             Forbidden: the ID is another tenant's, or the source is not for this one.
             AdapterFailed: the files are unusable, or fit another base model than the workers'.
             Overloaded: Redis does not answer.
@@ -58,7 +65,18 @@ class Registrar:
                 f"licence has {len(new.licence)} characters; send at most {MAX_LICENCE_CHARS}, "
                 "such as an SPDX name"
             )
-        source = _directory(new.source, tenant)
+        if "://" in new.source:
+            _check_url(new.source, tenant, self._gateway.config.adapter_sources)
+            store = self._gateway.config.store
+            async with self._fetches:
+                fetched = await asyncio.to_thread(_fetched, new.source, store)
+            try:
+                return await self._register(new, tenant, Path(fetched.name))
+            finally:
+                await asyncio.to_thread(fetched.cleanup)
+        return await self._register(new, tenant, _directory(new.source, tenant))
+
+    async def _register(self, new: NewAdapter, tenant: str, source: Path) -> AdapterRecord:
         heartbeats = await self._gateway.job_log.heartbeats()
         hidden_sizes = {beat.hidden_size for beat in heartbeats if beat.hidden_size}
         registry = self._gateway.directory.registry
@@ -69,7 +87,7 @@ class Registrar:
             )
             await registry.expect(info.hash)
             visibility = new.visibility or ("public" if tenant == OPERATOR else "private")
-            record = record_of(new.id, info, new.source)
+            record = record_of(new.id, info, _without_secrets(new.source))
             return await self._gateway.directory.put(
                 msgspec.structs.replace(
                     record, owner=tenant, visibility=visibility, licence=new.licence
@@ -120,12 +138,47 @@ def check_hidden_size(tensors: Mapping[str, TensorEntry], hidden_sizes: set[int]
             )
 
 
-def _directory(source: str, tenant: str) -> Path:
-    if "://" in source:
+def _check_url(url: str, tenant: str, allowed: Sequence[str]) -> None:
+    """A tenant may not have the gateway read what only the gateway can reach."""
+    if len(url) > MAX_URL_CHARS or not url.isprintable():
         raise InvalidRequest(
-            f"source {source[:200]!r} is a URL; this build takes directories of the gateway's "
-            "machine: download it there first"
+            f"source {url[:200]!r} is no URL of at most {MAX_URL_CHARS} characters"
         )
+    if tenant == OPERATOR:
+        return
+    plain = not any(part in url for part in ("..", "::", "%", "\\"))
+    if not plain or not url.startswith(tuple(allowed)):
+        raise Forbidden(
+            f"adapters may be added from {', '.join(allowed) or 'no URL'}, not from {url[:200]!r}; "
+            "ask the operator (OPENLORA_ADAPTER_SOURCES)"
+        )
+
+
+def _without_secrets(source: str) -> str:
+    """A URL without the password and the query, which may be a key."""
+    scheme, separator, rest = source.partition("://")
+    if not separator:
+        return source
+    host, slash, path = rest.partition("?")[0].partition("/")
+    user, at, bare = host.rpartition("@")
+    return f"{scheme}://{user.partition(':')[0]}{at}{bare}{slash}{path}"
+
+
+def _fetched(url: str, store: Path) -> tempfile.TemporaryDirectory[str]:
+    try:
+        store.mkdir(parents=True, exist_ok=True)
+        scratch = tempfile.TemporaryDirectory(prefix=".incoming-", dir=store)
+    except OSError as error:
+        raise AdapterFailed(f"the store {store} cannot be written: {error}") from error
+    try:
+        fetch(url, Path(scratch.name))
+    except AdapterFailed:
+        scratch.cleanup()
+        raise
+    return scratch
+
+
+def _directory(source: str, tenant: str) -> Path:
     if "\0" in source or not source:
         raise InvalidRequest(f"source {source[:200]!r} is no path; name a PEFT adapter's directory")
     if tenant != OPERATOR:

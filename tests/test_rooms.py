@@ -80,6 +80,7 @@ ROOMS: dict[str, tuple[set[str], set[str]]] = {
             "openlora.adapters.peft_format",
             "openlora.adapters.store",
             "openlora.adapters.safetensors_header",
+            "openlora.adapters.sources",
             "producer",
         },
         {"starlette", "uvicorn", "redis", "msgspec", "prometheus_client", "uvloop", "websockets"},

@@ -188,19 +188,7 @@ def _weight_files(directory: Path) -> tuple[tuple[str, ...], tuple[str, ...]]:
     if (directory / WEIGHTS_FILE).exists():
         return (WEIGHTS_FILE,), ()
     if (directory / INDEX_FILE).exists():
-        path = _inside(directory, INDEX_FILE)
-        if path.stat().st_size > MAX_INDEX_BYTES:
-            raise AdapterFailed(f"{INDEX_FILE} is over {MAX_INDEX_BYTES} bytes")
-        try:
-            shards = sorted(set(json.loads(path.read_bytes())["weight_map"].values()))
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise AdapterFailed(f"{INDEX_FILE} has no usable weight_map: {error!r}") from error
-        for name in shards:
-            if not isinstance(name, str) or not _SHARD.fullmatch(name):
-                raise AdapterFailed(f"{INDEX_FILE} names the file {str(name)[:200]!r}")
-        if not shards:
-            raise AdapterFailed(f"{INDEX_FILE} names no files")
-        return tuple(shards), (INDEX_FILE,)
+        return shards_of(_inside(directory, INDEX_FILE)), (INDEX_FILE,)
     for name in PICKLE_FILES:
         if (directory / name).exists():
             raise AdapterFailed(
@@ -208,6 +196,26 @@ def _weight_files(directory: Path) -> tuple[tuple[str, ...], tuple[str, ...]]:
                 "(PEFT: save_pretrained(…, safe_serialization=True))"
             )
     raise AdapterFailed(f"{WEIGHTS_FILE} is missing in {directory}")
+
+
+def shards_of(index: Path) -> tuple[str, ...]:
+    """Names of the weight files that an index names, sorted.
+
+    Raises:
+        AdapterFailed: it is no index, or names anything but shards beside it.
+    """
+    if index.stat().st_size > MAX_INDEX_BYTES:
+        raise AdapterFailed(f"{INDEX_FILE} is over {MAX_INDEX_BYTES} bytes")
+    try:
+        shards = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise AdapterFailed(f"{INDEX_FILE} has no usable weight_map: {error!r}") from error
+    for name in shards:
+        if not isinstance(name, str) or not _SHARD.fullmatch(name):
+            raise AdapterFailed(f"{INDEX_FILE} names the file {str(name)[:200]!r}")
+    if not shards:
+        raise AdapterFailed(f"{INDEX_FILE} names no files")
+    return tuple(shards)
 
 
 def _contents(

@@ -2,6 +2,7 @@
 
 examples:
   openlora adapters add poet ./loras/poet          a PEFT directory on the gateway's machine
+  openlora adapters add poet hf://acme/poet@main   from the hub; also https://, s3://…, and .zip
   openlora adapters list --search llama            what can be used, and which workers have it
   openlora adapters show poet@2                    one version
   openlora adapters versions poet                  all kept versions
@@ -27,7 +28,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
     add = actions.add_parser("add", help="register a PEFT adapter under an ID")
     add.add_argument("id", metavar="ID")
-    add.add_argument("source", metavar="SOURCE", help="the adapter's directory")
+    add.add_argument(
+        "source", metavar="SOURCE", help="its directory, or a URL: hf://, https://, s3://"
+    )
     add.add_argument(
         "--visibility",
         choices=("public", "private"),

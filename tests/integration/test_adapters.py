@@ -43,11 +43,13 @@ def gateway(
 ) -> Iterator[RunningGateway]:
     with redis_client(redis_server.address) as client:
         client.flushall()
+    directory = tmp_path_factory.mktemp("gateway")
     with running_gateway(
         embedded_broker.bootstrap_servers,
         redis_server.address,
-        tmp_path_factory.mktemp("gateway"),
+        directory,
         OPENLORA_API_KEYS="root,acme:one,umbrella:two",
+        OPENLORA_ADAPTER_SOURCES=f"file://{directory}/offered/",
     ) as gateway:
         yield gateway
 
@@ -270,6 +272,36 @@ def test_a_tenant_changes_no_other_s_public_adapter_and_reads_no_directory(
             error_of(acme.post("/v1/adapters", json=body), 403, "forbidden")
     assert first_frame(gateway, "acme", adapter="shared")["type"] == "accepted"
     assert http.delete("/v1/adapters/shared").status_code == 204
+
+
+def test_a_tenant_adds_from_where_it_may_and_for_itself(
+    gateway: RunningGateway, worker: ScriptedWorker
+) -> None:
+    root = gateway.log_path.parent
+    write_adapter(root / "offered/poet", fill=6)
+    write_adapter(root / "kept/poet", fill=7)
+    store = {path.name for path in (root / "store").iterdir()}
+    with client_of(gateway, "acme") as acme:
+        for url in (
+            f"file://{root}/kept/poet",
+            f"file://{root}/offered/../kept/poet",
+            f"http://127.0.0.1:{gateway.port}/offered/poet",
+            f"zip://x::file://{root}/offered/poet",
+        ):
+            said = error_of(
+                acme.post("/v1/adapters", json={"id": "p", "source": url}), 403, "forbidden"
+            )
+            assert "OPENLORA_ADAPTER_SOURCES" in said
+        url = f"file://{root}/offered/poet"
+        record = acme.post("/v1/adapters", json={"id": "p", "source": url}).json()
+        assert (record["visibility"], record["owner"], record["source"]) == ("private", "acme", url)
+        assert first_frame(gateway, "acme", adapter="p")["type"] == "accepted"
+        assert first_frame(gateway, "umbrella", adapter="p")["code"] == "unknown_adapter"
+        body = {"id": "q", "source": f"file://{root}/offered/nothing"}
+        said = error_of(acme.post("/v1/adapters", json=body), 422, "adapter_failed")
+        assert "adapter_config.json is missing there" in said
+        assert acme.delete("/v1/adapters/p").status_code == 204
+    assert {path.name for path in (root / "store").iterdir()} - store == {record["hash"]}
 
 
 def test_ten_thousand_adapters_are_listed_searched_and_found_at_once(

@@ -1,0 +1,190 @@
+"""Adapters from elsewhere: the files of a URL, copied into a directory by a process of its own.
+
+    python -m openlora.adapters.sources URL DIRECTORY
+
+A URL names the directory that holds adapter_config.json, or a .zip file that holds one:
+http(s)://…, hf://org/name[@revision][/folder], and whatever fsspec has a package for (s3://, gs://,
+file://, …). A process, because it can be given up when a server is slow, and whatever a
+library does there ends it alone. Exit status 0, or 2 with the reason on standard error.
+"""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+import urllib.error
+import urllib.request
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from openlora.adapters.adapter_config import CONFIG_FILE, MAX_CONFIG_BYTES
+from openlora.adapters.peft_format import (
+    INDEX_FILE,
+    MAX_ADAPTER_BYTES,
+    MAX_INDEX_BYTES,
+    PICKLE_FILES,
+    WEIGHTS_FILE,
+    shards_of,
+)
+from openlora.errors import AdapterFailed
+
+TIMEOUT_S = 600.0
+CONNECT_TIMEOUT_S = 20.0
+MAX_RATIO = 100
+"""Weights hardly compress; a file that grows so much when it is unpacked is no adapter."""
+_FAILED = 2
+_ARCHIVE = "archive.zip"
+
+Open = Callable[[str], BinaryIO]
+"""Opens a file of the source by name; raises FileNotFoundError."""
+
+
+def fetch(url: str, directory: Path, timeout_s: float = TIMEOUT_S) -> None:
+    """Copy the files of the adapter at ``url`` into ``directory``, which exists and is empty.
+
+    What they hold is not looked at yet.
+
+    Raises:
+        AdapterFailed: nothing usable is there, or it does not answer in time; says why.
+    """
+    # -P: what lies in the working directory must not be imported instead of ours.
+    argv = [sys.executable, "-P", "-m", "openlora.adapters.sources", url, str(directory)]
+    try:
+        done = subprocess.run(
+            argv, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=timeout_s
+        )
+    except subprocess.TimeoutExpired as error:
+        raise AdapterFailed(f"{url} was not read within {timeout_s:g} s; try again") from error
+    if done.returncode != 0:
+        lines = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
+        raise AdapterFailed(f"{url} cannot be read: {lines[-1][:500]}")
+
+
+def copy_adapter(url: str, directory: Path) -> None:
+    """What ``fetch`` has another process do.
+
+    Raises:
+        AdapterFailed: a file is missing or too large.
+        Exception: whatever the URL's library raises.
+    """
+    if url.partition("?")[0].endswith(".zip"):
+        archive = directory / _ARCHIVE
+        with _open_url(url) as source:
+            _copy(source, archive, MAX_ADAPTER_BYTES)
+        with zipfile.ZipFile(archive) as opened:
+            _copy_files(_members(opened), directory)
+        archive.unlink()
+    else:
+        _copy_files(lambda name: _open_url(f"{url.rstrip('/')}/{name}"), directory)
+
+
+def _copy_files(opened: Open, directory: Path) -> None:
+    if _copy_one(opened, CONFIG_FILE, directory, MAX_CONFIG_BYTES) is None:
+        raise AdapterFailed(f"{CONFIG_FILE} is missing there")
+    if _copy_one(opened, WEIGHTS_FILE, directory, MAX_ADAPTER_BYTES) is not None:
+        return
+    if _copy_one(opened, INDEX_FILE, directory, MAX_INDEX_BYTES) is None:
+        raise AdapterFailed(
+            f"it has neither {WEIGHTS_FILE} nor {INDEX_FILE}; weights in "
+            f"{' or '.join(PICKLE_FILES)} are pickle files and are not read: save it with "
+            "safe_serialization=True"
+        )
+    left = MAX_ADAPTER_BYTES
+    for name in shards_of(directory / INDEX_FILE):
+        size = _copy_one(opened, name, directory, left)
+        if size is None:
+            raise AdapterFailed(f"{name} is missing there")
+        left -= size
+
+
+def _copy_one(opened: Open, name: str, directory: Path, limit: int) -> int | None:
+    """Its size; None where the source has no such file."""
+    try:
+        source = opened(name)
+    except FileNotFoundError:
+        return None
+    with source:
+        return _copy(source, directory / name, limit)
+
+
+def _copy(source: BinaryIO, target: Path, limit: int) -> int:
+    size = 0
+    with target.open("xb") as writer:
+        while chunk := source.read(1 << 20):
+            size += len(chunk)
+            if size > limit:
+                raise AdapterFailed(f"{target.name} is larger than {limit} bytes")
+            writer.write(chunk)
+    return size
+
+
+def _members(archive: zipfile.ZipFile) -> Open:
+    """The files beside the archive's only adapter_config.json."""
+    entries = {entry.filename: entry for entry in archive.infolist()}
+    configs = [name for name in entries if name.split("/")[-1] == CONFIG_FILE]
+    if len(configs) != 1:
+        raise AdapterFailed(f"the archive holds {len(configs)} files {CONFIG_FILE}, not one")
+    folder = configs[0].removesuffix(CONFIG_FILE)
+
+    def opened(name: str) -> BinaryIO:
+        entry = entries.get(folder + name)
+        if entry is None:
+            raise FileNotFoundError(name)
+        if entry.file_size > MAX_RATIO * max(entry.compress_size, 1024):
+            raise AdapterFailed(
+                f"{name} has {entry.compress_size} bytes in the archive and would have "
+                f"{entry.file_size} unpacked; that is no adapter"
+            )
+        # Reads no more than the size it declares.
+        return archive.open(entry)  # type: ignore[return-value]
+
+    return opened
+
+
+def _open_url(url: str) -> BinaryIO:
+    scheme = url.partition("://")[0]
+    if scheme in ("http", "https"):
+        try:
+            answer: BinaryIO = urllib.request.urlopen(url, timeout=CONNECT_TIMEOUT_S)
+        except urllib.error.HTTPError as error:
+            if error.code in (404, 410):
+                raise FileNotFoundError(url) from error
+            raise
+        return answer
+    import fsspec
+
+    system, path = fsspec.core.url_to_fs(url)
+    opened: Any = system.open(path, "rb")
+    return opened  # type: ignore[no-any-return]
+
+
+def main() -> int:
+    """Copy; the exit status."""
+    url, directory = sys.argv[1], Path(sys.argv[2])
+    try:
+        copy_adapter(url, directory)
+    except AdapterFailed as error:
+        print(error.message, file=sys.stderr)
+    except ImportError as error:
+        print(f"a package for it is not installed: {error}", file=sys.stderr)
+    except Exception as error:  # noqa: BLE001 - this process's outermost level, see above
+        reason = " ".join(str(error).split()) or "no details"
+        hint = "; is this machine online?" if _is_unreachable(error) else ""
+        print(f"{type(error).__name__}: {reason}{hint}", file=sys.stderr)
+    else:
+        return 0
+    for path in directory.iterdir():
+        path.unlink() if path.is_file() else shutil.rmtree(path)
+    return _FAILED
+
+
+def _is_unreachable(error: Exception) -> bool:
+    names = {kind.__name__ for kind in type(error).__mro__}
+    return bool(names & {"ConnectionError", "ConnectError", "NetworkError", "URLError"})
+
+
+if __name__ == "__main__":
+    sys.exit(main())
