@@ -116,16 +116,18 @@ class ExtraLoader:
         self._base = base
         self._found = {(extra.kind, extra.module): extra for extra in layout.extras}
         self._modules = {_name(module): module for module in layout.modules}
+        self._gains: dict[str, torch.Tensor] = {}
 
     def gain(self, module: LoRAModule) -> torch.Tensor | None:
         """DoRA's g of a module, [out] in fp32; None: it has no magnitude."""
-        extra = self._found.get(("magnitude", _name(module)))
+        name = _name(module)
+        extra = self._found.get(("magnitude", name))
         if extra is None:
             return None
-        weight = self._base(f"{_name(module)}.weight").float()
-        delta = self._tensor(module.b).float() @ self._tensor(module.a).float() * module.scale
-        norm: torch.Tensor = torch.linalg.vector_norm(weight + delta, dim=1)
-        return self._read(extra, norm.shape).float() / norm
+        # Both the pages and the extras need it, and it costs a product as large as the weight.
+        if name not in self._gains:
+            self._gains[name] = self._new_gain(module, extra)
+        return self._gains[name]
 
     def load(self) -> AdapterExtras | None:
         """All extras but those that are folded into the pages; None where nothing is left."""
@@ -146,6 +148,12 @@ class ExtraLoader:
             norms = {module: weight.to(self._dtype) for module, weight in norms.items()}
         extras = AdapterExtras(linears, norms, self._table(EMBEDDING), self._table(HEAD))
         return extras if extras.size_bytes else None
+
+    def _new_gain(self, module: LoRAModule, extra: ExtraTensor) -> torch.Tensor:
+        weight = self._base(f"{_name(module)}.weight").float()
+        delta = self._tensor(module.b).float() @ self._tensor(module.a).float() * module.scale
+        norm: torch.Tensor = torch.linalg.vector_norm(weight + delta, dim=1)
+        return self._read(extra, norm.shape).float() / norm
 
     def _joined(
         self,

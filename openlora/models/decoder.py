@@ -33,8 +33,8 @@ class Decoder:
         rope_inv_freq: [rotary_dim / 2] fp32, angles per position.
         local_rope_inv_freq: the same for the sliding layers; None: they are as all others.
         norm_names: the checkpoint's name of each norm, by the address of its weight.
-        base_weight: reads the checkpoint again, for adapters that need its weights; None: it
-            cannot be read again. Set by who loads the model.
+        base_weight: reads the checkpoint again, for adapters that need its weights on CPU; None:
+            it cannot be read again. Set by who loads the model.
 
     Args:
         config: the shape.

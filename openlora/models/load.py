@@ -77,7 +77,7 @@ def load_model(
             checkpoint = SafetensorsCheckpoint(path)
             checkpoint.check(weight_shapes(config))
             get = _converting(checkpoint.get, target, torch.device(device))
-            base_weight = get
+            base_weight = _converting(checkpoint.get, target, torch.device("cpu"))
     else:
         raise SetupError(f"load_format is {load_format!r}; use auto or dummy")
     with torch.inference_mode():
