@@ -1,6 +1,7 @@
 """Benchmarks of this machine.
 
   decode     time per decode step of the engine alone, with and without adapters
+  adapters   throughput and first tokens over more adapters than fit
   pipeline   the whole path with a scripted engine: tokens/s, added latency, CPU shares
   mixed      a batch's share of the bare engine, and what it costs interactive requests
   chaos      everything breaks, again and again: what clients saw of it
@@ -24,6 +25,7 @@ from openlora.errors import OpenLoRAError
 # One module each, so that `decode` needs only the engine's packages.
 BENCHMARKS = {
     "decode": ("openlora.bench.decode", "time per decode step of the engine alone"),
+    "adapters": ("openlora.bench.adapters", "more adapters than fit, by popularity and rank"),
     "pipeline": ("openlora.bench.pipeline", "the whole path with a scripted engine"),
     "mixed": ("openlora.bench.mixed", "batch and interactive work beside each other"),
     "chaos": ("openlora.bench.chaos", "everything breaks; what clients saw of it"),

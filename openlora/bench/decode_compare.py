@@ -211,7 +211,7 @@ def _setting(args: argparse.Namespace, folder: Path, num_adapters: int) -> Setti
     output = args.output or 48
     if output < 2:
         raise SetupError(f"output is {output}; decode is timed behind the first token, so ≥ 2")
-    model = _model_directory(args.model)
+    model = model_directory(args.model)
     config = read_config(model)
     device = choose_device(args.device)
     adapters = tuple(
@@ -234,7 +234,7 @@ def _dtypes(dtype: str, device: str, config: ModelConfig) -> tuple[str, ...]:
     return ("float32", "bfloat16") if device == "cpu" else (config.dtype,)
 
 
-def _model_directory(name: str) -> Path:
+def model_directory(name: str) -> Path:
     if name == "demo":
         from openlora.commands.config import cache_dir, process_environment
         from openlora.demo.model import ensure_demo_model

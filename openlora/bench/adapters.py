@@ -1,0 +1,223 @@
+"""Throughput and time to the first token over many adapters, more of them than fit into pages.
+
+examples:
+  openlora bench adapters                                        the demo model on CPU
+  openlora bench adapters --adapters 8,64,2000 --popularity zipf,distinct --rank mixed --room 16
+
+A fixed number of requests (--concurrency) is kept under way; each takes its adapter as the
+popularity says: "distinct" one after the other, "uniform" and "zipf" (1.0) drawn, "identical"
+always the first. --room adapters of the case's rank fit into pages. Adapters are loaded from files;
+--contents different ones are written, and more adapters share them under their own names, each
+with a load and pages of its own. One JSON row a case:
+
+  {"case":"adapters","adapters":64,"popularity":"zipf","rank":"16","room":16,"distinct":31,
+   "out_tok_s":…,"ttft_p50_ms":…,"ttft_p99_ms":…,"of_all_fit":…}
+
+of_all_fit: out_tok_s as a share of the case's in which everything fits, where that case ran.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import tempfile
+import time
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from openlora.adapters.lora_set import PAGE_RANK
+from openlora.bench.decode_compare import model_directory
+from openlora.bench.measure import RowWriter, about_machine, make_requests
+from openlora.bench.random_adapters import write_adapter
+from openlora.engine import Engine, EngineConfig, Request
+from openlora.engine.build import choose_device
+from openlora.errors import SetupError
+from openlora.models.config import read_config
+
+POPULARITIES = ("distinct", "uniform", "zipf", "identical")
+MIXED = (8, 16, 64)
+_BLOCK_SIZE = 16
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What the requests of one case saw."""
+
+    out_tok_s: float
+    ttft_s: tuple[float, ...]
+
+    def ttft_ms(self, share: float) -> float:
+        """The time to the first token that ``share`` of the requests do not exceed."""
+        ordered = sorted(self.ttft_s)
+        return 1000 * ordered[min(len(ordered) - 1, int(share * len(ordered)))]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Flags of ``bench adapters``."""
+    parser.add_argument("--model", default="demo", metavar="M", help="demo (default), or a folder")
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda", "auto"))
+    parser.add_argument("--dtype", default="auto", choices=("auto", *_DTYPES))
+    parser.add_argument("--adapters", default="1,8,64", metavar="N,…", help="default 1,8,64")
+    parser.add_argument(
+        "--popularity", default="zipf", metavar="P,…", help=f"of {', '.join(POPULARITIES)}"
+    )
+    parser.add_argument("--rank", default="16", metavar="R,…", help="numbers, or mixed")
+    parser.add_argument("--room", type=int, default=16, help="adapters that fit (default 16)")
+    parser.add_argument("--contents", type=int, default=8, help="different files (default 8)")
+    parser.add_argument("--requests", type=int, default=64)
+    parser.add_argument("--concurrency", type=int, default=8)
+    parser.add_argument("--prompt", type=int, default=32, help="tokens of a prompt (default 32)")
+    parser.add_argument("--output", type=int, default=16, help="tokens of an answer (default 16)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, metavar="FILE", help="append the rows to it")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run all cases; the exit status."""
+    counts = [_number(text) for text in args.adapters.split(",")]
+    popularities = args.popularity.split(",")
+    for popularity in popularities:
+        if popularity not in POPULARITIES:
+            raise SetupError(f"popularity is {popularity!r}; use some of {', '.join(POPULARITIES)}")
+    if min(args.room, args.contents, args.requests, args.concurrency, args.output) < 1:
+        raise SetupError("room, contents, requests, concurrency and output must be at least 1")
+    rows = RowWriter(args.out, about_machine(choose_device(args.device)))
+    model = model_directory(args.model)
+    for rank in args.rank.split(","):
+        ranks = MIXED if rank == "mixed" else (_number(rank),)
+        with tempfile.TemporaryDirectory(prefix="openlora-bench-") as folder:
+            _run_rank(args, model, Path(folder), rank, ranks, counts, popularities, rows)
+    return 0
+
+
+def _run_rank(
+    args: argparse.Namespace,
+    model: Path,
+    folder: Path,
+    rank: str,
+    ranks: Sequence[int],
+    counts: Sequence[int],
+    popularities: Sequence[str],
+    rows: RowWriter,
+) -> None:
+    pages = round(args.room * sum(-(-r // PAGE_RANK) for r in ranks) / len(ranks))
+    engine = _engine(args, model, max(pages, -(-max(ranks) // PAGE_RANK)))
+    dtype = _DTYPES[engine.model_info.dtype]
+    contents = [
+        write_adapter(
+            folder / str(number),
+            read_config(model),
+            rank=ranks[number % len(ranks)],
+            seed=args.seed + number,
+            dtype=dtype,
+        )
+        for number in range(max(args.contents, len(ranks)))
+    ]
+    measure(engine, _requests(args, engine, [0] * args.concurrency, "warm"), args.concurrency)
+    all_fit: dict[str, float] = {}
+    for count in sorted(counts):
+        for number in range(count):
+            engine.register_adapter(_name(number), contents[number % len(contents)])
+        for popularity in popularities:
+            drawn = draw(popularity, count, args.requests, args.seed)
+            requests = _requests(args, engine, drawn, "case")
+            outcome = measure(engine, requests, args.concurrency)
+            if count <= args.room:
+                all_fit[popularity] = outcome.out_tok_s
+            row = {
+                "case": "adapters",
+                "adapters": count,
+                "popularity": popularity,
+                "rank": rank,
+                "room": args.room,
+                "requests": args.requests,
+                "concurrency": args.concurrency,
+                "distinct": len(set(drawn)),
+                "out_tok_s": outcome.out_tok_s,
+                "ttft_p50_ms": outcome.ttft_ms(0.5),
+                "ttft_p99_ms": outcome.ttft_ms(0.99),
+            }
+            if popularity in all_fit:
+                row["of_all_fit"] = outcome.out_tok_s / all_fit[popularity]
+            rows.write(row)
+    engine.close()
+
+
+def draw(popularity: str, count: int, requests: int, seed: int) -> list[int]:
+    """The adapter of each request, a number below ``count``. Pure."""
+    if popularity == "identical":
+        return [0] * requests
+    if popularity == "distinct":
+        return [number % count for number in range(requests)]
+    weights = [1 / (number + 1) if popularity == "zipf" else 1.0 for number in range(count)]
+    return random.Random(seed).choices(range(count), weights, k=requests)
+
+
+def measure(engine: Engine, requests: Sequence[Request], concurrency: int) -> Outcome:
+    """Keep ``concurrency`` requests under way until all have ended.
+
+    Raises:
+        OpenLoRAError: a request failed.
+    """
+    waiting = deque(requests)
+    added_at: dict[int, float] = {}
+    ttft_s: list[float] = []
+    tokens = 0
+    started = time.perf_counter()
+    while waiting or added_at:
+        while waiting and len(added_at) < concurrency:
+            added_at[engine.add(waiting.popleft())] = time.perf_counter()
+        engine.wait_for_adapters(1.0)
+        for output in engine.step():
+            if output.error is not None:
+                raise output.error
+            tokens += 1
+            if output.index == 0:
+                ttft_s.append(time.perf_counter() - added_at[output.request_id])
+            if output.finish_reason is not None:
+                del added_at[output.request_id]
+    return Outcome(tokens / (time.perf_counter() - started), tuple(ttft_s))
+
+
+def _engine(args: argparse.Namespace, model: Path, pages: int) -> Engine:
+    blocks = -(-(args.prompt + args.output + 1) // _BLOCK_SIZE)
+    return Engine(
+        EngineConfig(
+            model=str(model),
+            device=args.device,
+            dtype=args.dtype,
+            block_size=_BLOCK_SIZE,
+            num_kv_blocks=args.concurrency * blocks,
+            adapter_pages=(pages,) * 4,
+            max_num_seqs=args.concurrency,
+            enable_prefix_caching=False,
+        )
+    )
+
+
+def _requests(
+    args: argparse.Namespace, engine: Engine, drawn: Sequence[int], kind: str
+) -> list[Request]:
+    return make_requests(
+        len(drawn),
+        [] if kind == "warm" else [_name(number) for number in drawn],
+        prompt_tokens=args.prompt,
+        output_tokens=args.output,
+        vocab_size=engine.model_info.vocab_size,
+        seed=args.seed,
+    )
+
+
+def _name(number: int) -> str:
+    return f"adapter-{number}"
+
+
+def _number(text: str) -> int:
+    if not text.isascii() or not text.isdigit() or int(text) < 1:
+        raise SetupError(f"{text!r} is no whole number from 1")
+    return int(text)

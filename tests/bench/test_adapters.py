@@ -1,0 +1,63 @@
+"""The adapter benchmark on a tiny model: its rows, and how adapters are drawn."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections import Counter
+
+import pytest
+
+from openlora.bench import adapters
+from openlora.errors import SetupError
+from tests.engine.tiny_model import make_tiny_model
+
+
+def run(*words):
+    parser = argparse.ArgumentParser()
+    adapters.add_arguments(parser)
+    return adapters.run(parser.parse_args([*words]))
+
+
+def test_a_row_for_each_case(tmp_path, capsys):
+    make_tiny_model(tmp_path / "model")
+    small = ("--requests", "6", "--concurrency", "2", "--prompt", "5", "--output", "3")
+    where = ("--model", str(tmp_path / "model"), "--out", str(tmp_path / "rows"))
+    what = ("--adapters", "9,2", "--popularity", "zipf,distinct", "--rank", "4,mixed")
+    assert run(*where, *what, *small, "--room", "2", "--contents", "3") == 0
+    rows = [json.loads(line) for line in (tmp_path / "rows").read_text().splitlines()]
+    assert [(row["rank"], row["adapters"], row["popularity"]) for row in rows] == [
+        (rank, count, popularity)
+        for rank in ("4", "mixed")
+        for count in (2, 9)
+        for popularity in ("zipf", "distinct")
+    ]
+    for row in rows:
+        assert row["out_tok_s"] > 0
+        assert 0 < row["ttft_p50_ms"] <= row["ttft_p99_ms"]
+        assert row["of_all_fit"] > 0
+    assert [row["distinct"] for row in rows if row["popularity"] == "distinct"] == [2, 6, 2, 6]
+
+
+def test_popularities():
+    assert adapters.draw("identical", 9, 4, 0) == [0] * 4
+    assert adapters.draw("distinct", 3, 5, 0) == [0, 1, 2, 0, 1]
+    uniform, zipf = (Counter(adapters.draw(p, 10, 10_000, 1)) for p in ("uniform", "zipf"))
+    assert max(uniform.values()) < 1.3 * min(uniform.values())
+    assert zipf[0] == pytest.approx(2 * zipf[1], rel=0.2)
+    assert zipf[0] == pytest.approx(10 * zipf[9], rel=0.3)
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (("--adapters", "0"), "'0' is no whole number"),
+        (("--adapters", "x"), "'x' is no whole number"),
+        (("--popularity", "odd"), "popularity is 'odd'"),
+        (("--room", "0"), "must be at least 1"),
+        (("--model", "/nowhere"), "model is '/nowhere'"),
+    ],
+)
+def test_settings_that_make_no_sense(words, says):
+    with pytest.raises(SetupError, match=says):
+        run(*words)
