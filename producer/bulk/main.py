@@ -17,7 +17,7 @@ from collections.abc import Callable
 
 from openlora.errors import SetupError
 from openlora.joblog import reach_redis, redis_client
-from openlora.registry import AdapterRegistry
+from producer.bulk.adapters_known import KnownAdapters
 from producer.bulk.app import add_tasks, make_app, queue_step
 from producer.bulk.collector import Collector
 from producer.bulk.config import ProducerConfig
@@ -52,7 +52,7 @@ def run(config: ProducerConfig) -> int:
     sender = BundleSender(config.kafka)
     app = make_app(config.redis)
     steward = Steward(states, client, lambda batch_id, step: queue_step(app, batch_id, step))
-    add_tasks(app, Tools(states, store, AdapterRegistry(client), sender, client), steward)
+    add_tasks(app, Tools(states, store, KnownAdapters(client), sender, client), steward)
     threads = _Threads()
     threads.start("collector", Collector(config.kafka, states, store).run)
     threads.start("steward", steward.run)

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import msgspec
 
 from openlora.errors import InvalidRequest, OpenLoRAError, Overloaded, UnknownModel
-from openlora.joblog.clients import redis_errors
 from openlora.protocol.bulk import BulkGroup
-from openlora.protocol.status import AdapterRecord
 from producer.bulk.blocks import read_index
 from producer.bulk.chunks import chunk_records, write_chunk, write_ids
 from producer.bulk.lines import Parsed, Rules, custom_id_of, parse_line, shape_of
@@ -85,26 +81,9 @@ def _rules(tools: Tools, state: BatchState) -> Rules:
     return Rules(
         endpoint=record.endpoint,
         adapter=record.adapter,
-        find=_finder(tools, record.tenant),
+        find=tools.adapters.finder(record.tenant),
         base_models=frozenset(served),
     )
-
-
-def _finder(tools: Tools, tenant: str) -> Callable[[str], AdapterRecord | None]:
-    """What the tenant may see, read at once; a pinned version is asked for by itself."""
-    with redis_errors(tools.client):
-        known = {record.id: record for record in tools.registry.list(tenant)}
-    pinned: dict[str, AdapterRecord | None] = {}
-
-    def find(reference: str) -> AdapterRecord | None:
-        if "@" not in reference:
-            return known.get(reference)
-        if reference not in pinned:
-            with redis_errors(tools.client):
-                pinned[reference] = tools.registry.get(reference, tenant)
-        return pinned[reference]
-
-    return find
 
 
 def _piece(tools: Tools, state: BatchState) -> Piece:

@@ -14,7 +14,7 @@ import redis
 
 from openlora.errors import InvalidRequest, OpenLoRAError
 from openlora.protocol.bulk import Shape
-from openlora.registry import AdapterRegistry
+from producer.bulk.adapters_known import KnownAdapters
 from producer.bulk.files import BatchFolder, FileStore
 from producer.bulk.records import BatchState, LineError, Step
 from producer.bulk.results import refused, write_segment
@@ -46,7 +46,7 @@ class Tools:
 
     states: BatchStates
     store: FileStore
-    registry: AdapterRegistry
+    adapters: KnownAdapters
     sender: BundleSender
     client: redis.Redis = field(repr=False)
 

@@ -15,6 +15,7 @@ from openlora.joblog import JobLog, redis_client
 from openlora.protocol.bulk import BulkAnswer, BulkAnswers, decode_bulk_message
 from openlora.protocol.status import AdapterRecord, PartitionStatus
 from openlora.registry import AdapterRegistry
+from producer.bulk.adapters_known import KnownAdapters
 from producer.bulk.app import do_step
 from producer.bulk.files import FileStore
 from producer.bulk.records import BatchRecord, Step, StepKind
@@ -50,7 +51,8 @@ class Producer:
         self.store = FileStore(folder, self.client)
         self.sender = Sender()
         self.registry = AdapterRegistry(self.client)
-        self.tools = Tools(self.states, self.store, self.registry, self.sender, self.client)
+        adapters = KnownAdapters(self.client)
+        self.tools = Tools(self.states, self.store, adapters, self.sender, self.client)
         self.queue = []
         self.steward = Steward(self.states, self.client, lambda *entry: self.queue.append(entry))
         self.fails = []
@@ -192,6 +194,29 @@ def test_a_model_is_looked_up_among_the_living_workers(producer):
         producer.run()
     JobLog(producer.client).write_heartbeat(a_heartbeat("w", model_id="tiny"))
     do_step(producer.tools, producer.steward, batch_id, Step("read", 0))
+    producer.run()
+    assert producer.states.get(batch_id).published == 1
+
+
+def test_adapters_are_looked_up_for_the_tenant_and_by_version(producer):
+    producer.registry.put(AdapterRecord("a", 0, "c" * 64, 8, (), "", 1, "", 1))
+    private = AdapterRecord("own", 0, "d" * 64, 8, (), "", 1, "", 1, "other", "private")
+    producer.registry.put(private)
+    names = ["a", "a@1", "a@2", "a@9", "own"]
+    batch_id = producer.submit(
+        b"".join(json.dumps({"prompt": "p", "adapter": name}).encode() + b"\n" for name in names)
+    )
+    producer.run()
+    used = {
+        line.line: (ref.version, ref.hash[0])
+        for _, message in producer.sender.bundles
+        for line in message.lines
+        for ref in message.group.adapters
+    }
+    assert used == {1: (2, "c"), 2: (1, "a"), 3: (2, "c")}
+    assert [error.line for error in producer.states.errors(batch_id)] == [4, 5]
+    producer.registry.put(AdapterRecord("new", 0, "e" * 64, 8, (), "", 1, "", 1))
+    batch_id = producer.submit(b'{"prompt": "p", "adapter": "new"}')
     producer.run()
     assert producer.states.get(batch_id).published == 1
 
