@@ -13,7 +13,7 @@ from openlora.engine.step import Runner
 from openlora.errors import SetupError
 from openlora.kernels.linear import Linear
 from openlora.kernels.native.build import NativeUnavailable
-from openlora.kernels.native.library import NativeKernels, native_kernels
+from openlora.kernels.native.library import MAX_GROUP_DIM, Arena, NativeKernels, native_kernels
 from openlora.kernels.native.linear import NativeLinear
 from openlora.models.decoder import Decoder
 from openlora.models.weights import MakeLinear
@@ -50,7 +50,7 @@ def native_kernels_for(setting: str, device: str, dtype: str) -> NativeKernels |
 
 def make_linear_for(native: NativeKernels | None) -> MakeLinear:
     """What the model's linears are made of."""
-    return Linear if native is None else partial(NativeLinear, native)
+    return Linear if native is None else partial(NativeLinear, native, Arena())
 
 
 def cpu_runner(
@@ -60,7 +60,17 @@ def cpu_runner(
     kv_cache: KVCache,
     max_num_seqs: int,
 ) -> Runner:
-    """The runner of a model whose linears are of ``make_linear_for(native)``."""
+    """The runner of a model whose linears are of ``make_linear_for(native)``.
+
+    Raises:
+        SetupError: the native kernels lack something that the model needs.
+    """
     if native is None:
         return ModelRunner(model, pages, kv_cache)
+    config = model.config
+    if config.num_heads // config.num_kv_heads * config.head_dim > MAX_GROUP_DIM:
+        raise SetupError(
+            f"{config.num_heads} query heads of {config.head_dim} on {config.num_kv_heads} kv "
+            "heads are more than the native CPU kernels take; set cpu_kernels to 'torch'"
+        )
     return NativeRunner(model, pages, kv_cache, native, max_num_seqs)

@@ -13,7 +13,6 @@ from openlora.adapters.page_tensors import SitePageTensors
 from openlora.kernels.attention import AttentionPlan, paged_attention
 from openlora.kernels.linear import Linear
 from openlora.kernels.native.library import (
-    MAX_HEAD_DIM,
     TYPES,
     Kind,
     NativeKernels,
@@ -26,15 +25,6 @@ from openlora.models.config import ModelConfig
 from openlora.models.ops import GATE_UP
 
 _SILU, _GELU_TANH = 0, 1
-
-
-def unsupported(config: ModelConfig, dtype: torch.dtype) -> str | None:
-    """Why the native kernels cannot run this model; None where they can."""
-    if dtype not in TYPES:
-        return f"they compute in float32 and bfloat16, not in {str(dtype).removeprefix('torch.')}"
-    if config.head_dim > MAX_HEAD_DIM:
-        return f"heads of {config.head_dim} dimensions are larger than {MAX_HEAD_DIM}"
-    return None
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,11 +152,13 @@ class NativeOps:
         a, b = pages.layers[layer]
         y = x.new_empty(x.shape[0], native.out_features)
         sums = y if y.dtype is torch.float32 else torch.empty(y.shape, dtype=torch.float32)
-        slices = len(pages.shape.modules)
-        shrink = (native.in_features, native.out_features, site, a.stride(0), slices)
-        self._emit(Kind.LINEAR, x, (x, native.weight, native.bias, y, sums, a), shrink)
-        expand = (native.out_features, site, b.stride(0), b.shape[1], b.shape[3], slices)
-        self._emit(Kind.EXPAND, x, (y, sums, b, self._parts.block_slices[site]), expand)
+        tensors = (x, native.weight, native.bias, y, b, self._parts.block_slices[site], a, sums)
+        numbers = (
+            *(native.in_features, native.out_features, site, b.stride(0), b.shape[3]),
+            *(len(pages.shape.modules), a.stride(0), b.shape[1]),
+        )
+        for kind in (Kind.SHRINK, Kind.LINEAR, Kind.EXPAND):
+            self._emit(kind, x, tensors, numbers)
         return y
 
     def gated_linear(

@@ -25,7 +25,7 @@ from openlora.engine.sampler import is_plain, sample_rows
 from openlora.engine.step import SampledToken, StepRow
 from openlora.engine.step_inputs import StepInputs, mixed_inputs
 from openlora.kernels.attention import plan_attention
-from openlora.kernels.native.library import NativeKernels, Step
+from openlora.kernels.native.library import NativeKernels, Step, ask_for_huge_pages
 from openlora.models.decoder import Decoder
 
 logger = logging.getLogger(__name__)
@@ -70,6 +70,8 @@ class NativeRunner:
             sites=pages.sites,
             block_slices=[torch.tensor(site.shape.block_slices) for site in pages.sites],
         )
+        for tensor in (kv_cache.tensor, *(t for site in pages.sites for t in (site.a, site.b))):
+            ask_for_huge_pages(tensor)
         self._binder = StepBinder(model, self._parts)
         self._decode = self._record(max_num_seqs)
 

@@ -66,14 +66,15 @@ def expected(reference, prompts) -> list[Greedy]:
     ]
 
 
-@pytest.fixture
-def make_engine(tiny):
+@pytest.fixture(params=["auto", "torch"])
+def make_engine(tiny, request):
     model_dir, adapters = tiny
     engines = []
 
     def make(**settings) -> Engine:
         settings.setdefault("num_kv_blocks", 128)
         settings.setdefault("adapter_pages", (24, 24, 24, 24))
+        settings.setdefault("cpu_kernels", request.param)
         engine = Engine(EngineConfig(str(model_dir), device="cpu", dtype="float32", **settings))
         for name, path in adapters.items():
             engine.load_adapter(name, path)  # now, for schedules that do not vary from run to run

@@ -99,12 +99,30 @@ INLINE const void *at(const void *p, int64_t i, int type) {
     return (const char *)p + i * (type == F32 ? 4 : 2);
 }
 
+#if LANES == 16
+#define EVEN_LANES 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30
+#define ODD_LANES 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31
+#elif LANES == 8
+#define EVEN_LANES 0, 2, 4, 6, 8, 10, 12, 14
+#define ODD_LANES 1, 3, 5, 7, 9, 11, 13, 15
+#else
+#define EVEN_LANES 0, 2, 4, 6
+#define ODD_LANES 1, 3, 5, 7
+#endif
+#if defined(__clang__)
+#define SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+#define SHUFFLE(a, b, ...) __builtin_shuffle(a, b, (vi){__VA_ARGS__})
+#endif
+
+/* Sums of neighbours: a's in the first half of the lanes, b's in the second. */
+INLINE vf add_pairs(vf a, vf b) {
+    return SHUFFLE(a, b, EVEN_LANES) + SHUFFLE(a, b, ODD_LANES);
+}
+
 INLINE float sum_of(vf v) {
-    float sum[LANES];
-    memcpy(sum, &v, sizeof v);
-    for (int width = LANES / 2; width; width /= 2)
-        for (int i = 0; i < width; i++) sum[i] += sum[i + width];
-    return sum[0];
+    for (int width = LANES; width > 1; width /= 2) v = add_pairs(v, v);
+    return v[0];
 }
 
 /* e^x to about 1 ulp (Cephes' polynomial); below -87 it stays at e^-87, NaN stays NaN. */
@@ -131,19 +149,35 @@ INLINE vf tanh_capped(vf x, float cap) {
     return cap - 2.0f * cap / (exp_of(x * (2.0f / cap)) + 1.0f);
 }
 
-/* One LoRA site of a step. A group is up to MAX_GROUP adjacent rows with the same pages; its
-   numbers are {first row, rows, first page, pages, first element of h / (slices * PAGE_RANK)}. */
+enum { SILU = 0, GELU_TANH = 1 };
+
+INLINE vf gate_of(vf x, int kind) {
+    /* gelu_tanh is x * sigmoid(2 * sqrt(2 / pi) * (x + 0.044715 x^3)). */
+    vf z = kind == SILU ? x : 1.5957691216f * (x + 0.044715f * x * x * x);
+    return x / (1.0f + exp_of(-z));
+}
+
+/* One LoRA site of a step. A group is up to MAX_GROUP adjacent rows with the same pages; h holds
+   [slices * PAGE_RANK] for each row and page. */
 #define MAX_GROUP 8
-#define GROUP_FIELDS 5
+#define GROUP_FIELDS 2
+#define TASK_FIELDS 4
+#define ROW_FIELDS 4
 typedef struct {
+    int64_t num_tasks;      /* 0: no row has pages here */
     int64_t num_groups;
-    int64_t num_tasks;       /* (group, page) pairs */
-    const int32_t *groups;   /* [num_groups, GROUP_FIELDS] */
-    const int32_t *tasks;    /* [num_tasks, 2]: group, which of its pages */
-    const int32_t *pages;    /* page IDs of the groups, one after the other */
-    const float *weights;    /* one a page */
-    float *h;                /* what shrink leaves for expand */
+    const int32_t *tasks;   /* [num_tasks, 4] of the shrink: first row, rows, page, first h */
+    const int32_t *rows;    /* [rows, 4] of the expand: first of pages, pages, first h, step of h */
+    const int32_t *groups;  /* [num_groups, 2], all rows of the step: first row, rows */
+    const int32_t *pages;   /* page IDs of the groups, one after the other */
+    const float *weights;   /* one a page */
+    float *h;
 } Site;
+
+/* Few rows, as in decode, mostly have an adapter each: whole matrices B are read one by one, in
+   run_expand. Many rows share them: what is left of LoRA is done panel by panel in run_linear. The
+   sums are the same. */
+#define FEW_ROWS 32
 
 /* What changes from step to step. Rows are tokens; decode rows come first. */
 typedef struct {
@@ -185,8 +219,10 @@ INLINE int64_t piece(const Share *share, int64_t tasks) {
 }
 
 void run_linear(const Op *op, const Step *step, const Share *share);
+void run_shrink(const Op *op, const Step *step, const Share *share);
 void run_expand(const Op *op, const Step *step, const Share *share);
-void shrink_task(const Op *op, const Step *step, int64_t task);
+void shrink_task(const Op *op, const Site *site, int64_t task);
+void fetch_block(const Op *op, const Site *site, int64_t task);
 void run_norm(const Op *op, const Step *step, const Share *share);
 void run_norm_heads(const Op *op, const Step *step, const Share *share);
 void run_gated(const Op *op, const Step *step, const Share *share);

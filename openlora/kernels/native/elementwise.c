@@ -65,14 +65,6 @@ void run_norm_heads(const Op *op, const Step *step, const Share *share) {
         }
 }
 
-enum { SILU = 0, GELU_TANH = 1 };
-
-INLINE vf gate_of(vf x, int kind) {
-    /* gelu_tanh is x * sigmoid(2 * sqrt(2 / pi) * (x + 0.044715 x^3)). */
-    vf z = kind == SILU ? x : 1.5957691216f * (x + 0.044715f * x * x * x);
-    return x / (1.0f + exp_of(-z));
-}
-
 INLINE void gated_row(const void *gate, const void *up, void *y, int64_t n, int type, int kind) {
     int64_t i = 0;
     for (; i + LANES <= n; i += LANES)

@@ -10,13 +10,13 @@
 typedef void (*Kernel)(const Op *, const Step *, const Share *);
 
 static const Kernel KERNELS[] = {
-    run_linear, run_expand, run_norm, run_norm_heads, run_gated, run_rope,
+    run_linear, run_shrink, run_expand, run_norm, run_norm_heads, run_gated, run_rope,
     run_attention, run_embed, run_add, run_greedy, run_soft_cap,
 };
 
 /* Sizes that the caller checks its own against. */
 int64_t ol_abi(int64_t which) {
-    const int64_t sizes[] = {sizeof(Op), sizeof(Step), MAX_GROUP, MAX_HEAD_DIM, PANEL};
+    const int64_t sizes[] = {sizeof(Op), sizeof(Step), MAX_GROUP, MAX_GROUP_DIM, PANEL};
     return sizes[which];
 }
 

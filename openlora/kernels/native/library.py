@@ -22,23 +22,25 @@ TYPES = {torch.float32: 0, torch.bfloat16: 1}
 MAX_GROUP = 8
 """Most rows of a LoRA group, see ``plan.py``."""
 
-MAX_HEAD_DIM = 512
+MAX_GROUP_DIM = 16384
+"""Most query heads of one kv head, times head_dim."""
 
 
 class Kind(IntEnum):
     """Operations, in the order of ``KERNELS`` in kernels.c."""
 
     LINEAR = 0
-    EXPAND = 1
-    NORM = 2
-    NORM_HEADS = 3
-    GATED = 4
-    ROPE = 5
-    ATTENTION = 6
-    EMBED = 7
-    ADD = 8
-    GREEDY = 9
-    SOFT_CAP = 10
+    SHRINK = 1
+    EXPAND = 2
+    NORM = 3
+    NORM_HEADS = 4
+    GATED = 5
+    ROPE = 6
+    ATTENTION = 7
+    EMBED = 8
+    ADD = 9
+    GREEDY = 10
+    SOFT_CAP = 11
 
 
 class Op(ctypes.Structure):
@@ -57,10 +59,11 @@ class Site(ctypes.Structure):
     """One LoRA site of a step."""
 
     _fields_ = (
-        ("num_groups", ctypes.c_int64),
         ("num_tasks", ctypes.c_int64),
-        ("groups", ctypes.c_void_p),
+        ("num_groups", ctypes.c_int64),
         ("tasks", ctypes.c_void_p),
+        ("rows", ctypes.c_void_p),
+        ("groups", ctypes.c_void_p),
         ("pages", ctypes.c_void_p),
         ("weights", ctypes.c_void_p),
         ("h", ctypes.c_void_p),
@@ -117,7 +120,7 @@ class NativeKernels:
         self._library.ol_pack.restype = None
         for name in ("ol_abi", "ol_packed_bytes"):
             getattr(self._library, name).restype = ctypes.c_int64
-        expected = (ctypes.sizeof(Op), ctypes.sizeof(Step), MAX_GROUP, MAX_HEAD_DIM)
+        expected = (ctypes.sizeof(Op), ctypes.sizeof(Step), MAX_GROUP, MAX_GROUP_DIM)
         if tuple(self._library.ol_abi(which) for which in range(4)) != expected:
             raise NativeUnavailable("the compiled kernels do not fit this version")
 
@@ -130,12 +133,11 @@ class NativeKernels:
         count, threads = len(ops) - skip_last, torch.get_num_threads()
         self._run(ctypes.addressof(ops), count, ctypes.addressof(step), threads)
 
-    def pack(self, weight: torch.Tensor) -> torch.Tensor:
+    def pack(self, weight: torch.Tensor, arena: Arena) -> torch.Tensor:
         """``weight`` [out, in], fp32 or bf16, as the LINEAR operation reads it; opaque bytes."""
         number, (rows, columns) = TYPES[weight.dtype], weight.shape
         sizes = (ctypes.c_int64(rows), ctypes.c_int64(columns), ctypes.c_int64(number))
-        packed = torch.empty(self._library.ol_packed_bytes(*sizes), dtype=torch.uint8)
-        _ask_for_huge_pages(packed)
+        packed = arena.take(self._library.ol_packed_bytes(*sizes))
         weight = weight.contiguous()
         self._library.ol_pack(
             ctypes.c_void_p(weight.data_ptr()),
@@ -156,12 +158,36 @@ def native_kernels() -> NativeKernels:
     return NativeKernels()
 
 
+_SLAB_BYTES = 64 << 20
+_ALIGNMENT = 4096
 _HUGE_PAGE_BYTES = 2 << 20
 _MADV_HUGEPAGE = 14
 
 
-def _ask_for_huge_pages(tensor: torch.Tensor) -> None:
-    """Gigabytes read in 4 KiB pages cost many translations; a system without larger ones does."""
+class Arena:
+    """Memory for a model's packed weights, one behind the other in huge pages.
+
+    Alone, a small weight would lie in 4 KiB pages: a fifth of the reading speed.
+    """
+
+    def __init__(self) -> None:
+        self._slab = torch.empty(0, dtype=torch.uint8)
+        self._used = 0
+
+    def take(self, num_bytes: int) -> torch.Tensor:
+        """uint8 [num_bytes], aligned to a page, not initialised."""
+        if self._used + num_bytes > len(self._slab):
+            # What a slab has behind its last weight is never touched, and so takes no memory.
+            self._slab = torch.empty(max(_SLAB_BYTES, num_bytes) + _ALIGNMENT, dtype=torch.uint8)
+            ask_for_huge_pages(self._slab)
+            self._used = -self._slab.data_ptr() % _ALIGNMENT
+        taken = self._slab[self._used : self._used + num_bytes]
+        self._used += -(-num_bytes // _ALIGNMENT) * _ALIGNMENT
+        return taken
+
+
+def ask_for_huge_pages(tensor: torch.Tensor) -> None:
+    """Ask for huge pages where ``tensor`` is not touched yet; not every system has them."""
     madvise = getattr(ctypes.CDLL(None), "madvise", None)
     start = -(-tensor.data_ptr() // _HUGE_PAGE_BYTES) * _HUGE_PAGE_BYTES
     end = (tensor.data_ptr() + tensor.nbytes) // _HUGE_PAGE_BYTES * _HUGE_PAGE_BYTES

@@ -44,49 +44,100 @@ INLINE void tile_bf16(int rows, int64_t k, const bf16 *w, const bf16 *x, int64_t
     }
 }
 
+/* One LINEAR operation on one step. */
 typedef struct {
     int type, y_type;
     int64_t k, n, ldx, ldy;
     const void *w, *x;
     const float *bias;
     void *y;
-} Tile;
+    const Site *site; /* null: no LoRA */
+    const void *b;
+    const int64_t *block_slices;
+    int64_t page_stride, block_out, slices;
+} Linear;
 
-INLINE void tile(int rows, const Tile *t, int64_t panel, int64_t row) {
-    vf acc[MAX_ROWS][2] = {0};
-    const void *x = at(t->x, row * t->ldx, t->type);
-    if (t->type == F32)
-        tile_f32(rows, t->k, (const float *)t->w + panel * PANEL * t->k, x, t->ldx, acc);
-    else
-        tile_bf16(rows, t->k, (const bf16 *)t->w + panel * PANEL * ((t->k + 1) & ~1), x, t->ldx,
-                  acc);
-    int64_t first = panel * PANEL, width = t->n - first;
-    if (t->bias) {
-        float bias[PANEL] = {0};
-        memcpy(bias, t->bias + first, sizeof(float) * (width < PANEL ? width : PANEL));
-        UNROLL for (int m = 0; m < rows; m++) {
-            acc[m][0] += load(bias);
-            acc[m][1] += load(bias + LANES);
+/* The block that holds all of a panel's columns; -1: there is none. */
+INLINE int64_t block_of(const Linear *t, int64_t first) {
+    int64_t block = first / t->block_out;
+    return first + PANEL <= (block + 1) * t->block_out ? block : -1;
+}
+
+INLINE const void *b_of(const Linear *t, int64_t page, int64_t block, int64_t column) {
+    int64_t place = t->site->pages[page] * t->page_stride + block * PAGE_RANK * t->block_out;
+    return at(t->b, place + column, t->type);
+}
+
+/* sums += weight * (h B) of one row in the columns of a panel, page by page and rank by rank. */
+INLINE void add_lora(const Linear *t, int type, int64_t row, int64_t first, float *sums) {
+    const int32_t *pages = t->site->rows + ROW_FIELDS * row;
+    int64_t block = block_of(t, first), ldh = t->slices * PAGE_RANK;
+    for (int64_t i = 0; i < pages[1]; i++) {
+        const float *h = t->site->h + (pages[2] + i * pages[3]) * ldh;
+        float weight = t->site->weights[pages[0] + i];
+        if (block >= 0) {
+            const void *b = b_of(t, pages[0] + i, block, first - block * t->block_out);
+            vf low = load(sums), high = load(sums + LANES);
+            h += t->block_slices[block] * PAGE_RANK;
+            UNROLL for (int r = 0; r < PAGE_RANK; r++) {
+                vf scaled = splat(h[r] * weight);
+                low += scaled * get_v(b, r * t->block_out, type);
+                high += scaled * get_v(b, r * t->block_out + LANES, type);
+            }
+            store(sums, low);
+            store(sums + LANES, high);
+            continue;
         }
-    }
-    UNROLL for (int m = 0; m < rows; m++) {
-        int64_t place = (row + m) * t->ldy + first;
-        if (width >= PANEL) {
-            put_v(t->y, place, t->y_type, acc[m][0]);
-            put_v(t->y, place + LANES, t->y_type, acc[m][1]);
-        } else {
-            float rest[PANEL];
-            store(rest, acc[m][0]);
-            store(rest + LANES, acc[m][1]);
-            for (int64_t j = 0; j < width; j++) put(t->y, place + j, t->y_type, rest[j]);
+        for (int64_t j = 0; j < PANEL && first + j < t->n; j++) {
+            int64_t own = (first + j) / t->block_out;
+            const float *hj = h + t->block_slices[own] * PAGE_RANK;
+            const void *b = b_of(t, pages[0] + i, own, first + j - own * t->block_out);
+            for (int r = 0; r < PAGE_RANK; r++)
+                sums[j] = __builtin_fmaf(hj[r] * weight, get(b, r * t->block_out, type), sums[j]);
         }
     }
 }
 
-#define CASE(rows) \
-    case rows: tile(rows, t, panel, row); break;
+/* Bias, LoRA and the way to y, for the sums of one panel in a few rows. */
+INLINE void finish(const Linear *t, int type, int64_t row, int64_t rows, int64_t first,
+                   float sums[][PANEL]) {
+    int64_t width = t->n - first < PANEL ? t->n - first : PANEL;
+    for (int64_t m = 0; m < rows; m++) {
+        float *sum = sums[m];
+        if (t->bias)
+            for (int64_t j = 0; j < width; j++) sum[j] += t->bias[first + j];
+        if (t->site) add_lora(t, type, row + m, first, sum);
+        int64_t place = (row + m) * t->ldy + first;
+        if (width == PANEL) {
+            put_v(t->y, place, t->y_type, load(sum));
+            put_v(t->y, place + LANES, t->y_type, load(sum + LANES));
+        } else {
+            for (int64_t j = 0; j < width; j++) put(t->y, place + j, t->y_type, sum[j]);
+        }
+    }
+}
 
-static void tiles(const Tile *t, int64_t panel, int64_t row, int64_t end) {
+INLINE void tile(int rows, int type, const Linear *t, int64_t first, int64_t row,
+                 float sums[][PANEL]) {
+    vf acc[MAX_ROWS][2] = {0};
+    int64_t k = t->k, even = (k + 1) & ~1;
+    const void *x = at(t->x, row * t->ldx, type);
+    const void *w = at(t->w, first * (type == F32 ? k : even), type);
+    if (type == F32)
+        tile_f32(rows, k, w, x, t->ldx, acc);
+    else
+        tile_bf16(rows, k, w, x, t->ldx, acc);
+    UNROLL for (int m = 0; m < rows; m++) {
+        store(sums[m], acc[m][0]);
+        store(sums[m] + LANES, acc[m][1]);
+    }
+}
+
+#define CASE(rows) \
+    case rows: tile(rows, type, t, panel * PANEL, row, sums); break;
+
+INLINE void panels_of(int type, const Linear *t, int64_t panel, int64_t row, int64_t end) {
+    float sums[MAX_ROWS][PANEL];
     while (row < end) {
         int64_t rows = end - row < MAX_ROWS ? end - row : MAX_ROWS;
         switch (rows) {
@@ -98,40 +149,53 @@ static void tiles(const Tile *t, int64_t panel, int64_t row, int64_t end) {
             CASE(9) CASE(10) CASE(11) CASE(12)
 #endif
         }
+        finish(t, type, row, rows, panel * PANEL, sums);
         row += rows;
     }
 }
 
-/* p: x, packed w, bias (fp32 or null), y, fp32 y, A of the layer; n: k, n, site (-1: none),
-   A's page stride in elements, slices. With LoRA in the step, the sums go to the fp32 y, for
-   run_expand to finish; the shrink of the site is done here too, for it needs x alone. */
+static void panels_f32(const Linear *t, int64_t panel, int64_t row, int64_t end) {
+    panels_of(F32, t, panel, row, end);
+}
+
+static void panels_bf16(const Linear *t, int64_t panel, int64_t row, int64_t end) {
+    panels_of(BF16, t, panel, row, end);
+}
+
+/* p: x, packed w, bias (fp32 or null), y, B of the layer (null: no LoRA), int64 slice of each of
+   its blocks, A of the layer, fp32 y; n: k, outputs, site, B's page stride in elements, block_out,
+   slices, A's page stride, blocks. With LoRA and few rows, the sums are left in the fp32 y for
+   run_expand, and the shrink is done on the way. */
 void run_linear(const Op *op, const Step *step, const Share *share) {
-    const Site *site = op->n[2] < 0 ? 0 : &step->sites[op->n[2]];
-    int has_lora = site && site->num_tasks;
-    Tile t = {.type = op->type, .y_type = has_lora ? F32 : op->type, .k = op->n[0], .n = op->n[1],
-              .ldx = op->n[0], .ldy = op->n[1], .w = op->p[1], .x = op->p[0], .bias = op->p[2],
-              .y = has_lora ? op->p[4] : op->p[3]};
+    const Site *site = op->p[4] ? &step->sites[op->n[2]] : 0;
+    if (site && !site->num_tasks) site = 0;
+    int is_split = site && step->rows <= FEW_ROWS;
+    Linear t = {.type = op->type, .k = op->n[0], .n = op->n[1], .ldx = op->n[0], .ldy = op->n[1],
+                .w = op->p[1], .x = op->p[0], .bias = op->p[2], .site = is_split ? 0 : site,
+                .y = is_split ? op->p[7] : op->p[3], .y_type = is_split ? F32 : op->type,
+                .b = op->p[4], .block_slices = op->p[5], .page_stride = op->n[3],
+                .block_out = op->n[4], .slices = op->n[5]};
     /* The rows that stay in the second-level cache while all panels pass. */
     int64_t width = op->type == F32 ? 4 : 2;
     int64_t block = (384 << 10) / (t.k * width) / MAX_ROWS * MAX_ROWS;
     if (block < 2 * MAX_ROWS) block = 2 * MAX_ROWS;
-    int64_t blocks = (step->rows + block - 1) / block;
-    int64_t panels = (t.n + PANEL - 1) / PANEL;
-    int64_t lora = has_lora ? site->num_tasks : 0;
-    int64_t total = lora + blocks * panels;
-    int64_t size = piece(share, blocks * panels), last;
-    for (int64_t first = claim(share, size); first < total; first = claim(share, size)) {
-        last = first + size < total ? first + size : total;
-        for (int64_t task = first; task < last; task++) {
-            if (task < lora) {
-                shrink_task(op, step, task);
+    int64_t blocks = (step->rows + block - 1) / block, panels = (t.n + PANEL - 1) / PANEL;
+    int64_t shrinks = is_split ? site->num_tasks : 0, total = shrinks + blocks * panels;
+    int64_t size = piece(share, blocks * panels), first = claim(share, size);
+    for (; first < total; first = claim(share, size))
+        for (int64_t task = first; task < first + size && task < total; task++) {
+            if (task < shrinks) {
+                shrink_task(op, site, task);
                 continue;
             }
-            int64_t row = (task - lora) / panels * block;
+            int64_t panel = (task - shrinks) % panels, row = (task - shrinks) / panels * block;
             int64_t end = row + block < step->rows ? row + block : step->rows;
-            tiles(&t, (task - lora) % panels, row, end);
+            if (op->type == F32)
+                panels_f32(&t, panel, row, end);
+            else
+                panels_bf16(&t, panel, row, end);
         }
-    }
+    if (is_split) fetch_block(op, site, (first - total) / size);
 }
 
 int64_t ol_packed_bytes(int64_t n, int64_t k, int64_t type) {

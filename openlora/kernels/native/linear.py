@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from openlora.kernels.linear import Linear
-from openlora.kernels.native.library import Kind, NativeKernels, Op, Step, make_op
+from openlora.kernels.native.library import Arena, Kind, NativeKernels, Op, Step, make_op
 
 
 class NativeLinear(Linear):
@@ -13,19 +13,24 @@ class NativeLinear(Linear):
 
     Args:
         kernels: that pack and multiply.
+        arena: where the packed weight goes.
         weight, bias: as in ``Linear``; kept only packed, the bias in fp32.
     """
 
     __slots__ = ("_kernels",)
 
     def __init__(
-        self, kernels: NativeKernels, weight: torch.Tensor, bias: torch.Tensor | None = None
+        self,
+        kernels: NativeKernels,
+        arena: Arena,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None = None,
     ) -> None:
         self._kernels = kernels
         self.bias = None if bias is None else bias.float()
         self.out_features, self.in_features = weight.shape
         self.is_packed = True
-        self.weight = kernels.pack(weight)
+        self.weight = kernels.pack(weight, arena)
 
     def op(self, x: torch.Tensor, y: torch.Tensor) -> Op:
         """The operation y = linear(x), without LoRA; x and y: [rows, …] contiguous."""

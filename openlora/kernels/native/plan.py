@@ -34,8 +34,9 @@ def plan_site(runs: Sequence[Run], width: int) -> SitePlan | None:
     """
     if not any(pages for _, _, pages in runs):
         return None
-    groups: list[tuple[int, int, int, int, int]] = []
-    tasks: list[tuple[int, int]] = []
+    tasks: list[tuple[int, int, int, int]] = []
+    rows: list[tuple[int, int, int, int]] = []
+    groups: list[tuple[int, int]] = []
     page_ids: list[int] = []
     weights: list[float] = []
     num_shrunk = 0
@@ -44,16 +45,19 @@ def plan_site(runs: Sequence[Run], width: int) -> SitePlan | None:
         page_ids += [page for page, _ in pages]
         weights += [weight for _, weight in pages]
         for first in range(start, end, MAX_GROUP):
-            rows = min(MAX_GROUP, end - first)
-            tasks += [(len(groups), index) for index in range(len(pages))]
-            groups.append((first, rows, first_page, len(pages), num_shrunk))
-            num_shrunk += rows * len(pages)
+            count = min(MAX_GROUP, end - first)
+            for index, (page, _) in enumerate(pages):
+                tasks.append((first, count, page, num_shrunk + index * count))
+            rows += [(first_page, len(pages), num_shrunk + row, count) for row in range(count)]
+            groups.append((first, count))
+            num_shrunk += count * len(pages)
     tensors = (
-        torch.tensor(groups, dtype=torch.int32),
         torch.tensor(tasks, dtype=torch.int32),
+        torch.tensor(rows, dtype=torch.int32),
+        torch.tensor(groups, dtype=torch.int32),
         torch.tensor(page_ids, dtype=torch.int32),
         torch.tensor(weights, dtype=torch.float32),
         torch.empty(num_shrunk * width, dtype=torch.float32),
     )
-    site = Site(len(groups), len(tasks), *(tensor.data_ptr() for tensor in tensors))
+    site = Site(len(tasks), len(groups), *(tensor.data_ptr() for tensor in tensors))
     return SitePlan(site, tensors)
