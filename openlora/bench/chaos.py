@@ -20,12 +20,12 @@ from typing import TypeVar
 
 import msgspec
 from rich.console import Console
-from rich.table import Table
 
 from openlora.bench.chaos_faults import FAULTS
 from openlora.bench.chaos_report import FaultRow, add_rows, fault_row, record_answers
 from openlora.bench.chaos_streams import Answer, Ask, Clients, asks
 from openlora.bench.chaos_system import ChaosPlan, ChaosSystem
+from openlora.commands.tables import print_table
 from openlora.errors import SetupError
 
 T = TypeVar("T")
@@ -58,7 +58,7 @@ def run(args: argparse.Namespace) -> int:
             system.stop()
     kinds = sorted({row.fault for row in rows}, key=[*FAULTS, "at the end"].index)
     added = [add_rows([row for row in rows if row.fault == kind]) for kind in kinds]
-    console.print(_table(added))
+    _print_table(added)
     if args.out:
         with args.out.open("ab") as out:
             out.writelines(msgspec.json.encode(row) + b"\n" for row in added)
@@ -123,18 +123,16 @@ def _line(row: FaultRow) -> str:
     return f"{row.fault}: {row.hit} streams hit, {seen}, worst stall {row.worst_stall_s:.2f} s"
 
 
-def _table(rows: list[FaultRow]) -> Table:
-    table = Table(box=None, pad_edge=False)
+def _print_table(rows: list[FaultRow]) -> None:
     columns = ("fault", "times", "streams hit", "lost", "repeated", "changed", "failed",
                "restarted", "refused", "worst stall, s", "worst first token, s")  # fmt: skip
-    for number, column in enumerate(columns):
-        table.add_column(column, justify="right" if number else "left")
-    for row in rows:
-        counts = (row.times, row.hit, row.lost, row.repeated, row.changed, row.failed)
-        table.add_row(
-            row.fault,
-            *(str(count) for count in (*counts, row.restarted, row.refused)),
-            f"{row.worst_stall_s:.2f}",
-            f"{row.worst_wait_s:.2f}",
-        )
-    return table
+    print_table(
+        columns,
+        [
+            (
+                *(row.fault, row.times, row.hit, row.lost, row.repeated, row.changed, row.failed),
+                *(row.restarted, row.refused, row.worst_stall_s, row.worst_wait_s),
+            )
+            for row in rows
+        ],
+    )

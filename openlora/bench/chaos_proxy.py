@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import socket
+import struct
 import threading
 from collections.abc import Callable, Coroutine
 from typing import Any, TypeVar
@@ -118,4 +120,9 @@ class _Link:
 
     def reset(self) -> None:
         for writer in self._writers:
+            if writer.transport.is_closing():
+                continue
+            # Without lingering a close is a reset: that is what a cut connection looks like.
+            sock = writer.get_extra_info("socket")
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
             writer.transport.abort()
