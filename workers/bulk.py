@@ -163,7 +163,7 @@ class BulkLane:
             self._upkeep()
 
     def _has_room(self, interactive: int) -> bool:
-        if self._pace.room <= 0:
+        if self._pace.room <= 0 and self._runs:
             return False
         if time.monotonic() >= self._interactive_until:
             return len(self._runs) < self._budget + self._spare

@@ -6,12 +6,15 @@ own speed decides: what joins makes a step longer by about ``LONGER_S``, on any 
 
 from __future__ import annotations
 
+from collections import deque
+
 LONGER_S = 0.1
 FIRST_TOKENS = 256
 LEAST_TOKENS = 32
 MOST_TOKENS = 2048
-_FORGET = 1.05
-_WEIGHT = 0.3
+PROBE_EVERY = 8
+"""Nothing joins in one step of so many, which shows how long a step takes without prompts."""
+_WINDOW = 16
 
 
 class Pace:
@@ -27,7 +30,9 @@ class Pace:
         self._joined = 0  # since the last step: they are computed in the next but one,
         self._computing = 0  # the next one being under way when they join
         self._plain_s = 0.0
-        self._tokens_per_s = 0.0
+        self._tokens_per_s = FIRST_TOKENS / LONGER_S
+        self._seen: deque[tuple[int, float]] = deque(maxlen=_WINDOW)
+        self._steps = 0
         self._last_s = 0.0
 
     def join(self, tokens: int) -> None:
@@ -47,18 +52,20 @@ class Pace:
             self._learn((now_s - self._last_s) / count)
         self._last_s = now_s
         self._computing, self._joined = self._joined, 0
-        self.room = self._limit
+        self._steps += 1
+        self.room = self._limit if self._steps % PROBE_EVERY else 0
 
     def _learn(self, step_s: float) -> None:
         if not self._computing:
-            # The shortest of late; it grows as more lines run beside each other.
-            known_s = self._plain_s * _FORGET or step_s
-            self._plain_s = min(step_s, known_s)
+            # Downwards at once, upwards halfway: more lines run beside each other, or it was late.
+            known_s = self._plain_s or step_s
+            self._plain_s = min(step_s, (known_s + step_s) / 2)
             return
         if not self._plain_s:
             return
-        rate = self._computing / max(step_s - self._plain_s, 1e-3)
-        if self._tokens_per_s:
-            rate = self._tokens_per_s + _WEIGHT * (rate - self._tokens_per_s)
-        self._tokens_per_s = rate
-        self._limit = round(min(MOST_TOKENS, max(LEAST_TOKENS, rate * LONGER_S)))
+        # A step too early or too late to be that of the prompts evens out over several.
+        self._seen.append((self._computing, max(0.0, step_s - self._plain_s)))
+        tokens, longer_s = map(sum, zip(*self._seen, strict=True))
+        self._tokens_per_s = min(tokens / max(longer_s, 1e-3), 2 * self._tokens_per_s)
+        limit = self._tokens_per_s * LONGER_S
+        self._limit = round(min(MOST_TOKENS, max(LEAST_TOKENS, limit)))
