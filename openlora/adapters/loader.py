@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from openlora.adapters.extra_format import words
@@ -108,16 +110,16 @@ class FileTensors:
 
     def __init__(self, directory: Path, layout: AdapterLayout) -> None:
         self._entries = layout.tensors
-        self._files: dict[str, bytearray] = {}
+        self._files: dict[str, npt.NDArray[np.uint8]] = {}
         digest = ContentHash()
         for name, size in layout.files:
             # Read, not mapped: a file that is cut short meanwhile would end the process.
-            data = bytearray(size)
+            data = np.empty(size, np.uint8)
             with (directory / name).open("rb") as file:
-                if file.readinto(data) != size:
+                if file.readinto(memoryview(data)) != size:
                     raise AdapterFailed(f"{name} became shorter while it was read; load it again")
             digest.begin(name, size)
-            digest.update(data)
+            digest.update(memoryview(data))
             self._files[name] = data
         self.hash = digest.hexdigest()
 

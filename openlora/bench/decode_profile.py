@@ -22,8 +22,8 @@ def decode_busy(run: Callable[[], object]) -> dict[str, object]:
 
     Returns:
         ``gpu_busy``: the share of the time between the end of the prefill and the last kernel in
-        which a kernel or copy runs; ``kernels_ms``: total time of each of the longest kernels.
-        Nothing without a GPU.
+        which a kernel or copy runs; ``kernels_ms``: what the longest kernels add to it, the time
+        not counted in which a kernel waits beside the one before it. Nothing without a GPU.
     """
     if not torch.cuda.is_available():
         return {}
@@ -40,8 +40,10 @@ def decode_busy(run: Callable[[], object]) -> dict[str, object]:
     begin = max((end for name, _, end in spans if name.startswith(_PREFILL_KERNEL)), default=0)
     spans = [span for span in spans if span[1] >= begin]
     totals: Counter[str] = Counter()
-    for name, start, end in spans:
-        totals[name[:60]] += end - start
+    reached = begin
+    for name, start, end in sorted(spans, key=lambda span: span[2]):
+        totals[name[:60]] += max(0, end - max(start, reached))
+        reached = max(reached, end)
     return {
         "gpu_busy": busy_share(spans),
         "kernels_ms": {name: round(ns / 1e6, 2) for name, ns in totals.most_common(_TOP)},

@@ -139,7 +139,7 @@ def _sgmv_cases(config: Any, batch: int, distinct: int) -> Iterator[tuple[str, i
         tensors = SitePageTensors(shape, distinct, LAYERS, torch.bfloat16, torch.device("cuda"))
         tensors.a.normal_(0.0, 0.02)
         tensors.b.normal_(0.0, 0.02)
-        (tiles,) = decode_tiles([tensors.layers], processors)
+        (tiles,) = decode_tiles([tensors.layers], processors, rows_share=distinct < batch)
         plan = build_plan(sets, [1] * batch, chunk_rows=tiles.chunk_rows)
         layout = PlanLayout(plan.num_chunks, plan.num_items)
         packed = torch.zeros(len(SITES), layout.site_ints, dtype=torch.int32)

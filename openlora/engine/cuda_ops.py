@@ -148,9 +148,9 @@ class CudaOps(EdgeOps):
         self, linear: Linear, x: torch.Tensor, layer: int, activation: str
     ) -> torch.Tensor:
         lora = self.lora
-        if lora is None:
+        if lora is None or not lora.tiles[GATE_UP].fuses_gate:
             activate = self.silu_and_mul if activation == "silu" else self.gelu_tanh_and_mul
-            return activate(linear(x))
+            return activate(self.lora_linear(linear, x, layer, GATE_UP))
         h = lora.shrink(x, layer, GATE_UP)
         return sgmv_expand_gated(
             h,
@@ -206,8 +206,14 @@ class CudaOps(EdgeOps):
         return out
 
 
-def decode_tiles(pages: Sequence[LayerPages], num_processors: int) -> tuple[SGMVTiles, ...]:
-    """Per site, how SGMV is cut for a batch of decodes: bytes bound, few rows a segment."""
+def decode_tiles(
+    pages: Sequence[LayerPages], num_processors: int, *, rows_share: bool
+) -> tuple[SGMVTiles, ...]:
+    """Per site, how SGMV is cut for a batch of decodes: bytes bound, few rows a segment.
+
+    ``rows_share``: most rows share their pages with others. The tiles serve any batch; these are
+    the faster ones for such.
+    """
     return tuple(
         SGMVTiles(
             chunk_rows=16,
@@ -215,11 +221,13 @@ def decode_tiles(pages: Sequence[LayerPages], num_processors: int) -> tuple[SGMV
             splits=32 if site[0][0].shape[1] > 8192 else 16,
             shared_splits=16 if site[0][0].shape[1] > 8192 else 8,
             block_k=256,
-            # The kernel of gate and up reads a tile of each.
-            block_n=128 if index == GATE_UP else 256,
+            # The kernel of gate and up together reads a tile of each.
+            block_n=128 if index == GATE_UP and not rows_share else 256,
             num_programs=num_processors * 16,
             shrink_warps=2,
-            expand_warps=1,
+            # One warp holds all 16 ranks of its columns; many rows want the registers of two.
+            expand_warps=2 if rows_share else 1,
+            fuses_gate=not rows_share,
         )
         for index, site in enumerate(pages)
     )

@@ -1,8 +1,10 @@
-"""CUDA graphs of the decode step: one per batch bucket with LoRA, one without, captured lazily.
+"""CUDA graphs of the decode step: per batch bucket with LoRA or without, captured lazily.
 
 A graph reads everything that changes from step to step out of persistent buffers: tokens,
 positions, slots, block tables and the SGMV plan with its work counts. So it serves any mix of
 adapters, ranks and weights; only the number of rows is rounded up, with rows that write nothing.
+Of those with LoRA there are two, for how the kernels are cut: each serves every mix, but one is
+faster where rows share adapters, the other where each has its own.
 """
 
 from __future__ import annotations
@@ -10,6 +12,7 @@ from __future__ import annotations
 import logging
 import time
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 
@@ -38,6 +41,7 @@ PAGES_PER_ROW = 32
 """Room in a graph's LoRA buffers: 8 adapters of rank 64 for every row."""
 USUAL_PAGES_PER_ROW = 4
 """Pages a row that the launches have programs for: one adapter of rank 64."""
+LoRAKind = Literal["none", "shared", "distinct"]
 _FIELDS = 5
 """Ints a row takes in the upload: token, source, position, slot, context length."""
 
@@ -90,7 +94,10 @@ class DecodeGraphs:
         processors = torch.cuda.get_device_properties(device).multi_processor_count
         self._processors = processors
         self._pages = [site.layers for site in pages.sites]
-        self._tiles = decode_tiles(self._pages, processors)
+        self._tiles = {
+            share: decode_tiles(self._pages, processors, rows_share=share)
+            for share in (False, True)
+        }
         self._h_rows = max_rows * PAGES_PER_ROW
 
         def zeros(*shape: int) -> torch.Tensor:
@@ -102,19 +109,19 @@ class DecodeGraphs:
         self._layout = PlanLayout(max_rows, max_rows * PAGES_PER_ROW)
         self._plan = zeros(4, self._layout.site_ints)
         self._h = torch.empty(
-            scratch_elements(self._pages, self._tiles, self._h_rows), device=device
+            scratch_elements(self._pages, self._tiles[True], self._h_rows), device=device
         )
         self._no_tiles = zeros(0, 2)
         self._uploads = PinnedRing(_FIELDS * max_rows + max_rows * max_blocks)
         self._plan_uploads = PinnedRing(self._plan.numel())
         self._uploaded_plan: SGMVPlan | None = None
         self._memory = torch.cuda.graph_pool_handle()
-        self._graphs: dict[tuple[int, bool], _Graph] = {}
+        self._graphs: dict[tuple[int, LoRAKind], _Graph] = {}
 
     @property
     def chunk_rows(self) -> int:
         """``chunk_rows`` of the plans this takes."""
-        return self._tiles[0].chunk_rows
+        return self._tiles[True][0].chunk_rows
 
     def fits(self, num_rows: int, plan: SGMVPlan) -> bool:
         """Whether the persistent buffers hold such a step."""
@@ -131,34 +138,34 @@ class DecodeGraphs:
         """
         num_rows = len(inputs.token_ids)
         bucket = next(size for size in self._buckets if size >= num_rows)
-        graph = self._graph(bucket, not plan.is_empty)
+        graph = self._graph(bucket, _kind(plan))
         self._upload(inputs, bucket)
         if not plan.is_empty and plan is not self._uploaded_plan:
             self._upload_plan(plan)
         graph.graph.replay()
         return graph.logits, graph.token_ids
 
-    def _graph(self, bucket: int, has_lora: bool) -> _Graph:
-        graph = self._graphs.get((bucket, has_lora))
+    def _graph(self, bucket: int, kind: LoRAKind) -> _Graph:
+        graph = self._graphs.get((bucket, kind))
         if graph is None:
             started = time.perf_counter()
-            graph = self._graphs[bucket, has_lora] = self._capture(bucket, has_lora)
+            graph = self._graphs[bucket, kind] = self._capture(bucket, kind)
             logger.info(
-                "captured the decode graph of %d rows %s LoRA in %.0f ms",
+                "captured the decode graph of %d rows, LoRA %s, in %.0f ms",
                 bucket,
-                "with" if has_lora else "without",
+                kind,
                 (time.perf_counter() - started) * 1000,
             )
         return graph
 
-    def _capture(self, bucket: int, has_lora: bool) -> _Graph:
-        ops = self._ops(bucket, has_lora)
+    def _capture(self, bucket: int, kind: LoRAKind) -> _Graph:
+        ops = self._ops(bucket, kind)
         scratch = GreedyScratch(bucket, self._processors, self._model.device)
         # Rows of padding alone: the warm-up compiles and allocates, and writes no KV.
         self._fields.zero_()
         self._fields[1].fill_(-1)
         self._fields[3].fill_(-1)
-        if has_lora:
+        if kind != "none":
             self._plan.zero_()
             self._uploaded_plan = None
         self._forward(bucket, ops, scratch)
@@ -176,7 +183,7 @@ class DecodeGraphs:
         logits = self._model.logits(self._model.forward(tokens, ops), ops)
         return logits, greedy(logits, scratch)
 
-    def _ops(self, bucket: int, has_lora: bool) -> CudaOps:
+    def _ops(self, bucket: int, kind: LoRAKind) -> CudaOps:
         config = self._model.config
         splits = decode_splits(bucket, config.num_kv_heads, self._processors, self._max_model_len)
         scratch = DecodeScratch(
@@ -192,7 +199,7 @@ class DecodeGraphs:
             pages=self._pages,
             h=self._h,
             h_rows=self._h_rows,
-            tiles=self._tiles,
+            tiles=self._tiles[kind == "shared"],
         )
         return CudaOps(
             config=config,
@@ -208,7 +215,7 @@ class DecodeGraphs:
                 spans=self._no_tiles,
                 tiles=self._no_tiles,
             ),
-            lora=lora if has_lora else None,
+            lora=None if kind == "none" else lora,
         )
 
     def _upload(self, inputs: StepInputs, bucket: int) -> None:
@@ -249,3 +256,9 @@ class DecodeGraphs:
             self._plan[site, :used].copy_(packed[site, :used], non_blocking=True)
         self._plan_uploads.sent(buffer)
         self._uploaded_plan = plan
+
+
+def _kind(plan: SGMVPlan) -> LoRAKind:
+    if plan.is_empty:
+        return "none"
+    return "shared" if plan.rows_share else "distinct"

@@ -27,6 +27,9 @@ from openlora.models.ops import GATE_UP
 
 Ints = npt.NDArray[np.int32]
 
+SHARED_ROWS = 6
+"""Rows a chunk from which on the kernels for shared pages are the faster ones, on an H100."""
+
 
 @dataclass(frozen=True, slots=True)
 class SGMVPlan:
@@ -45,6 +48,12 @@ class SGMVPlan:
     def is_empty(self) -> bool:
         """True where no row has a page: the LoRA-free path serves this step."""
         return self.h_rows == 0
+
+    @property
+    def rows_share(self) -> bool:
+        """Whether chunks have many rows on average, at the site that has most of them."""
+        chunks = max(self.chunks, key=len)
+        return bool(len(chunks)) and int(chunks[:, 1].sum()) >= SHARED_ROWS * len(chunks)
 
     @property
     def num_items(self) -> int:

@@ -53,6 +53,7 @@ class SGMVTiles:
         num_programs: size of the persistent grid.
         shrink_warps, shrink_stages, expand_warps: of the launches. Stages take shared memory, and
             with it the programs that a processor holds.
+        fuses_gate: of gate and up, the expand computes the activation as well.
     """
 
     chunk_rows: int
@@ -64,6 +65,7 @@ class SGMVTiles:
     shrink_warps: int = 4
     shrink_stages: int = 1
     expand_warps: int = 4
+    fuses_gate: bool = True
 
 
 @triton.jit

@@ -83,6 +83,7 @@ def _expand_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     RANK: tl.constexpr,
+    EARLY: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
     TILES: tl.constexpr = (BLOCK_OUT + BLOCK_N - 1) // BLOCK_N
@@ -126,6 +127,13 @@ def _expand_kernel(
         else:
             acc = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
             in_chunk = rows[:, None] < num_rows
+            y_tile = y_start + rows[:, None] * y_stride + n[None, :]
+            in_tile = in_chunk & in_block[None, :]
+            if EARLY:
+                # All loads of the first page are under way together.
+                if OVERLAP:
+                    gdc_wait()
+                y = tl.load(y_tile, mask=in_tile, other=0.0)
             for item in range(begin, end):
                 page, h_row, weight = _page(items_ptr, item, begin, page_0, h_row_0, bits_0, RECORD)
                 b = tl.load(b_tile + page * b_page_stride, mask=in_block[None, :], other=0.0)
@@ -134,9 +142,8 @@ def _expand_kernel(
                 h_rows = h_in + (h_row + rows[:, None]) * WIDTH + ranks[None, :]
                 h = _shrunk_rows(h_rows, in_chunk, h_split_stride, SHARED_SPLITS)
                 acc = tl.dot((h * weight).to(b.dtype), b, acc, input_precision="ieee")
-            y_tile = y_start + rows[:, None] * y_stride + n[None, :]
-            in_tile = in_chunk & in_block[None, :]
-            y = tl.load(y_tile, mask=in_tile, other=0.0)
+            if not EARLY:
+                y = tl.load(y_tile, mask=in_tile, other=0.0)
             tl.store(y_tile, (y.to(tl.float32) + acc).to(y.dtype), mask=in_tile)
         work += tl.num_programs(0)
         row_start, num_rows, begin, end, page_0, h_row_0, bits_0 = _chunk(
@@ -289,6 +296,8 @@ def sgmv_expand(
         BLOCK_M=tiles.chunk_rows,
         BLOCK_N=tiles.block_n,
         RANK=PAGE_RANK,
+        # A single warp has not the registers to hold y meanwhile.
+        EARLY=tiles.expand_warps > 1,
         OVERLAP=overlap,
         **launch_options(overlap),
         num_warps=tiles.expand_warps,

@@ -78,7 +78,7 @@ def bind(
     inputs = mixed_inputs(rows, {}, cache.block_size)
     num_decodes = int((inputs.spans[:, 1] == 1).sum())
     site_pages = [site.layers for site in pages.sites]
-    tiles = decode_tiles(site_pages, num_processors=1)
+    tiles = decode_tiles(site_pages, num_processors=1, rows_share=True)
     plan = build_plan(
         [row.lora_set for row in rows],
         [len(row.token_ids) for row in rows],

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from openlora.engine import Engine, EngineConfig, Request, SamplingParams
+from openlora.engine import Engine, EngineConfig, Request, SamplingParams, decode_graphs
 from openlora.kernels.triton_sampling import GreedyScratch
 from tests.engine.tiny_model import (
     VOCAB_SIZE,
@@ -55,6 +55,7 @@ def make_engine(tiny, dtype: str = "float32", **settings: object) -> Engine:
     config = {
         "num_kv_blocks": 200,
         "adapter_pages": (16, 16, 16, 16),
+        "adapter_host_bytes": 1 << 24,
         "max_num_seqs": 9,
         "max_num_batched_tokens": 2048,
         **settings,
@@ -106,9 +107,9 @@ def test_repeats_are_bit_equal_and_base_batches_launch_no_lora(tiny, prompts) ->
     graphs = engine._runner._graphs._graphs
     engine.generate(base)
     assert graphs
-    assert all(not has_lora for _, has_lora in graphs)
+    assert {kind for _, kind in graphs} == {"none"}
     first = engine.generate(requests_of(prompts, params))
-    assert any(has_lora for _, has_lora in graphs)
+    assert "distinct" in {kind for _, kind in graphs}
     second = engine.generate(requests_of(prompts, params))
     assert [c.token_ids for c in first] == [c.token_ids for c in second]
     assert [c.logprobs for c in first] == [c.logprobs for c in second]
@@ -144,7 +145,7 @@ def test_replay_equals_eager_bit_for_bit(tiny, prompts, monkeypatch) -> None:
         # The same buffers again, outside the graph: KV of the step is written over with itself.
         tokens_before = graphs._drawn.tokens.clone()
         scratch = GreedyScratch(bucket, 132, logits.device)
-        ops = graphs._ops(bucket, not plan.is_empty)
+        ops = graphs._ops(bucket, decode_graphs._kind(plan))
         eager, eager_ids = graphs._forward(bucket, ops, scratch)
         rows = len(inputs.token_ids)
         assert torch.equal(eager[:rows], replayed[:rows])

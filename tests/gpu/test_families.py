@@ -31,6 +31,7 @@ def test_greedy_tokens_whole_and_in_chunks(tmp_path, name) -> None:
             dtype="float32",
             num_kv_blocks=20,
             adapter_pages=(0, 0, 0, 0),
+            adapter_host_bytes=0,
             max_num_seqs=2,
             max_num_batched_tokens=budget,
         )
