@@ -115,11 +115,12 @@ class FileTensors:
         for name, size in layout.files:
             # Read, not mapped: a file that is cut short meanwhile would end the process.
             data = np.empty(size, np.uint8)
+            view = data.data
             with (directory / name).open("rb") as file:
-                if file.readinto(memoryview(data)) != size:
+                if file.readinto(view) != size:
                     raise AdapterFailed(f"{name} became shorter while it was read; load it again")
             digest.begin(name, size)
-            digest.update(memoryview(data))
+            digest.update(view)
             self._files[name] = data
         self.hash = digest.hexdigest()
 
