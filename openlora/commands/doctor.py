@@ -110,13 +110,21 @@ def _backends() -> list[Finding]:
     import torch
 
     if not torch.cuda.is_available():
-        return [
-            Finding("attention", "ok", "torch, on the CPU"),
-            Finding("lora", "ok", "torch, on the CPU"),
-        ]
+        return [_cpu_kernels()]
     triton = "missing" if missing_packages(["triton"]) else "ok"
     detail = "pip install triton" if triton == "missing" else "Triton kernels of this project"
     return [Finding("lora", triton, detail), Finding("attention", triton, detail)]
+
+
+def _cpu_kernels() -> Finding:
+    from openlora.kernels.native.build import NativeUnavailable
+    from openlora.kernels.native.library import native_kernels
+
+    try:
+        native_kernels()
+    except NativeUnavailable as unavailable:
+        return Finding("CPU kernels", "optional", f"torch computes, slower: {unavailable}")
+    return Finding("CPU kernels", "ok", "of this project, compiled for this processor")
 
 
 def _servers() -> list[Finding]:

@@ -68,32 +68,67 @@ INLINE const void *b_of(const Linear *t, int64_t page, int64_t block, int64_t co
     return at(t->b, place + column, t->type);
 }
 
-/* sums += weight * (h B) of one row in the columns of a panel, page by page and rank by rank. */
-INLINE void add_lora(const Linear *t, int type, int64_t row, int64_t first, float *sums) {
-    const int32_t *pages = t->site->rows + ROW_FIELDS * row;
-    int64_t block = block_of(t, first), ldh = t->slices * PAGE_RANK;
-    for (int64_t i = 0; i < pages[1]; i++) {
-        const float *h = t->site->h + (pages[2] + i * pages[3]) * ldh;
-        float weight = t->site->weights[pages[0] + i];
-        if (block >= 0) {
-            const void *b = b_of(t, pages[0] + i, block, first - block * t->block_out);
-            vf low = load(sums), high = load(sums + LANES);
-            h += t->block_slices[block] * PAGE_RANK;
-            UNROLL for (int r = 0; r < PAGE_RANK; r++) {
-                vf scaled = splat(h[r] * weight);
-                low += scaled * get_v(b, r * t->block_out, type);
-                high += scaled * get_v(b, r * t->block_out + LANES, type);
-            }
-            store(sums, low);
-            store(sums + LANES, high);
-            continue;
+#define LORA_ROWS 4
+
+/* sums += weight * (h B) of one page and block for rows of the same pages, rank by rank. Rows are
+   taken together for each is one chain of additions, which alone would leave most of the time
+   unused. */
+INLINE void add_page(int rows, int type, const Linear *t, const float *h, int64_t ldh, float weight,
+                     const void *b, float sums[][PANEL]) {
+    vf acc[LORA_ROWS][2];
+    UNROLL for (int m = 0; m < rows; m++) {
+        acc[m][0] = load(sums[m]);
+        acc[m][1] = load(sums[m] + LANES);
+    }
+    for (int r = 0; r < PAGE_RANK; r++) {
+        vf low = get_v(b, r * t->block_out, type), high = get_v(b, r * t->block_out + LANES, type);
+        UNROLL for (int m = 0; m < rows; m++) {
+            vf scaled = splat(h[m * ldh + r] * weight);
+            acc[m][0] += scaled * low;
+            acc[m][1] += scaled * high;
         }
-        for (int64_t j = 0; j < PANEL && first + j < t->n; j++) {
-            int64_t own = (first + j) / t->block_out;
-            const float *hj = h + t->block_slices[own] * PAGE_RANK;
-            const void *b = b_of(t, pages[0] + i, own, first + j - own * t->block_out);
-            for (int r = 0; r < PAGE_RANK; r++)
-                sums[j] = __builtin_fmaf(hj[r] * weight, get(b, r * t->block_out, type), sums[j]);
+    }
+    UNROLL for (int m = 0; m < rows; m++) {
+        store(sums[m], acc[m][0]);
+        store(sums[m] + LANES, acc[m][1]);
+    }
+}
+
+/* The same for a panel whose columns are of several blocks, or more than there are. */
+INLINE void add_page_slowly(int type, const Linear *t, const float *h, float weight, int64_t page,
+                            int64_t first, float *sums) {
+    for (int64_t j = 0; j < PANEL && first + j < t->n; j++) {
+        int64_t block = (first + j) / t->block_out;
+        const float *hj = h + t->block_slices[block] * PAGE_RANK;
+        const void *b = b_of(t, page, block, first + j - block * t->block_out);
+        for (int r = 0; r < PAGE_RANK; r++)
+            sums[j] = __builtin_fmaf(hj[r] * weight, get(b, r * t->block_out, type), sums[j]);
+    }
+}
+
+/* LoRA of the rows of a tile in the columns of a panel, page by page. */
+INLINE void add_lora(int type, const Linear *t, int64_t row, int64_t rows, int64_t first,
+                     float sums[][PANEL]) {
+    int64_t block = block_of(t, first), ldh = t->slices * PAGE_RANK;
+    for (int64_t m = 0, count; m < rows; m += count) {
+        /* Rows of one group lie one behind the other in h. */
+        const int32_t *own = t->site->rows + ROW_FIELDS * (row + m);
+        const int32_t *last = own + ROW_FIELDS * (LORA_ROWS - 1);
+        count = block >= 0 && m + LORA_ROWS <= rows && last[0] == own[0]
+                        && last[2] == own[2] + LORA_ROWS - 1 ? LORA_ROWS : 1;
+        for (int64_t i = 0; i < own[1]; i++) {
+            const float *h = t->site->h + (own[2] + i * own[3]) * ldh;
+            float weight = t->site->weights[own[0] + i];
+            if (block < 0) {
+                add_page_slowly(type, t, h, weight, own[0] + i, first, sums[m]);
+                continue;
+            }
+            const void *b = b_of(t, own[0] + i, block, first - block * t->block_out);
+            h += t->block_slices[block] * PAGE_RANK;
+            if (count == 1)
+                add_page(1, type, t, h, ldh, weight, b, sums + m);
+            else
+                add_page(LORA_ROWS, type, t, h, ldh, weight, b, sums + m);
         }
     }
 }
@@ -102,11 +137,12 @@ INLINE void add_lora(const Linear *t, int type, int64_t row, int64_t first, floa
 INLINE void finish(const Linear *t, int type, int64_t row, int64_t rows, int64_t first,
                    float sums[][PANEL]) {
     int64_t width = t->n - first < PANEL ? t->n - first : PANEL;
+    if (t->bias)
+        for (int64_t m = 0; m < rows; m++)
+            for (int64_t j = 0; j < width; j++) sums[m][j] += t->bias[first + j];
+    if (t->site) add_lora(type, t, row, rows, first, sums);
     for (int64_t m = 0; m < rows; m++) {
         float *sum = sums[m];
-        if (t->bias)
-            for (int64_t j = 0; j < width; j++) sum[j] += t->bias[first + j];
-        if (t->site) add_lora(t, type, row + m, first, sum);
         int64_t place = (row + m) * t->ldy + first;
         if (width == PANEL) {
             put_v(t->y, place, t->y_type, load(sum));
