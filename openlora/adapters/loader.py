@@ -7,8 +7,6 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-import numpy.typing as npt
 import torch
 
 from openlora.adapters.extra_format import words
@@ -110,12 +108,12 @@ class FileTensors:
 
     def __init__(self, directory: Path, layout: AdapterLayout) -> None:
         self._entries = layout.tensors
-        self._files: dict[str, npt.NDArray[np.uint8]] = {}
+        self._files: dict[str, torch.Tensor] = {}
         digest = ContentHash()
         for name, size in layout.files:
             # Read, not mapped: a file that is cut short meanwhile would end the process.
-            data = np.empty(size, np.uint8)
-            view = data.data
+            data = torch.empty(size, dtype=torch.uint8)
+            view = data.numpy().data
             with (directory / name).open("rb") as file:
                 if file.readinto(view) != size:
                     raise AdapterFailed(f"{name} became shorter while it was read; load it again")
@@ -128,13 +126,12 @@ class FileTensors:
         """A tensor that shares the memory of its file."""
         entry = self._entries[name]
         dtype = _DTYPES[entry.dtype]
-        flat = torch.frombuffer(
-            self._files[entry.file],
-            dtype=dtype,
-            count=(entry.end - entry.start) // dtype.itemsize,
-            offset=entry.start,
-        )
-        return flat.view(entry.shape)
+        whole = self._files[entry.file]
+        # A view as another dtype wants its start aligned, which safetensors does not promise.
+        part = whole[entry.start : entry.end]
+        if entry.start % dtype.itemsize:
+            part = part.clone()
+        return part.view(dtype).view(entry.shape)
 
 
 def _load_site(
