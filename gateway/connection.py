@@ -33,6 +33,7 @@ MAX_TASKS = 2 * MAX_LIVE_REQUESTS
 """Requests being accepted and cancels being marked; beyond it the socket is not read."""
 
 CANCEL_RETRY_S = 0.5
+RESUME_RETRY_S = 0.5
 
 
 class Connection:
@@ -172,6 +173,9 @@ class Connection:
         follower = await self._follow(request_id, job_id, after + 1)
         follower.begin_read()
         view = await self._log.read(job_id)
+        while view is None and self._relay.logs_may_return and not self._outbox.closed:
+            await asyncio.sleep(RESUME_RETRY_S)
+            view = await self._log.read(job_id)
         if view is None or view.job.tenant != self._tenant:
             raise JobNotFound(f"job {job_id!r} is not known; it never was, or its log has expired")
         _check_after(view, after)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import time
 from collections.abc import Iterable
 
@@ -24,6 +25,8 @@ SUBSCRIBE_TIMEOUT_S = 5.0
 RETRY_AFTER_MS = 1000
 _LOG_RETRY_S = 0.5
 _LOST_LOG_RETRY_S = 5.0
+RESUME_PATIENCE_S = 60.0
+"""How long behind a reconnect to Redis a resume waits for a log that is not there."""
 LOST_LOG_PATIENCE_S = 300.0
 """A log that Redis lost is opened anew when a worker comes to the job. Of one that had ended, or
 that the broker lost too, nothing will ever come: its stream must not wait for ever."""
@@ -44,11 +47,19 @@ class Relay:
         self._followers: dict[str, tuple[Follower, ...]] = {}
         self._filled: set[Outbox] = set()
         self._shards: set[int] = set()
+        self._reconnected_at = -math.inf
+
+    @property
+    def logs_may_return(self) -> bool:
+        """Whether Redis was away a moment ago: without its data, workers open running jobs' logs
+        anew, which takes until they have tokens for them, or have their partitions."""
+        return time.monotonic() - self._reconnected_at < RESUME_PATIENCE_S
 
     async def run(self) -> None:
         """Relays events until cancelled."""
         async for chunks in self._events:
             if chunks is None:
+                self._reconnected_at = time.monotonic()
                 self._metrics.reconnects.inc()
                 log.warning("event subscription re-established; all streams read their logs")
                 self._all_lag()

@@ -12,6 +12,7 @@ from typing import Any, cast
 
 import pytest
 
+from gateway.auth import KeyPolicy
 from gateway.connection import Connection
 from gateway.follower import Follower, Outbox
 from gateway.intake import Intake
@@ -35,12 +36,22 @@ class CrossingLog:
     def __init__(self) -> None:
         self.length = len(LOG)
         self.is_lost = False
+        self.reconnects = 0
         self.subscribed: set[int] = set()
         self.meanwhile: Callable[[], None] = lambda: None
 
     def events(self, shards: Iterable[int]) -> CrossingLog:
         self.subscribed.update(shards)
         return self
+
+    def __aiter__(self) -> CrossingLog:
+        return self
+
+    async def __anext__(self) -> tuple[Chunk, ...] | None:
+        if not self.reconnects:
+            raise StopAsyncIteration
+        self.reconnects -= 1
+        return None
 
     async def add(self, shard: int) -> None:
         self.subscribed.add(shard)
@@ -76,6 +87,11 @@ async def _resume_while_the_end_comes() -> list[dict[str, Any]]:
         relay.dispatch([LOG[-1]])
 
     log.length, log.meanwhile = 1, the_job_ends
+    return await _resumed(job_log, relay)
+
+
+async def _resumed(job_log: AsyncJobLog, relay: Relay) -> list[dict[str, Any]]:
+    """What a client gets that resumes the job from its start."""
     received: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
     sent: list[dict[str, Any]] = []
 
@@ -88,6 +104,7 @@ async def _resume_while_the_end_comes() -> list[dict[str, Any]]:
         received.get,
         Socket(on_frame=on_frame),
         tenant="t",
+        policy=KeyPolicy(),
         job_log=job_log,
         intake=cast("Intake", None),
         relay=relay,
@@ -97,6 +114,37 @@ async def _resume_while_the_end_comes() -> list[dict[str, Any]]:
     received.put_nowait({"type": "websocket.receive", "text": json.dumps(resume)})
     await asyncio.wait_for(connection.run(), 5)
     return sent
+
+
+def test_a_resume_waits_for_a_log_that_redis_lost_a_moment_ago(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("gateway.connection.RESUME_RETRY_S", 0.0)
+    frames = asyncio.run(_resume_of_a_lost_log(is_redis_back=True))
+    assert [frame["type"] for frame in frames] == ["accepted", "token", "done"]
+
+
+def test_a_resume_of_an_unknown_job_is_refused_at_once() -> None:
+    [error] = asyncio.run(_resume_of_a_lost_log(is_redis_back=False))
+    assert error["code"] == "job_not_found"
+
+
+async def _resume_of_a_lost_log(*, is_redis_back: bool) -> list[dict[str, Any]]:
+    log = CrossingLog()
+    job_log = cast("AsyncJobLog", log)
+    relay = Relay(job_log, 0, 30_000, Metrics())
+    log.reconnects = int(is_redis_back)
+    await relay.run()
+    log.is_lost = True
+    reads = 0
+
+    def a_worker_opens_it_anew() -> None:
+        nonlocal reads
+        reads += 1
+        log.is_lost = reads <= 3
+
+    log.meanwhile = a_worker_opens_it_anew
+    return await _resumed(job_log, relay)
 
 
 def test_a_stream_whose_log_stays_lost_ends(monkeypatch: pytest.MonkeyPatch) -> None:
