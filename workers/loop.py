@@ -161,8 +161,9 @@ class WorkerLoop:
             Stopped: the worker must stop now and Redis does not answer.
         """
         bulk = self._bulk
-        is_busy = self._inbox or (bulk is not None and bulk.could_admit(self.open_runs))
-        self._wait(0.0 if is_busy else min(timeout_s, self._until_deadline()))
+        # The bulk lane waits while a suspect runs: it has nothing to do before the engine speaks.
+        has_lines = bulk is not None and self._ward.is_idle and bulk.could_admit(self.open_runs)
+        self._wait(0.0 if self._inbox or has_lines else min(timeout_s, self._until_deadline()))
         steps = self._engine.receive()
         if steps:
             self._emit(steps)
