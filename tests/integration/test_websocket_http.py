@@ -204,7 +204,6 @@ def test_unusable_adapters_are_refused_with_the_reason(
         (b'{"id":"../a","source":"/tmp"}', "adapter ID '../a'"),
         (b'{"id":"a","source":"relative"}', "relative"),
         (b'{"id":"a","source":"/does/not/exist"}', "no directory"),
-        (b'{"id":"a","source":"hf://org/adapter"}', "URL"),
         (b'{"id":"a","source":"/x\\u0000y"}', "no path"),
     ],
 )
@@ -212,6 +211,11 @@ def test_a_body_that_names_no_adapter_is_refused(
     http: httpx.Client, body: bytes, words: str
 ) -> None:
     assert words in error_of(http.post("/v1/adapters", content=body), 400, "invalid_request")
+
+
+def test_a_url_that_nothing_here_can_open_is_named(http: httpx.Client) -> None:
+    answer = http.post("/v1/adapters", json={"id": "a", "source": "nosuch://org/adapter"})
+    assert "nosuch" in error_of(answer, 422, "adapter_failed")
 
 
 def test_errors_have_one_shape(http: httpx.Client) -> None:
