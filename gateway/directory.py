@@ -11,10 +11,10 @@ from typing import Any
 import redis.asyncio
 from redis.exceptions import RedisError
 
-from gateway.drafts import AdapterChoice
 from openlora.errors import InvalidRequest, Overloaded
 from openlora.protocol.jobs import AdapterRef
 from openlora.protocol.names import ADAPTERS_CHANNEL
+from openlora.protocol.requests import AdapterChoice
 from openlora.protocol.status import AdapterRecord
 from openlora.registry import AsyncAdapterRegistry, parse_reference
 from openlora.registry.records import private_key, unknown, visible_records

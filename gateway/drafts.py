@@ -24,22 +24,18 @@ from openlora.protocol.jobs import (
     Message,
     Priority,
 )
+from openlora.protocol.requests import (
+    MAX_ADAPTERS,
+    MAX_MESSAGES,
+    MAX_WEIGHT,
+    ROLES,
+    AdapterChoice,
+)
 from openlora.registry.records import parse_reference
 from openlora.sampling_params import SEED_LIMIT, SamplingParams
 
-MAX_ADAPTERS = 8
-MAX_MESSAGES = 1024
-MAX_WEIGHT = 100.0
 MAX_DEADLINE_S = 86_400.0
 MAX_IDEMPOTENCY_KEY_CHARS = 256
-ROLES = ("system", "developer", "user", "assistant", "tool")
-
-
-class AdapterChoice(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """An adapter by ID, or by ``id@version``, as a client names it."""
-
-    id: str
-    weight: float = 1.0
 
 
 class Params(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

@@ -10,23 +10,19 @@ import msgspec
 from openlora.errors import InvalidRequest, PayloadTooLarge, UnknownAdapter, UnknownModel
 from openlora.protocol.bulk import BulkGroup, BulkLine, LineParams, Shape
 from openlora.protocol.jobs import AdapterRef, Message
+from openlora.protocol.requests import (
+    MAX_ADAPTERS,
+    MAX_MESSAGES,
+    MAX_WEIGHT,
+    ROLES,
+    AdapterChoice,
+)
 from openlora.protocol.status import AdapterRecord
 from openlora.registry.records import parse_reference
 from producer.bulk.openai_body import CHAT_URL, TEXT_URL, ChatBody, TextBody
 from producer.bulk.reader import MAX_LINE_BYTES, RawLine
 
-MAX_ADAPTERS = 8
-MAX_MESSAGES = 1024
-MAX_WEIGHT = 100.0
 MAX_CUSTOM_ID_CHARS = 512
-ROLES = ("system", "developer", "user", "assistant", "tool")
-
-
-class AdapterChoice(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """An adapter by ID, as a line names it."""
-
-    id: str
-    weight: float = 1.0
 
 
 class PlainLine(LineParams, frozen=True, forbid_unknown_fields=True, kw_only=True):

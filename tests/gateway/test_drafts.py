@@ -11,9 +11,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gateway.drafts import (
-    MAX_ADAPTERS,
-    MAX_MESSAGES,
-    AdapterChoice,
     GenerateRequest,
     JobDraft,
     Params,
@@ -22,6 +19,7 @@ from gateway.drafts import (
 )
 from openlora.errors import InvalidRequest
 from openlora.protocol.jobs import MERGE_METHODS, AdapterRef, Merge, Message
+from openlora.protocol.requests import MAX_ADAPTERS, MAX_MESSAGES, AdapterChoice
 from openlora.sampling_params import SamplingParams
 
 
