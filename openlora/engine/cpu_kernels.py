@@ -48,6 +48,15 @@ def native_kernels_for(setting: str, device: str, dtype: str) -> NativeKernels |
     return None
 
 
+def loading_kernels() -> NativeKernels | None:
+    """What fills adapter pages in host memory where a GPU computes; None: torch does, slower."""
+    try:
+        return native_kernels()
+    except NativeUnavailable as unavailable:
+        logger.warning("no native kernels, adapters are loaded by torch (slower): %s", unavailable)
+        return None
+
+
 def make_linear_for(native: NativeKernels | None) -> MakeLinear:
     """What the model's linears are made of."""
     return Linear if native is None else partial(NativeLinear, native, Arena())

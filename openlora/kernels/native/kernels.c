@@ -6,6 +6,7 @@
 #include "lora.c"
 #include "elementwise.c"
 #include "attention.c"
+#include "pages.c"
 
 typedef void (*Kernel)(const Op *, const Step *, const Share *);
 
@@ -16,7 +17,7 @@ static const Kernel KERNELS[] = {
 
 /* Sizes that the caller checks its own against. */
 int64_t ol_abi(int64_t which) {
-    const int64_t sizes[] = {sizeof(Op), sizeof(Step), MAX_GROUP, MAX_GROUP_DIM, PANEL};
+    const int64_t sizes[] = {sizeof(Op), sizeof(Step), sizeof(Fill), MAX_GROUP, MAX_GROUP_DIM, PANEL};
     return sizes[which];
 }
 

@@ -87,6 +87,25 @@ class Step(ctypes.Structure):
     )
 
 
+class PageFill(ctypes.Structure):
+    """A tensor that goes to LoRA pages, transposed; see ``Fill`` in pages.c."""
+
+    _fields_ = (
+        ("source", ctypes.c_void_p),
+        ("target", ctypes.c_void_p),
+        ("rank", ctypes.c_int64),
+        ("features", ctypes.c_int64),
+        ("page_stride", ctypes.c_int64),
+        ("stride", ctypes.c_int64),
+        ("block", ctypes.c_int64),
+        ("block_stride", ctypes.c_int64),
+        ("is_b", ctypes.c_int32),
+        ("source_type", ctypes.c_int32),
+        ("target_type", ctypes.c_int32),
+        ("scale", ctypes.c_float),
+    )
+
+
 def make_op(
     kind: Kind,
     dtype: torch.dtype,
@@ -118,10 +137,11 @@ class NativeKernels:
         self._run.argtypes = (ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p, ctypes.c_int64)
         self._run.restype = None
         self._library.ol_pack.restype = None
-        for name in ("ol_abi", "ol_packed_bytes"):
+        for name in ("ol_abi", "ol_packed_bytes", "ol_fill_pages"):
             getattr(self._library, name).restype = ctypes.c_int64
-        expected = (ctypes.sizeof(Op), ctypes.sizeof(Step), MAX_GROUP, MAX_GROUP_DIM)
-        if tuple(self._library.ol_abi(which) for which in range(4)) != expected:
+        sizes = [ctypes.sizeof(each) for each in (Op, Step, PageFill)]
+        expected = (*sizes, MAX_GROUP, MAX_GROUP_DIM)
+        if tuple(self._library.ol_abi(which) for which in range(5)) != expected:
             raise NativeUnavailable("the compiled kernels do not fit this version")
 
     def run(self, op: Op, step: Step) -> None:
@@ -132,6 +152,15 @@ class NativeKernels:
         """Run ``ops`` in order on ``step``, with or without the last of them."""
         count, threads = len(ops) - skip_last, torch.get_num_threads()
         self._run(ctypes.addressof(ops), count, ctypes.addressof(step), threads)
+
+    def fill_pages(self, fills: Sequence[PageFill]) -> bool:
+        """Fill zeroed pages, on this thread alone and without the interpreter's lock.
+
+        Returns:
+            Whether all that was written is finite.
+        """
+        array = (PageFill * len(fills))(*fills)
+        return self._library.ol_fill_pages(array, ctypes.c_int64(len(fills))) < 0
 
     def pack(self, weight: torch.Tensor, arena: Arena) -> torch.Tensor:
         """``weight`` [out, in], fp32 or bf16, as the LINEAR operation reads it; opaque bytes."""
