@@ -178,12 +178,19 @@ class Connection:
             view = await self._log.read(job_id)
         if view is None or view.job.tenant != self._tenant:
             raise JobNotFound(f"job {job_id!r} is not known; it never was, or its log has expired")
-        _check_after(view, after)
+        is_beyond = _is_beyond(view, after)
+        if is_beyond and not self._relay.logs_may_return:
+            raise InvalidRequest(
+                f"after is {after}, but the job has no token of that index; send the index of the "
+                "last token received"
+            )
         follower.leased = view.job.leased
         if follower.leased:
             # what the gateway that lost the client left of the lease may be over in a moment
             await self._relay.renew([job_id])
         self._accept(follower, view.job)
+        if is_beyond:  # Redis lost its last moments: whoever makes these tokens may make others
+            follower.stream.restart(self._outbox.frames)
         if follower.catch_up(view, whole=True):
             follower.finish()
 
@@ -245,14 +252,9 @@ class Connection:
         await self._relay.renew(leased)
 
 
-def _check_after(view: JobView, after: int) -> None:
-    """Refuses an index beyond a log that was never lost: the client took it from elsewhere."""
+def _is_beyond(view: JobView, after: int) -> bool:
+    """Whether a log that was never lost does not hold the index yet."""
     if not view.chunks or view.chunks[0].restarted:
-        return
+        return False
     last = view.chunks[-1]
-    length = last.first_index + len(last.tokens)
-    if after >= length:
-        raise InvalidRequest(
-            f"after is {after}, but the job has {length} tokens; send the index of the last token "
-            "received"
-        )
+    return after >= last.first_index + len(last.tokens)

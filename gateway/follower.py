@@ -234,7 +234,7 @@ class Follower:
             self.log_lost_at = None
             before = self.stream.next_index
             if whole:
-                self.stream.meet_log(view.chunks, self.outbox.frames)
+                self.stream.meet_log(view.epoch, view.chunks, self.outbox.frames)
             for chunk in view.chunks:
                 if self.outbox.full:
                     self.lag()

@@ -34,13 +34,14 @@ class TokenStream:
         """Appends what a published ``chunk`` adds; False where the log must be read first.
 
         That is so behind a gap, and where another claim took over in mid-stream: if the log was
-        lost and begun anew in between, the same indices mean other tokens.
+        lost and begun anew in between, the same indices mean other tokens. An end that an older
+        claim logged was not refused: Redis lost the newer one.
         """
         if chunk.epoch != self.epoch:
             if chunk.epoch < self.epoch:
-                return True
+                return chunk.end is None or self.end is not None
             if chunk.restarted:
-                self._restart(frames)
+                self.restart(frames)
             elif self.next_index > 0:
                 return False
         if chunk.first_index > self.next_index:
@@ -48,16 +49,24 @@ class TokenStream:
         self._take(chunk, frames)
         return True
 
-    def meet_log(self, chunks: tuple[Chunk, ...], frames: list[str]) -> None:
-        """Looks at a whole log before its chunks are fed: is it the one this stream was in?
+    def meet_log(self, epoch: int, chunks: tuple[Chunk, ...], frames: list[str]) -> None:
+        """Looks at a whole log before its chunks are fed: does it hold what the client has seen?
 
-        An empty one is not, if tokens were seen; nor is one that was begun anew by a claim later
-        than the last one known.
+        ``epoch``: the job's newest claim. As long as that is not above the last one known, what
+        the log lacks was lost by Redis and will come again from the worker that has it. Behind a
+        later claim, or an end, the token sent last must be there, by the claim it came with; where
+        that is not known, the log must not have been begun anew.
         """
-        if self.next_index > 0 and (
-            not chunks or (chunks[0].restarted and chunks[0].epoch > self.epoch)
-        ):
-            self._restart(frames)
+        if self.next_index == 0:
+            return
+        if self.epoch == 0:
+            is_other = not chunks or chunks[0].restarted
+        else:
+            is_settled = epoch > self.epoch or (bool(chunks) and chunks[-1].end is not None)
+            is_other = is_settled and _epoch_at(self.next_index - 1, chunks) != self.epoch
+        if is_other:
+            self.restart(frames)
+            self.epoch = epoch
 
     def feed_logged(self, chunk: Chunk, frames: list[str]) -> None:
         """Takes a chunk read from the log, in the log's order."""
@@ -80,7 +89,16 @@ class TokenStream:
             self.end = chunk.end
             frames.append(end_frame(self.request_id, self.job_id, chunk.end))
 
-    def _restart(self, frames: list[str]) -> None:
+    def restart(self, frames: list[str]) -> None:
+        """From index 0 again: what the client has seen is not what the log holds."""
         if self.next_index > 0:
             frames.append(restarted_frame(self.request_id, self.job_id))
             self.next_index = 0
+
+
+def _epoch_at(index: int, chunks: tuple[Chunk, ...]) -> int | None:
+    """The claim by which a log got the token at ``index``; None where it does not hold it."""
+    for chunk in reversed(chunks):
+        if chunk.first_index <= index < chunk.first_index + len(chunk.tokens):
+            return chunk.epoch
+    return None

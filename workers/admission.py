@@ -27,7 +27,7 @@ from workers.dead_letters import DeadLetters, condemned
 from workers.engine_client import EngineClient
 from workers.messages import ModelFacts, Start
 from workers.run import Run, failure_of, now_ms
-from workers.token_sink import TokenSink, lost_log_epoch
+from workers.token_sink import TokenSink
 from workers.tokenizer import PromptTokenizer
 
 logger = logging.getLogger("workers.admission")
@@ -110,11 +110,7 @@ class Admission:
 
     def _suspicions(self, claims: Sequence[Claim], job_ids: Sequence[str]) -> dict[str, Suspicion]:
         """What is held against jobs that somebody had claimed before."""
-        again = [
-            job_id
-            for job_id, claim in zip(job_ids, claims, strict=True)
-            if claim.status == "claimed" and claim.epoch > 1
-        ]
+        again = [job_id for job_id, claim in zip(job_ids, claims, strict=True) if claim.before]
         found = self.sink.patiently(lambda: self.crash_log.suspicions(again))
         return dict(zip(again, found, strict=True))
 
@@ -129,8 +125,7 @@ class Admission:
                 return
 
     def _recreate(self, job: Job) -> Claim:
-        above = lost_log_epoch()
-        return self.sink.patiently(lambda: self.job_log.recreate(job, above, self.worker_id))
+        return self.sink.patiently(lambda: self.job_log.recreate(job, self.worker_id))
 
     def _begin(self, job: Job, fetched: Fetched, claim: Claim, restarted: bool) -> Run:
         run = Run(

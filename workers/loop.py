@@ -14,7 +14,6 @@ import selectors
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
-from heapq import heappop, heappush
 
 from openlora.errors import DeadlineExceeded, error_from_code
 from openlora.joblog.crashes import Suspicion
@@ -25,6 +24,8 @@ from workers.backlog import Fetched
 from workers.bulk import BulkLane, is_bundle
 from workers.consumer import JobConsumer
 from workers.dead_letters import condemned, unrunnable
+from workers.deadlines import Deadlines
+from workers.ended_runs import EndedRuns
 from workers.engine_client import EngineClient
 from workers.messages import Load, StepOutputs
 from workers.offsets import Position
@@ -61,7 +62,8 @@ class WorkerLoop:
         self._bulk: BulkLane | None = None
         self._runs: dict[int, Run] = {}
         self._by_job: dict[str, Run] = {}
-        self._deadlines: list[tuple[int, str]] = []
+        self._ended = EndedRuns(sink)
+        self._deadlines = Deadlines()
         self._inbox: deque[Fetched] = deque()
         self._retired: deque[list[str]] = deque()
         self._tickets = itertools.count()
@@ -163,7 +165,8 @@ class WorkerLoop:
         bulk = self._bulk
         # The bulk lane waits while a suspect runs: it has nothing to do before the engine speaks.
         has_lines = bulk is not None and self._ward.is_idle and bulk.could_admit(self.open_runs)
-        self._wait(0.0 if self._inbox or has_lines else min(timeout_s, self._until_deadline()))
+        due_s = min(timeout_s, PROBE_INTERVAL_S, self._deadlines.next_in_s(now_ms()))
+        self._wait(0.0 if self._inbox or has_lines else due_s)
         steps = self._engine.receive()
         if steps:
             self._emit(steps)
@@ -182,12 +185,6 @@ class WorkerLoop:
             job_ids = self._retired.popleft()
             self._sink.patiently(lambda job_ids=job_ids: self._retire_jobs(job_ids))  # type: ignore[misc]
         self._engine.flush()
-
-    def _until_deadline(self) -> float:
-        """Seconds until the next deadline or probe, whichever comes first."""
-        if not self._deadlines:
-            return PROBE_INTERVAL_S
-        return min(PROBE_INTERVAL_S, max(0.0, (self._deadlines[0][0] - now_ms()) / 1e3))
 
     def _wait(self, timeout_s: float) -> None:
         wants_write = self._engine.wants_write
@@ -236,14 +233,23 @@ class WorkerLoop:
                 if verdict is Verdict.CANCEL:
                     run.finish("cancelled")
                     runs.append(run)
+                elif verdict is Verdict.ANEW:
+                    self._leave(run)
+                    message = encode(run.job)
+                    self._inbox.extend(Fetched(at, None, message) for at in run.positions)
                 else:
                     self._forget(run, ended=verdict is Verdict.ENDED)
 
-    def _forget(self, run: Run, *, ended: bool) -> None:
+    def _leave(self, run: Run) -> None:
         if run.in_engine:
             self._engine.abort(run.ticket)
         self._runs.pop(run.ticket, None)
         self._by_job.pop(run.job.job_id, None)
+
+    def _forget(self, run: Run, *, ended: bool) -> None:
+        self._leave(run)
+        if ended:
+            self._ended.add(run, time.monotonic())
         positions = run.positions
         failure = unrunnable(run.end) if ended else None
         if failure is not None:
@@ -268,16 +274,14 @@ class WorkerLoop:
                 ended.append(run)
                 continue
             self._ward.begin(run)
-            if run.job.deadline_ms is not None:
-                heappush(self._deadlines, (run.job.deadline_ms, run.job.job_id))
+            self._deadlines.add(run.job)
         if ended:
             self._append(ended)
 
     def _end_overdue(self) -> None:
-        now = now_ms()
         overdue = []
-        while self._deadlines and self._deadlines[0][0] <= now:
-            run = self._by_job.get(heappop(self._deadlines)[1])
+        for job_id in self._deadlines.passed(now_ms()):
+            run = self._by_job.get(job_id)
             if run is not None:  # else it ended in time
                 run.fail(failure_of(DeadlineExceeded("the deadline passed while the job ran")))
                 overdue.append(run)
@@ -290,6 +294,7 @@ class WorkerLoop:
         silent = [run for run in self._runs.values() if now - run.last_heard >= PROBE_INTERVAL_S]
         if silent:
             self._append(silent)
+        self._ended.turn(now)
 
     def close(self) -> None:
         """Free what the loop itself holds."""

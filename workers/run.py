@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -42,7 +42,7 @@ class Run:
         logged: how many of them the log is known to hold.
         entries: how many chunks the log is known to hold; ASK where that is not known.
         end: set once, by ``finish`` or ``fail``; goes out with the next chunk.
-        restarted: the next chunk opens a log that was lost.
+        restarted: its claim opened a log that was lost, which the log's first chunk says.
         start: how the engine is to begin it, at its first token; None where it never will.
         suspicion: engines that crashed with it inside, before this run.
         last_heard: monotonic time of the log's last answer about this job.
@@ -117,6 +117,15 @@ class Run:
         self.logged = len(self.tokens)
         return reason
 
+    def follows(self, chunks: Sequence[Chunk]) -> bool:
+        """Whether a log holds the beginning of our tokens; what it lacks is logged next then."""
+        held = [token.token_id for chunk in chunks for token in chunk.tokens]
+        if held != [token.token_id for token in self.tokens[: len(held)]]:
+            return False
+        self.logged = len(held)
+        self.entries = len(chunks)
+        return True
+
     def start_message(self) -> Start:
         """What makes the engine go on behind the tokens there are."""
         assert self.start is not None
@@ -188,5 +197,5 @@ class Run:
             self.logged,
             tuple(self.tokens[self.logged :]),
             self.end,
-            self.restarted,
+            self.restarted and self.entries < 1,
         )

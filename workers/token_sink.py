@@ -14,7 +14,7 @@ from enum import Enum, auto
 from typing import TypeVar
 
 from openlora.errors import Overloaded
-from openlora.joblog import ASK, AppendResult, Claim, JobLog
+from openlora.joblog import ASK, AppendResult, JobLog
 from workers.run import Run
 
 T = TypeVar("T")
@@ -23,6 +23,9 @@ FIRST_BACKOFF_S = 0.05
 LAST_BACKOFF_S = 1.0
 ASK_INTERVAL_S = 0.5
 """How old a log's answer about a job, in which its lease was looked at, may become."""
+
+NOBODY = "nobody"
+"""In place of a worker's ID."""
 
 logger = logging.getLogger("workers.token_sink")
 
@@ -39,6 +42,8 @@ class Verdict(Enum):
     CANCEL = auto()
     MOVED = auto()
     """Another worker has it, or nobody wants it: drop the work, say nothing."""
+    ANEW = auto()
+    """Its log holds another text: claim it again and go on from there."""
 
 
 class TokenSink:
@@ -110,49 +115,39 @@ class TokenSink:
                 raise Stopped
             backoff_s = min(2 * backoff_s, LAST_BACKOFF_S)
 
+    def disown(self, run: Run) -> None:
+        """Claim the job for nobody: the sweeper finds it and publishes it again."""
+        self.patiently(lambda: self._job_log.claim([run.job.job_id], NOBODY))
+
     def _judge(self, run: Run, result: AppendResult) -> Verdict | None:
         """The verdict on one run; None where its chunk must go again."""
         if result.status == "taken":
             self.tokens_logged += len(run.tokens) - run.logged
             run.logged = len(run.tokens)
-            run.restarted = False
             if run.end is not None:
                 return Verdict.ENDED
             return Verdict.CANCEL if result.cancelled else Verdict.GOES_ON
+        if result.status == "fenced":
+            logger.info("event=fenced job=%s next=drop_run", run.job.job_id)
+            return Verdict.MOVED
         if result.status == "gap" and result.length <= len(run.tokens):
             # Redis came back without its last moments; we still have them.
             logger.warning("event=log_shorter job=%s length=%d", run.job.job_id, result.length)
             run.logged = result.length
             return None
-        if result.status == "gone":
-            return self._recreate(run)
-        logger.info("event=%s job=%s next=drop_run", result.status, run.job.job_id)
-        return Verdict.MOVED
-
-    def _recreate(self, run: Run) -> Verdict | None:
         if not self._owns(run):
-            logger.info("event=log_gone job=%s next=left_to_partition_owner", run.job.job_id)
+            logger.info("event=log_%s job=%s next=left_to_owner", result.status, run.job.job_id)
             return Verdict.MOVED
-        claim = self.recreate(run.job.job_id, run)
+        return Verdict.ANEW if result.status == "gap" else self._restore(run, result.status)
+
+    def _restore(self, run: Run, status: str) -> Verdict | None:
+        """Put back what Redis lost of a run: our claim, or all of the job."""
+        logger.warning("event=log_%s job=%s next=restore", status, run.job.job_id)
+        claim = self.patiently(
+            lambda: self._job_log.restore(run.job, run.epoch, self._worker_id),
+        )
         if claim.status != "claimed":
             return Verdict.MOVED
-        run.epoch = claim.epoch
-        # A log that is there after all may hold less than we have: its answer says what to send.
-        run.restarted = not claim.chunks
-        run.logged = 0 if run.restarted else run.logged
-        return None
-
-    def recreate(self, job_id: str, run: Run) -> Claim:
-        """Open the log of ``run``'s job anew, above its epoch."""
-        logger.warning("event=log_gone job=%s next=recreate", job_id)
-        above = max(run.epoch, lost_log_epoch())
-        return self.patiently(lambda: self._job_log.recreate(run.job, above, self._worker_id))
-
-
-def lost_log_epoch() -> int:
-    """An epoch above any that a lost log can have had: claims are fewer than seconds.
-
-    A worker that still runs the job under an epoch of the lost log would otherwise not be fenced
-    once the new log has counted up to it.
-    """
-    return int(time.time())
+        # A worker that our lost claim had fenced may have appended meanwhile. Ours may be another
+        # text: two of them in one log would be nobody's.
+        return None if run.follows(claim.chunks) else Verdict.ANEW

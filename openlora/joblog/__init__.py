@@ -5,8 +5,9 @@
 """
 
 from openlora.joblog.append import ASK, AppendResult
+from openlora.joblog.claim import Claim
 from openlora.joblog.clients import async_redis_client, reach_redis, redis_client
-from openlora.joblog.core import Claim, JobView, OpenJob
+from openlora.joblog.core import JobView, OpenJob
 from openlora.joblog.events import EventStream
 from openlora.joblog.log import JobLog
 from openlora.joblog.log_async import AsyncJobLog

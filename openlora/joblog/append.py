@@ -16,7 +16,8 @@ which is one command, since a log's key carries its epoch: where another worker 
 the job is gone, there is no such list to push to. Whatever this does not settle is looked at:
 
     no such job, or discarded                                  gone
-    another epoch                                              fenced
+    an epoch above the chunk's                                 fenced
+    an epoch below it: Redis lost the claim, see claim.py      unclaimed
     no tokens and kind 0                                       taken: a probe, nothing is written
     first index = length, job open                             taken: logged and published
     all of it within base..length (and the job ended, if it    taken: a repeat, not logged and not
@@ -45,14 +46,15 @@ ENDED_TTL_S = 24 * 3600
 ASK = -1
 """In place of the entries that a log is known to hold."""
 
-_STATUS: tuple[Literal["taken", "fenced", "gone", "gap"], ...] = ("taken", "fenced", "gone", "gap")
+Status = Literal["taken", "fenced", "gone", "gap", "unclaimed"]
+_STATUS: tuple[Status, ...] = ("taken", "fenced", "gone", "gap", "unclaimed")
 _KIND_TOKENS, _KIND_END, _KIND_RESTARTED = 0, 1, 2
 
 APPEND = Script(
     JOB_STATE
     + PUBLISH
     + """
-local TAKEN, FENCED, GONE, GAP = 0, 1, 2, 3
+local TAKEN, FENCED, GONE, GAP, UNCLAIMED = 0, 1, 2, 3, 4
 local TOKENS, END = 0, 1
 local cancels, channel, open = KEYS[#KEYS - 2], KEYS[#KEYS - 1], KEYS[#KEYS]
 local call, sub = redis.call, string.sub
@@ -66,8 +68,9 @@ local function look(job, epoch, first, count, kind, chunk)
     local log = log_of(job, f[2])
     local entries, length = entries_and_length(log)
     local status = GAP
-    if tonumber(f[2]) ~= epoch then
-        status = FENCED
+    local newest = tonumber(f[2])
+    if newest ~= epoch then
+        status = newest > epoch and FENCED or UNCLAIMED
     elseif count == 0 and kind == TOKENS then
         status = TAKEN
     elseif f[1] == 'open' and first == length then
@@ -130,13 +133,14 @@ return reply
 class AppendResult(msgspec.Struct, frozen=True, gc=False):
     """What became of one chunk.
 
-    taken: logged, or logged before (a repeat). fenced: another worker claimed the job. gone: there
-    is no such job. gap: it does not follow the log; send what comes from index ``length`` on.
+    taken: logged, or logged before (a repeat). fenced: another worker claimed the job. unclaimed:
+    Redis lost the claim that the chunk goes by. gone: there is no such job. gap: it does not follow
+    the log; send what comes from index ``length`` on.
     ``length`` is the number of tokens in the log now, ``entries`` the number of its chunks.
     ``cancelled``: the job should stop.
     """
 
-    status: Literal["taken", "fenced", "gone", "gap"]
+    status: Status
     length: int
     cancelled: bool
     entries: int

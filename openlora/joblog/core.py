@@ -20,17 +20,6 @@ RETIRED_TTL_S = 3600
 """How long it stays from then on: ends outlive the committed offset by this."""
 IDEMPOTENCY_TTL_S = 24 * 3600
 HEARTBEAT_TTL_S = 5
-RECREATED_LEASE_MS = 30_000
-"""Lease of a log that was lost and opened anew: time for the job's gateway to renew it."""
-
-
-class Claim(msgspec.Struct, frozen=True):
-    """Answer to a worker that takes a job: go on after ``chunks`` at ``epoch``, or leave it."""
-
-    status: Literal["claimed", "ended", "missing"]
-    epoch: int = 0
-    chunks: tuple[Chunk, ...] = ()
-    cancelled: bool = False
 
 
 class JobView(msgspec.Struct, frozen=True):
@@ -83,32 +72,6 @@ def discard_call(job_id: str) -> Call:
     shard = names.shard_of(job_id)
     keys = [names.job_key(job_id), names.cancels_key(shard), names.open_jobs_key(shard)]
     return Call(scripts.DISCARD, keys, [job_id, RETIRED_TTL_S])
-
-
-def claim_call(job_id: str, worker_id: str) -> Call:
-    """Take a job; ``decode_claim`` reads the reply."""
-    return Call(scripts.CLAIM, [names.job_key(job_id)], [worker_id])
-
-
-def recreate_call(job: Job, above_epoch: int, worker_id: str) -> Call:
-    """Open a lost log anew, or claim it; ``decode_claim`` reads the reply."""
-    keys = [names.job_key(job.job_id), names.open_jobs_key(names.shard_of(job.job_id))]
-    lease = RECREATED_LEASE_MS if job.leased else 0
-    return Call(
-        scripts.RECREATE,
-        keys,
-        [worker_id, job.job_id, codec.encode(job), above_epoch, lease, job.deadline_ms or 0],
-    )
-
-
-def decode_claim(reply: Sequence[Any]) -> Claim:
-    """CLAIM's and RECREATE's reply."""
-    status = reply[0]
-    if status == b"missing":
-        return Claim("missing")
-    if status == b"ended":
-        return Claim("ended", reply[1])
-    return Claim("claimed", reply[1], tuple(map(codec.decode_chunk, reply[3:])), bool(reply[2]))
 
 
 def retire_call(job_id: str) -> Call:

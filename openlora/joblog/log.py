@@ -9,8 +9,14 @@ import redis
 
 from openlora.joblog import core
 from openlora.joblog.append import AppendResult, append_calls, decode_append
+from openlora.joblog.claim import (
+    Claim,
+    claim_call,
+    decode_claim,
+    recreate_call,
+    restore_call,
+)
 from openlora.joblog.clients import redis_errors
-from openlora.joblog.core import Claim
 from openlora.joblog.scripts import Call
 from openlora.protocol import codec, names
 from openlora.protocol.events import Chunk
@@ -29,17 +35,26 @@ class JobLog:
 
     def claim(self, job_ids: Sequence[str], worker_id: str) -> list[Claim]:
         """Take jobs, in one round trip: each at an epoch that fences whoever had it before."""
-        replies = self._run([core.claim_call(job_id, worker_id) for job_id in job_ids])
-        return [core.decode_claim(reply) for reply in replies]
+        replies = self._run([claim_call(job_id, worker_id) for job_id in job_ids])
+        return [decode_claim(reply) for reply in replies]
 
-    def recreate(self, job: Job, above_epoch: int, worker_id: str) -> Claim:
-        """Open the log of a job that Redis lost, at an epoch above ``above_epoch``.
+    def recreate(self, job: Job, worker_id: str) -> Claim:
+        """Take a job, and open its log where Redis lost it.
 
-        Only the present owner of the job's partition may do this. The first chunk it appends
-        carries ``restarted``. If the log is there after all, this is a claim at an epoch above
-        both. Lost cancel marks stay lost; a leased job gets 30 s for its gateway to renew.
+        Only the present owner of the job's partition may do this. The first chunk it appends to
+        an empty log carries ``restarted``. Lost cancel marks stay lost; a leased job gets 30 s for
+        its gateway to renew.
         """
-        return core.decode_claim(self._run([core.recreate_call(job, above_epoch, worker_id)])[0])
+        return decode_claim(self._run([recreate_call(job, worker_id)])[0])
+
+    def restore(self, job: Job, epoch: int, worker_id: str) -> Claim:
+        """Put back the claim of ``epoch``, which Redis lost, maybe with all of the job.
+
+        Only the present owner of the job's partition may do this. "fenced": somebody claimed the
+        job later. The log may hold less than the caller logged, or what a worker fenced by the
+        lost claim appended since.
+        """
+        return decode_claim(self._run([restore_call(job, epoch, worker_id)])[0])
 
     def append(self, chunks: Sequence[Chunk]) -> list[AppendResult]:
         """Log and publish, one atomic call per delivery shard, all sent together.

@@ -10,6 +10,7 @@ import redis.asyncio
 
 from openlora.joblog import core
 from openlora.joblog.append import append_calls, decode_append
+from openlora.joblog.claim import claim_call, decode_claim
 from openlora.joblog.clients import redis_errors
 from openlora.joblog.core import Acceptance, JobView, OpenJob
 from openlora.joblog.events import EventStream
@@ -72,7 +73,7 @@ class AsyncJobLog:
 
         Claim and append are two calls; a worker that claims in between wins.
         """
-        claim = core.decode_claim((await self._run([core.claim_call(job_id, "gateway")]))[0])
+        claim = decode_claim((await self._run([claim_call(job_id, "gateway")]))[0])
         if claim.status != "claimed":
             return False
         length = sum(len(chunk.tokens) for chunk in claim.chunks)

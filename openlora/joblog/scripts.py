@@ -6,7 +6,7 @@ find the log's, which is in the same slot. Fields of the hash:
 
     job          the ``Job`` as JSON
     state        open | ended | discarded
-    epoch        number of claims; 0 until the first one
+    epoch        the newest claim's, see claim.py; 0 until the first one
     base         tokens in the log at the newest claim: what is before it is an older epoch's
     cancel       present once somebody asked to cancel
     lease_until  Redis's clock in ms; absent: the job needs nobody who watches
@@ -25,11 +25,7 @@ PUBLISHED  KEYS job                  ARGV topic:partition:offset
            Nothing happens to a job that is gone. → 1 | 0
 DISCARD    KEYS job, cancels, open   ARGV job ID, seconds to keep the tombstone
            The job will not run: claims say "ended", appends "gone", reads find nothing. → 1
-CLAIM      KEYS job                  ARGV worker ID
-           → {"missing"} | {"ended", epoch} | {"claimed", epoch, cancelled, chunk…}
-RECREATE   KEYS job, open            ARGV worker ID, job ID, job JSON, epoch, lease ms, deadline
-           A log that is missing is opened at epoch + 1; one that is there is claimed, at an epoch
-           above both. → as CLAIM
+CLAIM, RECREATE, RESTORE   see claim.py
 APPEND     see append.py
 RETIRE     KEYS job                  ARGV seconds
            Shortens the life of an ended job. → 1 | 0
@@ -153,49 +149,6 @@ redis.call('ZREM', KEYS[3], ARGV[1])
 redis.call('HSET', KEYS[1], 'state', 'discarded')
 redis.call('EXPIRE', KEYS[1], ARGV[2])
 return 1
-"""
-)
-
-_CLAIM = (
-    JOB_STATE
-    + """
-local function claim(job, worker, above)
-    local f = redis.call('HMGET', job, 'state', 'epoch', 'cancel', 'lease_until')
-    if not f[1] then return {'missing'} end
-    if f[1] ~= 'open' then return {'ended', tonumber(f[2] or 0)} end
-    local epoch = math.max(tonumber(f[2]), above) + 1
-    local log = log_of(job, f[2])
-    local reply = redis.call('LRANGE', log, 0, -1)
-    local base = 0
-    if #reply > 0 then
-        base = length_with(reply[#reply])
-        redis.call('RENAME', log, log_of(job, epoch))
-    end
-    redis.call('HSET', job, 'epoch', epoch, 'base', base, 'claimed_by', worker)
-    table.insert(reply, 1, is_cancelled(f[3], f[4], now_ms()))
-    table.insert(reply, 1, epoch)
-    table.insert(reply, 1, 'claimed')
-    return reply
-end
-"""
-)
-
-CLAIM = Script(_CLAIM + "return claim(KEYS[1], ARGV[1], 0)")
-
-RECREATE = Script(
-    _CLAIM
-    + """
-local reply = claim(KEYS[1], ARGV[1], tonumber(ARGV[4]))
-if reply[1] ~= 'missing' then return reply end
-local now = now_ms()
-local epoch = ARGV[4] + 1
-redis.call('DEL', log_of(KEYS[1], epoch))
-redis.call('HSET', KEYS[1], 'job', ARGV[3], 'state', 'open', 'epoch', epoch, 'base', 0,
-    'claimed_by', ARGV[1])
-if ARGV[5] ~= '0' then redis.call('HSET', KEYS[1], 'lease_until', now + ARGV[5]) end
-if ARGV[6] ~= '0' then redis.call('HSET', KEYS[1], 'deadline', ARGV[6]) end
-redis.call('ZADD', KEYS[2], now, ARGV[2])
-return {'claimed', epoch, 0}
 """
 )
 

@@ -58,7 +58,7 @@ class End(msgspec.Struct, frozen=True, omit_defaults=True):
 class Chunk(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """Consecutive tokens of one job from ``first_index`` on, and its end on the last chunk.
 
-    ``epoch`` counts the claims of the job: a chunk of an older epoch is refused by the log.
+    ``epoch`` is the claim's that it goes by: a chunk of an older epoch is refused by the log.
     A chunk with ``restarted`` set opens a log that was lost: readers start again from index 0.
     """
 

@@ -60,7 +60,7 @@ def test_a_new_claim_in_mid_stream_asks_for_the_log() -> None:
     stream.feed(chunk(0, "ab"), frames)
     assert not stream.feed(chunk(2, "c", epoch=2), frames)
     log = (chunk(0, "ab"), chunk(2, "c", epoch=2))
-    stream.meet_log(log, frames)
+    stream.meet_log(log[-1].epoch, log, frames)
     for logged in log:
         stream.feed_logged(logged, frames)
     assert stream.feed(chunk(3, "d", epoch=2), frames)
@@ -88,7 +88,7 @@ def test_a_restart_whose_first_chunk_was_missed_is_found_in_the_log() -> None:
     stream.feed(chunk(0, "abc"), frames)
     assert not stream.feed(chunk(3, "z", epoch=5), frames)
     log = (chunk(0, "x", epoch=5, new=True), chunk(1, "yyz", epoch=5))
-    stream.meet_log(log, frames)
+    stream.meet_log(log[-1].epoch, log, frames)
     for logged in log:
         stream.feed_logged(logged, frames)
     assert told(frames) == "abc<xyyz"
@@ -96,7 +96,7 @@ def test_a_restart_whose_first_chunk_was_missed_is_found_in_the_log() -> None:
 
 def test_a_log_lost_and_empty_restarts_a_resumed_stream_once() -> None:
     stream, frames = TokenStream("r", JOB_ID, 18), list[str]()
-    stream.meet_log((), frames)
+    stream.meet_log(0, (), frames)
     assert stream.feed(chunk(0, "x", epoch=3, new=True), frames)
     assert told(frames) == "<x"
 
@@ -111,6 +111,41 @@ def test_an_end_without_tokens_is_done() -> None:
     stream, frames = TokenStream("r", JOB_ID), list[str]()
     assert stream.feed(chunk(0, "", end=True), frames)
     assert told(frames) == "."
+
+
+def test_a_log_without_its_last_moments_says_nothing_while_its_claim_is_lost() -> None:
+    stream, frames = TokenStream("r", JOB_ID), list[str]()
+    stream.feed(chunk(0, "abcd", epoch=7), frames)
+    log = (chunk(0, "ab", epoch=3),)
+    stream.meet_log(3, log, frames)
+    stream.feed_logged(log[0], frames)
+    assert stream.feed(chunk(2, "cde", epoch=7), frames)
+    assert told(frames) == "abcde"
+
+
+def test_what_another_claim_made_of_lost_moments_restarts_the_stream() -> None:
+    stream, frames = TokenStream("r", JOB_ID), list[str]()
+    stream.feed(chunk(0, "abcd", epoch=7), frames)
+    assert not stream.feed(chunk(2, "xyz", epoch=9), frames)
+    log = (chunk(0, "ab", epoch=3), chunk(2, "xyz", epoch=9))
+    stream.meet_log(9, log, frames)
+    for logged in log:
+        stream.feed_logged(logged, frames)
+    assert stream.feed(chunk(4, "d", epoch=7), frames)
+    assert told(frames) == "abcd<abxyz"
+
+
+def test_an_end_of_an_older_claim_is_looked_up_and_taken() -> None:
+    """The newer claim was lost, and its worker too."""
+    stream, frames = TokenStream("r", JOB_ID), list[str]()
+    stream.feed(chunk(0, "abcd", epoch=7), frames)
+    assert stream.feed(chunk(2, "xy", epoch=3), frames)
+    assert not stream.feed(chunk(4, "z", epoch=3, end=True), frames)
+    log = (chunk(0, "ab", epoch=3), chunk(2, "xy", epoch=3), chunk(4, "z", epoch=3, end=True))
+    stream.meet_log(3, log, frames)
+    for logged in log:
+        stream.feed_logged(logged, frames)
+    assert told(frames) == "abcd<abxyz."
 
 
 @st.composite
@@ -167,6 +202,6 @@ def test_over_any_losses_the_last_run_arrives_whole(
 
 
 def _read(stream: TokenStream, log: list[Chunk], frames: list[str]) -> None:
-    stream.meet_log(tuple(log), frames)
+    stream.meet_log(log[-1].epoch, tuple(log), frames)
     for logged in log:
         stream.feed_logged(logged, frames)

@@ -49,8 +49,8 @@ def test_nothing_is_held_against_a_job_that_ended_or_is_unknown(client):
     log = CrashLog(client)
     job_id = store(client, a_job())
     jobs = JobLog(client)
-    jobs.claim([job_id], "w")
-    jobs.append([a_chunk(job_id, 1, 0, 1, end=True)])
+    epoch = jobs.claim([job_id], "w")[0].epoch
+    jobs.append([a_chunk(job_id, epoch, 0, 1, end=True)])
     assert log.crashed([job_id, "00" * 13], ALONE) == [Suspicion(), Suspicion()]
     assert log.suspicions([]) == []
 

@@ -76,8 +76,8 @@ def test_one_append_is_one_message_a_shard(redis_url: str) -> None:
     async def test(heard: Heard) -> None:
         jobs = [a_job(1), a_job(1), a_job(2)]
         log._run([core.store_call(job, 60_000) for job in jobs])
-        log.claim([job.job_id for job in jobs], "w")
-        chunks = [a_chunk(job.job_id, 1, 0) for job in jobs]
+        claims = log.claim([job.job_id for job in jobs], "w")
+        chunks = [a_chunk(job.job_id, c.epoch, 0) for job, c in zip(jobs, claims, strict=True)]
         log.append(chunks)
         messages = [await heard.next(), await heard.next()]
         assert sorted(messages, key=len) == [(chunks[2],), (chunks[0], chunks[1])]

@@ -10,6 +10,7 @@ from openlora.local import ServerProcess
 from openlora.protocol import names
 from openlora.protocol.status import Heartbeat
 from tests.joblog.jobs import a_chunk, a_job
+from tests.redis_moments import keep
 
 pytestmark = pytest.mark.services
 
@@ -35,9 +36,12 @@ def test_answers_come_in_the_order_of_the_chunks_whatever_their_shard(log: JobLo
     missing = a_job(1).job_id
     claims = log.claim([*job_ids, missing], "w")
     assert [claim.status for claim in claims] == ["claimed"] * 5 + ["missing"]
-    chunks = [a_chunk(job_id, 1, 0, count) for count, job_id in enumerate(job_ids, 1)]
+    chunks = [
+        a_chunk(job_id, claim.epoch, 0, count)
+        for count, (job_id, claim) in enumerate(zip(job_ids, claims, strict=False), 1)
+    ]
     chunks.insert(2, a_chunk(missing, 1, 0))
-    chunks.append(a_chunk(job_ids[0], 2, 1))
+    chunks.append(a_chunk(job_ids[0], claims[0].epoch - 1, 1))
     results = log.append(chunks)
     taken = [(result.status, result.length) for result in results]
     assert taken == [
@@ -54,25 +58,69 @@ def test_nothing_to_do_asks_nothing(log: JobLog) -> None:
 
 def test_scripts_are_loaded_again_when_the_server_lost_them(log: JobLog) -> None:
     (job_id,) = _store(log, a_job())
-    log.claim([job_id], "w")
+    epoch = log.claim([job_id], "w")[0].epoch
     log._redis.script_flush()
-    assert log.append([a_chunk(job_id, 1, 0)])[0].status == "taken"
+    assert log.append([a_chunk(job_id, epoch, 0)])[0].status == "taken"
     log._redis.script_flush()
-    assert log.claim([job_id], "w")[0].epoch == 2
+    assert log.claim([job_id], "w")[0].before == epoch
 
 
 def test_work_goes_on_over_a_restart(fresh_redis: ServerProcess) -> None:
     log = JobLog(redis_client(fresh_redis.address))
     (job_id,) = _store(log, a_job())
-    log.claim([job_id], "w")
-    first = a_chunk(job_id, 1, 0)
+    epoch = log.claim([job_id], "w")[0].epoch
+    first = a_chunk(job_id, epoch, 0)
     assert log.append([first])[0].status == "taken"
+    keep(fresh_redis)
     fresh_redis.kill()
     with pytest.raises(Overloaded, match=rf"Redis at 127\.0\.0\.1:{fresh_redis.spec.port} does"):
-        log.append([a_chunk(job_id, 1, 1)])
+        log.append([a_chunk(job_id, epoch, 1)])
     fresh_redis.start()
     assert log.append([first])[0].length == 1  # the repeat of what it had
     assert log.claim([job_id], "w")[0].chunks == (first,)
+
+
+@pytest.mark.parametrize("kept", ["nothing", "the job", "the claim"])
+def test_what_a_crash_of_redis_took_with_it_is_put_back(
+    fresh_redis: ServerProcess, kept: str
+) -> None:
+    log = JobLog(redis_client(fresh_redis.address))
+    job = a_job()
+    moment = keep(fresh_redis)
+    _store(log, job)
+    if kept != "nothing":
+        moment = keep(fresh_redis)
+    epoch = log.claim([job.job_id], "w")[0].epoch
+    if kept == "the claim":
+        moment = keep(fresh_redis)
+    first = a_chunk(job.job_id, epoch, 0)
+    assert log.append([first])[0].status == "taken"
+    fresh_redis.kill()
+    moment.fall_back()
+    fresh_redis.start()
+    said = {"nothing": "gone", "the job": "unclaimed", "the claim": "gap"}[kept]
+    second = a_chunk(job.job_id, epoch, 1)
+    assert log.append([second])[0].status == said
+    restored = log.restore(job, epoch, "w")
+    assert (restored.status, restored.epoch, restored.chunks) == ("claimed", epoch, ())
+    assert [r.status for r in log.append([first, second])] == ["taken", "taken"]
+
+
+def test_a_claim_after_a_crash_of_redis_fences_one_that_it_lost(
+    fresh_redis: ServerProcess,
+) -> None:
+    log = JobLog(redis_client(fresh_redis.address))
+    job = a_job()
+    _store(log, job)
+    moment = keep(fresh_redis)
+    lost = log.claim([job.job_id], "w")[0].epoch
+    fresh_redis.kill()
+    moment.fall_back()
+    fresh_redis.start()
+    newer = log.claim([job.job_id], "another")[0].epoch
+    assert newer > lost
+    assert log.append([a_chunk(job.job_id, lost, 0)])[0].status == "fenced"
+    assert log.restore(job, lost, "w").status == "fenced"
 
 
 def test_heartbeats_show_for_a_few_seconds_and_go_when_removed(log: JobLog) -> None:

@@ -34,10 +34,10 @@ def test_read_gives_what_is_newer_and_always_the_end(redis_url: str, worker: Job
     async def test(log: AsyncJobLog) -> None:
         job = a_job()
         await log.store(job, 60_000)
-        worker.claim([job.job_id], "w")
+        epoch = worker.claim([job.job_id], "w")[0].epoch
         chunks = [
-            *(a_chunk(job.job_id, 1, 0, 2), a_chunk(job.job_id, 1, 2, 3)),
-            a_chunk(job.job_id, 1, 5, 1, end=True),
+            *(a_chunk(job.job_id, epoch, 0, 2), a_chunk(job.job_id, epoch, 2, 3)),
+            a_chunk(job.job_id, epoch, 5, 1, end=True),
         ]
         worker.append(chunks[:2])
         view = await log.read(job.job_id)
@@ -55,7 +55,7 @@ def test_read_gives_what_is_newer_and_always_the_end(redis_url: str, worker: Job
 def test_a_restarted_log_is_read_whole(redis_url: str, worker: JobLog) -> None:
     async def test(log: AsyncJobLog) -> None:
         job = a_job()
-        claim = worker.recreate(job, 4, "w")
+        claim = worker.recreate(job, "w")
         chunks = (
             a_chunk(job.job_id, claim.epoch, 0, 2, restarted=True),
             a_chunk(job.job_id, claim.epoch, 2),
@@ -70,9 +70,9 @@ def test_a_stored_job_stays_as_it_is(redis_url: str, worker: JobLog) -> None:
     async def test(log: AsyncJobLog) -> None:
         job = a_job()
         await log.store(job, 60_000)
-        worker.claim([job.job_id], "w")
+        epoch = worker.claim([job.job_id], "w")[0].epoch
         await log.store(job, 60_000)
-        assert (await log.read(job.job_id)).epoch == 1
+        assert (await log.read(job.job_id)).epoch == epoch
 
     run(redis_url, test)
 
@@ -81,9 +81,9 @@ def test_a_discarded_job_never_runs(redis_url: str, worker: JobLog) -> None:
     async def test(log: AsyncJobLog) -> None:
         job = a_job()
         await log.store(job, 60_000)
-        worker.claim([job.job_id], "w")
+        epoch = worker.claim([job.job_id], "w")[0].epoch
         await log.discard(job.job_id)
-        assert worker.append([a_chunk(job.job_id, 1, 0)])[0].status == "gone"
+        assert worker.append([a_chunk(job.job_id, epoch, 0)])[0].status == "gone"
         assert worker.claim([job.job_id], "w")[0].status == "ended"
         assert await log.read(job.job_id) is None
         assert not await log.cancel(job.job_id)
@@ -95,10 +95,10 @@ def test_finish_ends_a_job_and_fences_who_runs_it(redis_url: str, worker: JobLog
     async def test(log: AsyncJobLog) -> None:
         job = a_job()
         await log.store(job, 60_000)
-        worker.claim([job.job_id], "w")
-        worker.append([a_chunk(job.job_id, 1, 0, 2)])
+        epoch = worker.claim([job.job_id], "w")[0].epoch
+        worker.append([a_chunk(job.job_id, epoch, 0, 2)])
         assert await log.finish(job.job_id, End("cancelled"))
-        assert worker.append([a_chunk(job.job_id, 1, 2)])[0].status == "fenced"
+        assert worker.append([a_chunk(job.job_id, epoch, 2)])[0].status == "fenced"
         assert (await log.read(job.job_id)).end == End("cancelled")
         assert not await log.finish(job.job_id, End("cancelled"))
         assert not await log.finish(a_job().job_id, End("cancelled"))
@@ -160,7 +160,7 @@ def test_open_jobs_come_with_what_the_sweeper_needs(redis_url: str, worker: JobL
         for job in jobs:
             await log.store(job, 60_000)
         await log.mark_published(jobs[0].job_id, "a.topic:x", 3, 17)
-        worker.claim([jobs[1].job_id], "w")
+        epoch = worker.claim([jobs[1].job_id], "w")[0].epoch
         await log.cancel(jobs[2].job_id)
         await log.finish(jobs[3].job_id, End("stop"))
         worker._redis.delete(names.job_key(jobs[4].job_id))
@@ -169,7 +169,7 @@ def test_open_jobs_come_with_what_the_sweeper_needs(redis_url: str, worker: JobL
         published, claimed, expired = (found[job.job_id] for job in jobs[:3])
         assert published.published == ("a.topic:x", 3, 17)
         assert (published.claimed_by, published.epoch) == (None, 0)
-        assert (claimed.claimed_by, claimed.epoch, claimed.published) == ("w", 1, None)
+        assert (claimed.claimed_by, claimed.epoch, claimed.published) == ("w", epoch, None)
         assert (expired.cancelled, expired.expired) == (True, True)
         assert (published.cancelled, published.expired) == (False, False)
         assert worker._redis.zcard(names.open_jobs_key(9)) == 0  # the lost one is swept out

@@ -3,8 +3,6 @@ epoch, repeats, gaps, ends, cancels, losses."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-
 import pytest
 import redis
 from hypothesis import HealthCheck, settings
@@ -19,57 +17,13 @@ from hypothesis.stateful import (
 )
 
 from openlora.joblog import ASK, AppendResult, Claim, JobLog, core, redis_client
+from openlora.joblog.claim import RECREATED_LEASE_MS
 from openlora.protocol import codec, names
 from openlora.protocol.events import Chunk
-from openlora.protocol.jobs import Job
 from tests.joblog.jobs import SHARD, a_chunk, a_job
+from tests.joblog.model import ModelJob
 
 pytestmark = pytest.mark.services
-
-
-@dataclass
-class ModelJob:
-    """One job as the header of scripts.py says it behaves."""
-
-    job: Job
-    state: str = "open"
-    epoch: int = 0
-    base: int = 0
-    cancelled: bool = False
-    chunks: list[Chunk] = field(default_factory=list)
-
-    @property
-    def length(self) -> int:
-        return sum(len(chunk.tokens) for chunk in self.chunks)
-
-    def claim(self, above: int = 0) -> Claim:
-        if self.state != "open":
-            return Claim("ended", self.epoch)
-        self.epoch = max(self.epoch, above) + 1
-        self.base = self.length
-        return Claim("claimed", self.epoch, tuple(self.chunks), self.cancelled)
-
-    def append(self, chunk: Chunk) -> tuple[AppendResult, bool]:
-        """The answer, and whether the chunk is logged and published."""
-        is_new = False
-        end = chunk.first_index + len(chunk.tokens)
-        if self.state == "discarded":
-            return AppendResult("gone", 0, False, 0), False
-        if chunk.epoch != self.epoch:
-            status = "fenced"
-        elif not chunk.tokens and chunk.end is None and not chunk.restarted:
-            status = "taken"
-        elif self.state == "open" and chunk.first_index == self.length:
-            status, is_new = "taken", True
-            self.chunks.append(chunk)
-            if chunk.end is not None:
-                self.state = "ended"
-        elif self.base <= chunk.first_index and end <= self.length:
-            is_late_end = chunk.end is not None and self.state == "open"
-            status = "gap" if is_late_end else "taken"
-        else:
-            status = "gap"
-        return AppendResult(status, self.length, self.cancelled, len(self.chunks)), is_new
 
 
 class LogMachine(RuleBasedStateMachine):
@@ -115,16 +69,28 @@ class LogMachine(RuleBasedStateMachine):
     def claim(self, which: int) -> None:
         (claim,) = self.log.claim([self.jobs[which].job_id], "w")
         model = self.known.get(which)
-        assert claim == (Claim("missing") if model is None else model.claim())
+        assert claim == (Claim("missing") if model is None else model.claim(claim.epoch))
 
-    @rule(which=which, above=st.integers(0, 5))
-    def recreate(self, which: int, above: int) -> None:
-        claim = self.log.recreate(self.jobs[which], above, "w")
+    @rule(which=which)
+    def recreate(self, which: int) -> None:
+        claim = self.log.recreate(self.jobs[which], "w")
         if which in self.known:
-            assert claim == self.known[which].claim(above)
+            assert claim == self.known[which].claim(claim.epoch)
         else:
-            self.known[which] = ModelJob(self.jobs[which], epoch=above + 1)
-            assert claim == Claim("claimed", above + 1)
+            self.known[which] = ModelJob(self.jobs[which], epoch=claim.epoch)
+            assert claim == Claim("claimed", claim.epoch)
+
+    @rule(which=which, epoch=st.sampled_from([-1, 0, 1, 2]))
+    def restore(self, which: int, epoch: int) -> None:
+        """``epoch``: from the job's."""
+        model = self.known.get(which)
+        epoch += 9 if model is None else model.epoch
+        claim = self.log.restore(self.jobs[which], epoch, "w")
+        if model is None:
+            self.known[which] = ModelJob(self.jobs[which], epoch=epoch)
+            assert claim == Claim("claimed", epoch)
+        else:
+            assert claim == model.restore(epoch)
 
     @rule(
         wanted=st.lists(
@@ -286,11 +252,11 @@ def test_a_lease_runs_out_by_the_clock_of_redis_and_can_be_renewed(redis_url: st
 def test_a_lost_job_that_is_opened_anew_has_a_lease_again(redis_url: str) -> None:
     client = redis_client(redis_url)
     job = a_job(deadline_ms=5)
-    JobLog(client).recreate(job, 3, "w")
+    JobLog(client).recreate(job, "w")
     facts = client.hgetall(names.job_key(job.job_id))
     seconds, _ = client.time()
     lease_s = int(facts[b"lease_until"]) / 1000 - seconds
-    assert 25 < lease_s <= core.RECREATED_LEASE_MS / 1000 + 1
+    assert 25 < lease_s <= RECREATED_LEASE_MS / 1000 + 1
     assert (facts[b"deadline"], facts[b"claimed_by"]) == (b"5", b"w")
 
 

@@ -9,12 +9,13 @@ from tokenizers import Tokenizer, models
 
 from openlora.joblog import JobLog, core, redis_client
 from openlora.protocol.codec import decode_chunk
-from openlora.protocol.events import Token
+from openlora.protocol.events import Chunk, Token
 from openlora.protocol.names import job_key, log_key
 from tests.workers.running import a_job
+from workers.ended_runs import LOSABLE_S, EndedRuns
 from workers.offsets import Position
 from workers.run import Run
-from workers.token_sink import ASK_INTERVAL_S, Stopped, TokenSink, Verdict
+from workers.token_sink import ASK_INTERVAL_S, NOBODY, Stopped, TokenSink, Verdict
 
 pytestmark = pytest.mark.services
 
@@ -31,11 +32,14 @@ class Bench:
 
     def run(self):
         job = a_job(max_tokens=100)
-        claim = self.log.recreate(job, 0, "me")
+        claim = self.log.recreate(job, "me")
         return Run(job, 1, claim.epoch, Position(("t", 0), 0, 1), Tokenizer(models.BPE()), ())
 
     def key(self, run):
         epoch = int(self.redis.hget(job_key(run.job.job_id), "epoch"))
+        return log_key(run.job.job_id, epoch)
+
+    def key_at(self, run, epoch):
         return log_key(run.job.job_id, epoch)
 
     def length(self, run):
@@ -127,7 +131,7 @@ def test_what_a_restored_log_lacks_is_sent_again(bench):
     assert bench.length(run) == 4
 
 
-def test_the_owner_opens_a_lost_log_anew_and_others_do_not(bench):
+def test_the_owner_writes_a_lost_log_again_and_others_do_not(bench):
     mine, others = bench.run(), bench.run()
     for run in (mine, others):
         say(run, 2)
@@ -136,10 +140,108 @@ def test_the_owner_opens_a_lost_log_anew_and_others_do_not(bench):
     bench.redis.flushall()
     say(mine, 1)
     assert bench.sink.append([mine]) == []
-    assert mine.epoch > epoch
+    assert mine.epoch == epoch == int(bench.redis.hget(job_key(mine.job.job_id), "epoch"))
     assert bench.length(mine) == 3
     bench.is_owner = False
     assert bench.sink.append([others]) == [(others, Verdict.MOVED)]
+
+
+def lose_claim(bench, run, tokens=()):
+    """Redis falls back to a claim before ``run``'s, whose worker appends ``tokens`` then."""
+    key, epoch = job_key(run.job.job_id), run.epoch - 1000
+    bench.redis.hset(key, mapping={"epoch": epoch, "base": 0})
+    bench.redis.rename(bench.key_at(run, run.epoch), bench.key_at(run, epoch))
+    if tokens:
+        chunk = Chunk(run.job.job_id, epoch, bench.length(run), tokens)
+        assert bench.log.append([chunk])[0].status == "taken"
+
+
+def test_a_claim_that_redis_lost_is_put_back_and_what_the_log_lacks_with_it(bench):
+    run = bench.run()
+    for _ in range(3):
+        say(run, 1)
+        bench.sink.append([run])
+    bench.redis.rpop(bench.key(run))
+    lose_claim(bench, run)
+    say(run, 1)
+    assert bench.sink.append([run]) == []
+    assert bench.length(run) == 4
+    assert int(bench.redis.hget(job_key(run.job.job_id), "epoch")) == run.epoch
+
+
+def test_a_worker_that_lost_both_claim_and_partition_lets_go(bench):
+    run = bench.run()
+    say(run, 1)
+    bench.sink.append([run])
+    lose_claim(bench, run)
+    bench.is_owner = False
+    say(run, 1)
+    assert bench.sink.append([run]) == [(run, Verdict.MOVED)]
+    assert bench.length(run) == 1
+
+
+def test_the_same_text_of_a_worker_that_was_fenced_is_built_on(bench):
+    run = bench.run()
+    say(run, 1)
+    bench.sink.append([run])
+    lose_claim(bench, run, (Token(1, "x"),))
+    say(run, 2)
+    assert bench.sink.append([run]) == []
+    assert bench.length(run) == 3
+
+
+@pytest.mark.parametrize("count", [1, 3], ids=["other", "longer"])
+def test_another_text_in_the_log_is_never_spliced_with_ours(bench, count):
+    run = bench.run()
+    say(run, 1)
+    bench.sink.append([run])
+    lose_claim(bench, run, tuple(Token(90, "z") for _ in range(count)))
+    say(run, 2)
+    assert bench.sink.append([run]) == [(run, Verdict.ANEW)]
+    assert bench.length(run) == 1 + count
+
+
+def an_ended_run(bench):
+    run = bench.run()
+    say(run, 2)
+    bench.sink.append([run])
+    run.finish("length")
+    assert bench.sink.append([run]) == [(run, Verdict.ENDED)]
+    ended = EndedRuns(bench.sink)
+    ended.add(run, 0.0)
+    return run, ended
+
+
+def test_an_end_that_redis_lost_is_said_again(bench):
+    run, ended = an_ended_run(bench)
+    key = job_key(run.job.job_id)
+    bench.redis.hset(key, "state", "open")
+    bench.redis.rpop(bench.key(run))
+    ended.turn(LOSABLE_S / 2)
+    assert bench.redis.hget(key, "state") == b"open"
+    ended.turn(LOSABLE_S)
+    assert bench.redis.hget(key, "state") == b"ended"
+    bench.redis.hset(key, "state", "open")
+    ended.turn(2 * LOSABLE_S)  # once is enough
+    assert bench.redis.hget(key, "state") == b"open"
+
+
+def test_an_answer_that_redis_lost_is_written_again(bench):
+    run, ended = an_ended_run(bench)
+    bench.redis.flushall()
+    ended.turn(LOSABLE_S)
+    assert bench.redis.hget(job_key(run.job.job_id), "state") == b"ended"
+    assert bench.length(run) == 2
+
+
+def test_a_job_of_another_text_whose_end_redis_lost_is_nobodys(bench):
+    run, ended = an_ended_run(bench)
+    key = job_key(run.job.job_id)
+    bench.redis.hset(key, "state", "open")
+    bench.redis.rpop(bench.key(run))
+    lose_claim(bench, run, (Token(90, "z"),))
+    ended.turn(LOSABLE_S)
+    assert bench.redis.hmget(key, "state", "claimed_by") == [b"open", NOBODY.encode()]
 
 
 def test_waiting_for_redis_ends_when_told_to_stop(bench, fresh_redis):
