@@ -7,6 +7,7 @@ Redis before the test. The product's own topic names are fixed: a test that uses
 
 from __future__ import annotations
 
+import os
 import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -16,6 +17,10 @@ from hypothesis import settings
 
 from openlora.local import ServerProcess, free_port
 from tests.services import start_broker, start_redis
+
+# Before torch is imported, and for all processes that tests start: tiny models gain nothing from a
+# second thread, and lose a time slice at every join while other processes use the cores.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 # A time limit per example fails at random on a machine that is busy with something else.
 settings.register_profile("openlora", deadline=None)
@@ -85,6 +90,17 @@ def fresh_redis(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProc
     server = start_redis(tmp_path_factory.mktemp("redis"))
     yield server
     server.stop()
+
+
+@pytest.fixture(scope="module")
+def two_threads() -> Iterator[None]:
+    """Torch, and with it the native kernels, at two threads, which share the work of each step."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture

@@ -30,7 +30,7 @@ def site(tmp_path):
     root = tmp_path / "site"
     root.mkdir()
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=str(root)))
-    thread = threading.Thread(target=server.serve_forever)
+    thread = threading.Thread(target=server.serve_forever, args=(0.01,))
     thread.start()
     yield root, f"http://127.0.0.1:{server.server_port}"
     server.shutdown()

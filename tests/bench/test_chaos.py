@@ -5,6 +5,7 @@ from __future__ import annotations
 import socket
 import threading
 import time
+from contextlib import suppress
 
 import pytest
 
@@ -97,7 +98,7 @@ def proxied():
             threading.Thread(target=echo, args=(connection,), daemon=True).start()
 
     def echo(connection):
-        with connection:
+        with connection, suppress(ConnectionResetError):  # cut on purpose
             while data := connection.recv(1000):
                 connection.sendall(data)
 

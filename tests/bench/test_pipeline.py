@@ -12,6 +12,7 @@ from openlora.bench.pipeline_plan import ClientResult, Spread
 from openlora.bench.pipeline_runs import Measured
 
 
+@pytest.mark.long
 @pytest.mark.services
 def test_a_small_run_measures_everything_and_loses_no_token(tmp_path, capsys):
     parser = argparse.ArgumentParser()

@@ -21,6 +21,8 @@ from tests.engine.tiny_model import (
     make_tiny_model,
 )
 
+pytestmark = pytest.mark.usefixtures("two_threads")
+
 NUM_TOKENS = 14
 
 MIXES: list[dict[str, float]] = [

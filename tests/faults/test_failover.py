@@ -7,7 +7,7 @@ import pytest
 from openlora.bench import chaos_faults as faults
 from openlora.bench.chaos_report import FaultRow
 
-pytestmark = [pytest.mark.services, pytest.mark.timeout(170)]
+pytestmark = [pytest.mark.services, pytest.mark.long, pytest.mark.timeout(170)]
 
 EMBEDDED_FAILOVER_S = 12.0
 """Session timeout and what the embedded broker takes beyond it."""

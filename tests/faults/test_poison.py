@@ -63,6 +63,7 @@ def dead_letters(storm):
     return {letter["job_id"]: letter for letter in letters}
 
 
+@pytest.mark.long
 def test_only_the_job_that_kills_alone_is_given_up(ward):
     keeper = Keeper(ward.system)
     streams = ward.begin(STREAMS)

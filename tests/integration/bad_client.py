@@ -21,7 +21,7 @@ class Client:
     def __init__(
         self, url: str, key: str = "", *, headers: Mapping[str, str] | None = None
     ) -> None:
-        self._socket = connect(
+        self._connect = connect(
             url.replace("http", "ws") + "/v1/ws",
             additional_headers={"Authorization": f"Bearer {key}"} if headers is None else headers,
             max_size=None,
@@ -29,6 +29,7 @@ class Client:
         )
 
     def __enter__(self) -> Self:
+        self._socket = self._connect.__enter__()
         return self
 
     def __exit__(self, *exc: object) -> None:

@@ -130,6 +130,7 @@ def test_sigint_drains_and_leaves_nothing(system):
     assert system.output.endswith("Stopped.\n")
 
 
+@pytest.mark.long
 def test_adapters_outlive_a_restart_and_children_die_with_a_killed_supervisor(files, tmp_path):
     port = free_port()
     first = UpSystem(tmp_path, port, *files)
@@ -149,6 +150,7 @@ def test_adapters_outlive_a_restart_and_children_die_with_a_killed_supervisor(fi
     assert not left
 
 
+@pytest.mark.long
 def test_a_second_signal_stops_at_once(files, tmp_path):
     running = UpSystem(tmp_path, free_port(), *files)
     running.wait_ready()
@@ -172,6 +174,7 @@ def test_an_interrupt_while_starting_leaves_nothing(files, tmp_path):
     assert "Traceback" not in running.output
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("flag", "value", "line"),
     [
@@ -189,7 +192,8 @@ def test_an_unreachable_server_is_one_clear_line(files, tmp_path, flag, value, l
     assert "Traceback" not in running.output
 
 
-def test_the_demo_model_answers_with_its_adapters(tmp_path):
+def test_the_demo_model_answers_with_its_adapters(tmp_path, monkeypatch):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)  # as a user starts it: all cores
     running = UpSystem(tmp_path, free_port())
     running.wait_until_it_says("Ctrl-C stops.", timeout_s=300)
     ask = {

@@ -151,6 +151,7 @@ def test_an_idempotency_key_runs_a_request_once(
     assert len(worker.jobs) == 1
 
 
+@pytest.mark.long
 def test_a_repeated_key_is_accepted_no_sooner_than_its_first_request(
     fresh_broker: Broker, redis_address: str, tmp_path: Path
 ) -> None:

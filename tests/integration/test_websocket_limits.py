@@ -140,6 +140,7 @@ def test_a_client_that_does_not_read_loses_nothing_and_slows_nobody(
     assert metric(gateway, "tokens_refilled_total") - refilled_before > 100
 
 
+@pytest.mark.long
 def test_without_a_broker_nothing_is_accepted(
     fresh_broker: Broker, redis_address: str, tmp_path: Path, worker: ScriptedWorker
 ) -> None:
@@ -160,6 +161,7 @@ def test_without_a_broker_nothing_is_accepted(
     assert [found.job_id for found in worker.jobs] == [job.job_id]
 
 
+@pytest.mark.long
 def test_a_gateway_that_lost_its_broker_stops_at_once(
     fresh_broker: Broker, redis_address: str, tmp_path: Path
 ) -> None:

@@ -24,6 +24,8 @@ def cache(tmp_path):
 
 
 def count_compilations(monkeypatch) -> list[Path]:
+    """Where the sources are compiled from now on: without optimization, which takes most of it."""
+    monkeypatch.setattr(build, "_FLAGS", (*build._FLAGS, "-O0"))
     compiled = []
     original = build._compile
 

@@ -11,6 +11,8 @@ from openlora.kernels.sgmv import Segment
 from tests.kernels.native import TOLERANCE, close, kernels_or_skip, lora_linear
 from tests.kernels.test_sgmv import SITES, expected, make_pages
 
+pytestmark = pytest.mark.usefixtures("two_threads")
+
 ROWS = [0, 1, 2, 7, 8, 9, 12, 13, 16, 17, 32, 33, 70]
 DTYPES = list(TOLERANCE)
 

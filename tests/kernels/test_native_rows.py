@@ -17,6 +17,8 @@ from openlora.kernels.rope import rope_cos_sin
 from openlora.kernels.sampling import greedy
 from tests.kernels.native import TOLERANCE, close, run
 
+pytestmark = pytest.mark.usefixtures("two_threads")
+
 ROWS = [0, 1, 7, 8, 17]
 DTYPES = list(TOLERANCE)
 

@@ -93,6 +93,7 @@ def kill_redis(bulk: BulkSystem) -> None:
     bulk.redis.start()
 
 
+@pytest.mark.long
 def test_the_producer_is_killed(tmp_path: Path) -> None:
     run_with(tmp_path, kill_producer, 60)
 
