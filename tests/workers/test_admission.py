@@ -8,7 +8,7 @@ import time
 
 import msgspec
 import pytest
-from kafka import KafkaConsumer
+from kafka import KafkaConsumer, TopicPartition
 
 from openlora.protocol.codec import decode_job, encode
 from openlora.protocol.jobs import AdapterRef, Merge, Message
@@ -20,13 +20,17 @@ pytestmark = pytest.mark.services
 
 
 def dead_letters(system):
-    consumer = KafkaConsumer(
-        DEAD_TOPIC,
-        bootstrap_servers=system.kafka,
-        auto_offset_reset="earliest",
-        consumer_timeout_ms=1500,
-    )
-    letters = [json.loads(message.value) for message in consumer]
+    """All that were written until now."""
+    consumer = KafkaConsumer(bootstrap_servers=system.kafka)
+    numbers = consumer.partitions_for_topic(DEAD_TOPIC) or ()
+    partitions = [TopicPartition(DEAD_TOPIC, number) for number in numbers]
+    consumer.assign(partitions)
+    consumer.seek_to_beginning(*partitions)
+    ends = consumer.end_offsets(partitions)
+    letters = []
+    while any(consumer.position(partition) < end for partition, end in ends.items()):
+        for messages in consumer.poll(1000).values():
+            letters += [json.loads(message.value) for message in messages]
     consumer.close()
     return letters
 
