@@ -6,13 +6,14 @@ import argparse
 import json
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 import torch
 from peft import PeftModel
 from transformers import LlamaForCausalLM
 
-from openlora.bench import decode
+from openlora.bench import decode, decode_compare
 from openlora.bench.decode_profile import busy_share
 from openlora.bench.measure import make_requests, read_bytes_per_s
 from openlora.bench.random_adapters import adapter_bytes, write_adapter
@@ -107,7 +108,10 @@ def test_zipf_counts_the_adapters_drawn(tiny_shape, tmp_path):
     assert 4 < row["adapters"] <= 12
 
 
-def test_real_weights_run_beside_transformers_and_peft(tiny_model, tmp_path):
+def test_real_weights_run_beside_transformers_and_peft(tiny_model, tmp_path, monkeypatch):
+    # It reads five gibibytes before every case.
+    quick = partial(read_bytes_per_s, num_bytes=1 << 24, repeats=1)
+    monkeypatch.setattr(decode_compare, "read_bytes_per_s", quick)
     out = tmp_path / "rows.jsonl"
     words = ("--model", str(tiny_model), "--batch", "1,2", "--distinct", "0,1,2", "--rank", "4")
     run(*words, "--prompt", "6", "--output", "4", "--out", str(out))
