@@ -1,8 +1,8 @@
-"""``/v1/adapters``: list, search, show, add, roll back, remove; each for what a tenant may see."""
+"""``/v1/adapters``: list, search, show, add, pin, roll back, remove, for what a tenant may see."""
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from typing import TypeVar
 
 import msgspec
@@ -10,14 +10,19 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from gateway.registration import NewAdapter, Registrar
+from gateway.registration import NewAdapter
 from gateway.system import Gateway
-from openlora.errors import InvalidRequest, PayloadTooLarge
+from openlora.errors import Forbidden, InvalidRequest, PayloadTooLarge
 from openlora.protocol.status import AdapterRecord, Heartbeat
-from openlora.registry.records import owner_of
+from openlora.registry import OPERATOR, check_adapter_id
+from openlora.registry.records import key_of, owner_of
 
 MAX_BODY_BYTES = 1 << 20
 MAX_LIMIT = 1000
+PAGE_RANK = 16
+"""Ranks of a page, as workers count them (openlora/adapters/lora_set.py)."""
+PIN_SHARE = 0.5
+"""Of a worker's pages, what pins may take, as engines see it (openlora/engine/residency.py)."""
 
 T = TypeVar("T")
 Handler = Callable[[Request], Awaitable[Response]]
@@ -38,6 +43,8 @@ def adapter_routes(gateway: Gateway, keyed: Callable[[TenantHandler], Handler]) 
         Route("/v1/adapters", keyed(api.add), methods=["POST"]),
         Route("/v1/adapters/{id}/versions", keyed(api.versions), methods=["GET"]),
         Route("/v1/adapters/{id}/rollback", keyed(api.rollback), methods=["POST"]),
+        Route("/v1/adapters/{id}/pin", keyed(api.pin), methods=["POST"]),
+        Route("/v1/adapters/{id}/pin", keyed(api.unpin), methods=["DELETE"]),
         Route("/v1/adapters/{id}", keyed(api.show), methods=["GET"]),
         Route("/v1/adapters/{id}", keyed(api.remove), methods=["DELETE"]),
     ]
@@ -49,7 +56,7 @@ class AdapterApi:
     def __init__(self, gateway: Gateway) -> None:
         self._gateway = gateway
         self._directory = gateway.directory
-        self._registrar = Registrar(gateway)
+        self._registrar = gateway.registrar
 
     async def list_adapters(self, request: Request, tenant: str) -> Response:
         """Adapters by ID. Query: ``search`` (part of an ID or base model), ``after`` (an ID),
@@ -66,7 +73,7 @@ class AdapterApi:
         """Registers an adapter: 201 with its record."""
         new = await _decoded(request, NewAdapter, '{"id": "…", "source": "directory"}')
         record = await self._registrar.register(new, tenant)
-        return _json(record_fields(record, tenant, []), 201)
+        return _json((await self._shown([record], tenant))[0], 201)
 
     async def show(self, request: Request, tenant: str) -> Response:
         """One adapter's record: of the version in use, or of ``id@version``."""
@@ -82,7 +89,27 @@ class AdapterApi:
         """Requests get another version from now on: its record."""
         body = await _decoded(request, Rollback, '{"version": 3}, or {} for the one before')
         record = await self._directory.rollback(request.path_params["id"], tenant, body.version)
-        return _json(record_fields(record, tenant, []))
+        return _json((await self._shown([record], tenant))[0])
+
+    async def pin(self, request: Request, tenant: str) -> Response:
+        """Workers keep the version in use in their pages from now on: its record. For the
+        operator; a tenant's private adapter is named with ``?tenant=``."""
+        return await self._set_pin(request, tenant, pinned=True)
+
+    async def unpin(self, request: Request, tenant: str) -> Response:
+        """It is evicted like any other again: its record."""
+        return await self._set_pin(request, tenant, pinned=False)
+
+    async def _set_pin(self, request: Request, tenant: str, *, pinned: bool) -> Response:
+        if tenant != OPERATOR:
+            raise Forbidden("only the operator's key may pin: pages are shared by all tenants")
+        owner = request.query_params.get("tenant", tenant)
+        record = await self._directory.get(check_adapter_id(request.path_params["id"]), owner)
+        if pinned:
+            heartbeats = await self._gateway.job_log.heartbeats()
+            check_pins([*(await self._directory.pinned()).values(), record], heartbeats)
+        await self._directory.pin(record, pinned=pinned)
+        return _json((await self._shown([record], tenant))[0])
 
     async def remove(self, request: Request, tenant: str) -> Response:
         """Forgets an adapter, or one version of it: 204. Jobs accepted with it still run."""
@@ -93,7 +120,11 @@ class AdapterApi:
         self, records: Iterable[AdapterRecord], tenant: str
     ) -> list[dict[str, object]]:
         places = residency(await self._gateway.job_log.heartbeats())
-        return [record_fields(record, tenant, places.get(record.hash, [])) for record in records]
+        pins = await self._directory.pinned()
+        return [
+            record_fields(record, tenant, places.get(record.hash, {}), key_of(record) in pins)
+            for record in records
+        ]
 
 
 def select(
@@ -112,18 +143,47 @@ def select(
     return records if limit is None else records[:limit]
 
 
-def residency(heartbeats: Iterable[Heartbeat]) -> dict[str, list[str]]:
-    """Content hash → IDs of the workers that have it in pages now."""
-    places: dict[str, list[str]] = {}
+def residency(heartbeats: Iterable[Heartbeat]) -> dict[str, dict[str, list[str]]]:
+    """Content hash → tier → IDs of the workers that have it there now."""
+    places: dict[str, dict[str, list[str]]] = {}
     for heartbeat in heartbeats:
-        for content in heartbeat.resident_adapters:
-            places.setdefault(content, []).append(heartbeat.id)
+        tiers = {"device": heartbeat.resident_adapters}
+        tiers |= {tier.tier: tier.contents for tier in heartbeat.tiers}
+        for tier, contents in tiers.items():
+            for content in contents:
+                places.setdefault(content, {}).setdefault(tier, []).append(heartbeat.id)
     return places
 
 
-def record_fields(record: AdapterRecord, tenant: str, workers: list[str]) -> dict[str, object]:
+def check_pins(records: Iterable[AdapterRecord], heartbeats: Iterable[Heartbeat]) -> None:
+    """Refuses more pins than the worker with the least memory can keep.
+
+    Raises:
+        InvalidRequest: with what they would take and what there is.
+    """
+    ranks = [heartbeat.max_lora_rank for heartbeat in heartbeats if heartbeat.max_lora_rank]
+    if not ranks:
+        return  # no worker says what it has: each sees to its own limit
+    wanted = {record.hash: -(-record.rank // PAGE_RANK) for record in records}
+    pages, have = sum(wanted.values()), min(ranks) // PAGE_RANK
+    if pages > have * PIN_SHARE:
+        raise InvalidRequest(
+            f"the pinned adapters would take {pages} pages of rank {PAGE_RANK}; pins may take half "
+            f"of the {have} that a worker has: unpin others, or give workers a larger adapter "
+            "budget"
+        )
+
+
+def record_fields(
+    record: AdapterRecord, tenant: str, places: Mapping[str, list[str]], pinned: bool
+) -> dict[str, object]:
     """A record as ``tenant`` is shown it: where it came from is told to its owner alone."""
-    fields = msgspec.structs.asdict(record) | {"owner": owner_of(record), "resident_on": workers}
+    fields = msgspec.structs.asdict(record) | {
+        "owner": owner_of(record),
+        "resident_on": places.get("device", []),
+        "tiers": places,
+        "pinned": pinned,
+    }
     if owner_of(record) != tenant:
         fields["source"] = ""
     return fields

@@ -11,7 +11,7 @@ import msgspec
 import redis.asyncio
 from redis.exceptions import RedisError
 
-from openlora.adapters.store import AdapterStore
+from openlora.adapters.stores import Store
 from openlora.errors import AdapterFailed, InvalidRequest, Overloaded
 from openlora.joblog import AsyncJobLog
 from openlora.protocol.jobs import AdapterRef
@@ -39,7 +39,7 @@ class AdapterCollector:
         registry: AsyncAdapterRegistry,
         job_log: AsyncJobLog,
         client: redis.asyncio.Redis,
-        store: AdapterStore,
+        store: Store,
     ) -> None:
         self._registry = registry
         self._job_log = job_log

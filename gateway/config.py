@@ -10,6 +10,7 @@ from typing import TypeVar
 
 from gateway.auth import ApiKeys
 from gateway.keys import read_key_file
+from openlora.adapters.stores import StoreLocation, adapter_cache, store_setting
 from openlora.errors import SetupError
 from producer.bulk.config import batches_dir
 
@@ -25,7 +26,11 @@ ENVIRONMENT = {
     "OPENLORA_PARTITIONS": "partitions of the job topics when they are created (default 32)",
     "OPENLORA_API_KEYS": "keys, `key` or `tenant:key` separated by commas (default: no keys asked)",
     "OPENLORA_API_KEYS_FILE": "file of hashed keys, made by `openlora keys new` (default: none)",
-    "OPENLORA_STORE": "content-addressed adapter files, a directory that workers share",
+    "OPENLORA_STORE": "content-addressed adapter files: a directory that workers share, or a URL "
+    "(s3://, gs://, …; OPENLORA_ADAPTERS names one as well)",
+    "OPENLORA_ADAPTER_CACHE": "folder for adapters on their way to a store that is a URL",
+    "OPENLORA_REMOTE_ADAPTERS": "URL prefixes whose adapters requests may name without adding them "
+    "first, separated by commas, like hf://acme/ (default: none)",
     "OPENLORA_ADAPTER_SOURCES": "URL prefixes that tenants may add adapters from, separated by "
     "commas, like hf://acme/ (default: none; keys without a tenant may use any)",
     "OPENLORA_BATCHES": "folder of batches' input and result files, shared with producers",
@@ -48,7 +53,9 @@ class GatewayConfig:
         kafka: bootstrap servers. redis: URL, its password included, so it is not shown.
         partitions: number of partitions of job topics this gateway has to create.
         api_keys: who may call; empty asks for no key.
-        store: root of the content-addressed store.
+        store: root of the content-addressed store, a directory or a URL.
+        adapter_cache: directory for what is on its way to a remote store.
+        remote_adapters: URL prefixes that requests may name adapters by.
         adapter_sources: URL prefixes that tenants with a name may add adapters from.
         batches: root of the file store. max_batches: open batches of one tenant.
         disconnect_grace_s: a stream that nobody watched for so long is cancelled.
@@ -64,7 +71,9 @@ class GatewayConfig:
     redis: str = field(default="redis://127.0.0.1:6379/0", repr=False)
     partitions: int = 32
     api_keys: ApiKeys = field(default_factory=ApiKeys)
-    store: Path = field(default_factory=lambda: cache_directory({}) / "adapters")
+    store: StoreLocation = field(default_factory=lambda: store_setting(None, {}))
+    adapter_cache: Path = field(default_factory=lambda: adapter_cache({}))
+    remote_adapters: tuple[str, ...] = ()
     adapter_sources: tuple[str, ...] = ()
     batches: Path = field(default_factory=lambda: batches_dir({}))
     max_batches: int = 32
@@ -90,6 +99,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     flag("--api-keys-file", "OPENLORA_API_KEYS_FILE")
     flag("--store", "OPENLORA_STORE")
     flag("--adapter-sources", "OPENLORA_ADAPTER_SOURCES")
+    flag("--remote-adapters", "OPENLORA_REMOTE_ADAPTERS")
     flag("--batches", "OPENLORA_BATCHES")
     flag("--max-batches", "OPENLORA_MAX_BATCHES")
     flag("--disconnect-grace-s", "OPENLORA_DISCONNECT_GRACE_S")
@@ -126,7 +136,9 @@ def config_from(args: argparse.Namespace, environ: Mapping[str, str]) -> Gateway
         api_keys=ApiKeys.parse(environ.get("OPENLORA_API_KEYS", "")).with_entries(
             setting("api_keys_file", lambda name, value: read_key_file(_path(name, value)), [])
         ),
-        store=setting("store", _path, cache_directory(environ) / "adapters"),
+        store=store_setting(getattr(args, "store", None), environ),
+        adapter_cache=adapter_cache(environ),
+        remote_adapters=setting("remote_adapters", _prefixes, default.remote_adapters),
         adapter_sources=setting("adapter_sources", _prefixes, default.adapter_sources),
         batches=setting("batches", _path, batches_dir(environ)),
         max_batches=setting("max_batches", _integer(1, 100_000), default.max_batches),
@@ -141,12 +153,6 @@ def config_from(args: argparse.Namespace, environ: Mapping[str, str]) -> Gateway
         max_wait_s=setting("max_wait_s", _seconds(0.1, 86_400), default.max_wait_s),
         log_level=setting("log_level", _log_level, default.log_level),
     )
-
-
-def cache_directory(environ: Mapping[str, str]) -> Path:
-    """OpenLoRA's directory in the user's cache."""
-    root = environ.get("XDG_CACHE_HOME")
-    return (Path(root) if root else Path.home() / ".cache") / "openlora"
 
 
 def _text(name: str, value: str) -> str:

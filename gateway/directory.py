@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Collection, Iterable, Iterator, Sequence
 from typing import Any
 
 import redis.asyncio
@@ -17,7 +17,7 @@ from openlora.protocol.names import ADAPTERS_CHANNEL
 from openlora.protocol.requests import AdapterChoice
 from openlora.protocol.status import AdapterRecord
 from openlora.registry import AsyncAdapterRegistry, parse_reference
-from openlora.registry.records import private_key, unknown, visible_records
+from openlora.registry.records import is_remote, key_of, private_key, unknown, visible_records
 
 log = logging.getLogger(__name__)
 
@@ -40,6 +40,9 @@ class AdapterDirectory:
         self._records: dict[str, AdapterRecord] = {}
         self._revision = -1
         self._visible: dict[str, list[AdapterRecord]] = {}
+        # Set by the gateway, which registers what requests name by URL.
+        self.remote: Callable[[str, str], Awaitable[AdapterRecord]] = self.get
+        self._pins: tuple[int, dict[str, AdapterRecord]] = (-1, {})
 
     async def run(self) -> None:
         """Keeps the copy fresh until cancelled."""
@@ -80,6 +83,11 @@ class AdapterDirectory:
             self._revision, self._records = await self.registry.snapshot()
             self._visible.clear()
 
+    @property
+    def known(self) -> Collection[AdapterRecord]:
+        """The versions in use of all adapters, as this copy has them."""
+        return self._records.values()
+
     async def list(self, tenant: str) -> list[AdapterRecord]:
         """The versions in use of what ``tenant`` may see, by ID; as fresh as Redis.
 
@@ -112,10 +120,14 @@ class AdapterDirectory:
     async def resolve(
         self, choices: Iterable[AdapterChoice], tenant: str
     ) -> tuple[AdapterRef, ...]:
-        """``choices`` as versions and content; the same errors as ``get``."""
+        """``choices`` as versions and content; the same errors as ``get``, and what ``remote``
+        raises."""
         refs = []
         for choice in choices:
-            record = await self.get(choice.id, tenant)
+            if is_remote(choice.id):
+                record = await self.remote(choice.id, tenant)
+            else:
+                record = await self.get(choice.id, tenant)
             refs.append(AdapterRef(record.id, record.version, record.hash, choice.weight))
         return tuple(refs)
 
@@ -136,6 +148,28 @@ class AdapterDirectory:
             stored = await self.registry.put(record)
             await self.refresh()
         return stored
+
+    async def pinned(self) -> dict[str, AdapterRecord]:
+        """The versions in use of all that is pinned, by key; as fresh as Redis.
+
+        Raises:
+            Overloaded: Redis does not answer.
+        """
+        with _reachable():
+            revision = await self.registry.revision()
+            if self._pins[0] != revision:
+                self._pins = revision, await self.registry.pins()
+        return self._pins[1]
+
+    async def pin(self, record: AdapterRecord, *, pinned: bool) -> None:
+        """Has workers keep the adapter in their pages, or no more.
+
+        Raises:
+            UnknownAdapter: it is not registered any more.
+            Overloaded: Redis does not answer.
+        """
+        with _reachable():
+            await self.registry.pin(key_of(record), pinned=pinned)
 
     async def remove(self, reference: str, tenant: str) -> None:
         """Forgets an ID or one version of it; jobs that were accepted with it still run.

@@ -31,7 +31,7 @@ from openlora.protocol.requests import (
     ROLES,
     AdapterChoice,
 )
-from openlora.registry.records import parse_reference
+from openlora.registry.records import check_reference
 from openlora.sampling_params import SEED_LIMIT, SamplingParams
 
 MAX_DEADLINE_S = 86_400.0
@@ -229,13 +229,13 @@ def _adapters_of(request: GenerateRequest) -> tuple[AdapterChoice, ...]:
     if request.adapter is not None:
         if request.adapters is not None:
             raise InvalidRequest("both of adapter and adapters given; send one of them")
-        return (AdapterChoice(str(parse_reference(request.adapter))),)
+        return (AdapterChoice(check_reference(request.adapter)),)
     adapters = request.adapters or ()
     if len(adapters) > MAX_ADAPTERS:
         raise InvalidRequest(f"adapters has {len(adapters)} entries; send at most {MAX_ADAPTERS}")
     seen: set[str] = set()
     for number, adapter in enumerate(adapters):
-        parse_reference(adapter.id)
+        check_reference(adapter.id)
         if adapter.id in seen:
             raise InvalidRequest(
                 f"adapters names {adapter.id!r} twice; name each once and add the weights up"

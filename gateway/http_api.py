@@ -91,6 +91,8 @@ class HttpApi:
         try:
             heartbeats = await self._gateway.job_log.heartbeats()
             self._gateway.metrics.queue_depth.set(queue_depth(heartbeats))
+            records = self._gateway.directory.known
+            self._gateway.metrics.tiers.update(heartbeats, records)
         except Overloaded:
             self._gateway.metrics.queue_depth.set(float("nan"))
         return Response(

@@ -8,6 +8,8 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 from prometheus_client.core import CounterMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from gateway.tier_metrics import TierMetrics
+
 _LATENCY_BUCKETS_S = (0.01, 0.025, 0.05, 0.1, 0.2, 0.4, 0.8, 1.6, 3.2, 6.4, 12.8, 30, 60)
 
 
@@ -21,6 +23,8 @@ class Metrics:
         self.frames_sent = 0
         self.frames_received = 0
         registry.register(_FrameCounts(self))
+        self.tiers = TierMetrics()
+        registry.register(self.tiers)
         self.jobs = Counter(
             "openlora_gateway_jobs",
             "Jobs by outcome: accepted, stop, length, cancelled, or an error code.",

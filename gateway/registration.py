@@ -7,20 +7,23 @@ import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import msgspec
 
-from gateway.system import Gateway
 from openlora.adapters.peft_format import AdapterInfo, AdapterLayout
 from openlora.adapters.safetensors_header import TensorEntry
 from openlora.adapters.sources import fetch
-from openlora.adapters.store import AdapterStore
+from openlora.adapters.stores import Store
 from openlora.errors import AdapterFailed, Forbidden, InvalidRequest
 from openlora.protocol.status import AdapterRecord
 from openlora.registry import OPERATOR, check_adapter_id
+from openlora.registry.records import check_remote
+
+if TYPE_CHECKING:
+    from gateway.system import Gateway
 
 MAX_LICENCE_CHARS = 200
-MAX_URL_CHARS = 2000
 MAX_FETCHES = 4
 """Processes that fetch at a time."""
 _READS_HIDDEN = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "qkv_proj", "gate_up_proj")
@@ -49,8 +52,12 @@ class Registrar:
         self._turn = asyncio.Lock()
         self._fetches = asyncio.Semaphore(MAX_FETCHES)
 
-    async def register(self, new: NewAdapter, tenant: str) -> AdapterRecord:
+    async def register(
+        self, new: NewAdapter, tenant: str, also_from: Sequence[str] = ()
+    ) -> AdapterRecord:
         """Validates, stores and registers ``new``; a changed adapter gets the next version.
+
+        ``also_from``: URL prefixes that are allowed beside those that tenants may add from.
 
         Raises:
             InvalidRequest: the ID, visibility or licence is malformed, or the source is neither a
@@ -66,10 +73,13 @@ class Registrar:
                 "such as an SPDX name"
             )
         if "://" in new.source:
-            _check_url(new.source, tenant, self._gateway.config.adapter_sources)
-            store = self._gateway.config.store
+            check_remote(new.source)
+            if tenant != OPERATOR:
+                # A tenant may not have the gateway read what only the gateway can reach.
+                allowed = (*self._gateway.config.adapter_sources, *also_from)
+                check_prefixes(new.source, allowed, "OPENLORA_ADAPTER_SOURCES")
             async with self._fetches:
-                fetched = await asyncio.to_thread(_fetched, new.source, store)
+                fetched = await asyncio.to_thread(_fetched, new.source, self._gateway.store.scratch)
             try:
                 return await self._register(new, tenant, Path(fetched.name))
             finally:
@@ -83,7 +93,7 @@ class Registrar:
         async with self._turn:
             holder = await registry.holder()
             info = await asyncio.to_thread(
-                _store, self._gateway.config.store, source, holder, hidden_sizes
+                _store, self._gateway.store, source, holder, hidden_sizes
             )
             await registry.expect(info.hash)
             visibility = new.visibility or ("public" if tenant == OPERATOR else "private")
@@ -138,19 +148,17 @@ def check_hidden_size(tensors: Mapping[str, TensorEntry], hidden_sizes: set[int]
             )
 
 
-def _check_url(url: str, tenant: str, allowed: Sequence[str]) -> None:
-    """A tenant may not have the gateway read what only the gateway can reach."""
-    if len(url) > MAX_URL_CHARS or not url.isprintable():
-        raise InvalidRequest(
-            f"source {url[:200]!r} is no URL of at most {MAX_URL_CHARS} characters"
-        )
-    if tenant == OPERATOR:
-        return
+def check_prefixes(url: str, allowed: Sequence[str], setting: str) -> None:
+    """Refuses a URL that is below none of ``allowed``, or is written so that it may not be.
+
+    Raises:
+        Forbidden: with what is allowed, and the ``setting`` that says so.
+    """
     plain = not any(part in url for part in ("..", "::", "%", "\\"))
     if not plain or not url.startswith(tuple(allowed)):
         raise Forbidden(
-            f"adapters may be added from {', '.join(allowed) or 'no URL'}, not from {url[:200]!r}; "
-            "ask the operator (OPENLORA_ADAPTER_SOURCES)"
+            f"adapters may be taken from {', '.join(allowed) or 'no URL'}, not from {url[:200]!r}; "
+            f"ask the operator ({setting})"
         )
 
 
@@ -164,12 +172,12 @@ def _without_secrets(source: str) -> str:
     return f"{scheme}://{user.partition(':')[0]}{at}{bare}{slash}{path}"
 
 
-def _fetched(url: str, store: Path) -> tempfile.TemporaryDirectory[str]:
+def _fetched(url: str, scratch_dir: Path) -> tempfile.TemporaryDirectory[str]:
     try:
-        store.mkdir(parents=True, exist_ok=True)
-        scratch = tempfile.TemporaryDirectory(prefix=".incoming-", dir=store)
+        scratch_dir.mkdir(parents=True, exist_ok=True)
+        scratch = tempfile.TemporaryDirectory(prefix=".incoming-", dir=scratch_dir)
     except OSError as error:
-        raise AdapterFailed(f"the store {store} cannot be written: {error}") from error
+        raise AdapterFailed(f"{scratch_dir} cannot be written: {error}") from error
     try:
         fetch(url, Path(scratch.name))
     except AdapterFailed:
@@ -196,11 +204,14 @@ def _directory(source: str, tenant: str) -> Path:
     return path
 
 
-def _store(root: Path, source: Path, holder: str, hidden_sizes: set[int]) -> AdapterInfo:
+def _store(store: Store, source: Path, holder: str, hidden_sizes: set[int]) -> AdapterInfo:
     def check(layout: AdapterLayout) -> None:
         check_hidden_size(layout.tensors, hidden_sizes)
 
     try:
-        return AdapterStore(root).put(source, holder=holder, check=check)
+        return store.put(source, holder=holder, check=check)
     except OSError as error:
-        raise AdapterFailed(f"{source} cannot be copied into the store {root}: {error}") from error
+        raise AdapterFailed(
+            f"{source.name} cannot be copied into the store {store.name}: {error}; free space "
+            "there, or see whether it can be reached"
+        ) from error

@@ -35,9 +35,11 @@ from gateway.limits import InFlight
 from gateway.metrics import Metrics
 from gateway.quarantine import Quarantine
 from gateway.queue_estimate import QueueEstimate
+from gateway.registration import Registrar
 from gateway.relay import Relay
+from gateway.remote_adapters import RemoteAdapters
 from gateway.threads import in_daemon_thread
-from openlora.adapters.store import AdapterStore
+from openlora.adapters.stores import open_store
 from openlora.errors import Overloaded, SetupError
 from openlora.joblog import AsyncJobLog, async_redis_client
 from openlora.protocol.names import JOB_TOPICS, SHARD_COUNT
@@ -99,9 +101,13 @@ class Gateway:
             lease_ms=lease_ms,
         )
         owner = f"{socket.gethostname()}:{os.getpid()}:{secrets.token_hex(4)}"
+        self.store = open_store(config.store, config.adapter_cache)
         self._collector = AdapterCollector(
-            self.directory.registry, self.job_log, self.redis, AdapterStore(config.store)
+            self.directory.registry, self.job_log, self.redis, self.store
         )
+        self.registrar = Registrar(self)
+        remote = RemoteAdapters(self.directory, self.registrar, config.remote_adapters)
+        self.directory.remote = remote.get
         self._sweeper = Sweeper(self.job_log, publisher, self.broker, owner)
         self._connections: set[Connection] = set()
         self._tasks: list[asyncio.Task[None]] = []

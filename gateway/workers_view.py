@@ -40,6 +40,21 @@ def worker_fields(heartbeat: Heartbeat, ids: Mapping[str, str]) -> dict[str, obj
         "resident_adapters": [
             ids[content] for content in heartbeat.resident_adapters if content in ids
         ],
+        "tiers": [
+            {
+                "tier": tier.tier,
+                "adapters": [ids[content] for content in tier.contents if content in ids],
+                "count": tier.adapters,
+                "bytes_used": tier.bytes_used,
+                "bytes_limit": tier.bytes_limit,
+                "hits": tier.hits,
+                "loads": tier.loads,
+                "failures": tier.failures,
+                "evictions": tier.evictions,
+                "load_seconds": tier.load_seconds,
+            }
+            for tier in heartbeat.tiers
+        ],
         "tokens_per_s": heartbeat.tokens_per_s,
     }
 

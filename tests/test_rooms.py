@@ -79,6 +79,7 @@ ROOMS: dict[str, tuple[set[str], set[str]]] = {
             "openlora.joblog",
             "openlora.adapters.peft_format",
             "openlora.adapters.store",
+            "openlora.adapters.stores",
             "openlora.adapters.safetensors_header",
             "openlora.adapters.sources",
             "producer",

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import msgspec
 
 from openlora.adapters.merge_spec import MergeSpec
-from openlora.adapters.store import AdapterStore
+from openlora.adapters.stores import Store
 from openlora.errors import (
     AdapterFailed,
     DeadlineExceeded,
@@ -22,13 +22,13 @@ from openlora.joblog.crashes import CrashLog, Suspicion
 from openlora.protocol.codec import decode_job
 from openlora.protocol.jobs import Job
 from openlora.protocol.names import JOB_ID_LENGTH, is_job_id
+from workers.adapter_tokenizers import AdapterTokenizers, ChosenTokenizer
 from workers.backlog import Fetched
 from workers.dead_letters import DeadLetters, condemned
 from workers.engine_client import EngineClient
 from workers.messages import ModelFacts, Start
 from workers.run import Run, failure_of, now_ms
 from workers.token_sink import TokenSink
-from workers.tokenizer import PromptTokenizer
 
 logger = logging.getLogger("workers.admission")
 
@@ -47,8 +47,8 @@ class Admission:
     sink: TokenSink
     engine: EngineClient
     facts: ModelFacts
-    tokenizer: PromptTokenizer
-    adapters: AdapterStore
+    tokenizers: AdapterTokenizers
+    adapters: Store
     dead_letters: DeadLetters
     crash_log: CrashLog
     end_position: Callable[[Fetched, str | None], None]
@@ -128,33 +128,43 @@ class Admission:
         return self.sink.patiently(lambda: self.job_log.recreate(job, self.worker_id))
 
     def _begin(self, job: Job, fetched: Fetched, claim: Claim, restarted: bool) -> Run:
+        chosen, unreadable = self._tokenizer(job)
         run = Run(
             job,
             self.next_ticket(),
             claim.epoch,
             fetched.position,
-            self.tokenizer.backend,
-            self.facts.eos_token_ids,
+            chosen.prompt.backend,
+            (*self.facts.eos_token_ids, *chosen.eos_token_ids),
         )
         run.restarted = restarted
         reason = run.resume(claim.chunks)
         try:
-            prompt_token_ids = self._prompt(job)
+            prompt_token_ids = self._prompt(job, chosen)
             run.prompt_tokens = len(prompt_token_ids)
             if reason is not None:
                 run.finish(reason)
             elif claim.cancelled:
                 run.finish("cancelled")
+            elif unreadable is not None:
+                raise unreadable
             else:
                 self._start(run, prompt_token_ids)
         except OpenLoRAError as error:
             run.fail(failure_of(error))
         return run
 
-    def _prompt(self, job: Job) -> list[int]:
+    def _tokenizer(self, job: Job) -> tuple[ChosenTokenizer, AdapterFailed | None]:
+        """The job's, and why its adapters' cannot be had: it may have ended all the same."""
+        try:
+            return self.tokenizers.of(map(self.adapters.path, (a.hash for a in job.adapters))), None
+        except AdapterFailed as error:
+            return self.tokenizers.of(()), error
+
+    def _prompt(self, job: Job, chosen: ChosenTokenizer) -> list[int]:
         if (job.prompt is None) == (job.messages is None):
             raise InvalidRequest("the job must have exactly one of prompt and messages")
-        token_ids = self.tokenizer.encode(job)
+        token_ids = chosen.prompt.encode(job)
         limit = self.facts.max_model_len
         if len(token_ids) >= limit:
             raise PromptTooLong(

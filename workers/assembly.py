@@ -6,9 +6,10 @@ import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from openlora.adapters.store import AdapterStore
+from openlora.adapters.stores import open_store
 from openlora.joblog import JobLog, redis_client
 from openlora.joblog.crashes import CrashLog
+from workers.adapter_tokenizers import AdapterTokenizers
 from workers.admission import Admission
 from workers.backlog import Fetched
 from workers.budgets import Budgets
@@ -52,8 +53,8 @@ class Parts:
             sink=self.sink,
             engine=self.engine,
             facts=facts,
-            tokenizer=tokenizer,
-            adapters=AdapterStore(self.config.store),
+            tokenizers=AdapterTokenizers(tokenizer),
+            adapters=open_store(self.config.store, self.config.adapter_cache),
             dead_letters=self.dead_letters,
             crash_log=self.crash_log,
             end_position=end_position,
@@ -99,7 +100,7 @@ def assemble(
         engine,
         BulkOutlet(config.kafka, redis_client(config.redis)),
         dead_letters,
-        AdapterStore(config.store),
+        open_store(config.store, config.adapter_cache),
         budget=config.batch_budget,
         owns=consumer.owns,
         end_position=lambda position: consumer.end(position, None),

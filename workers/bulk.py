@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
-from openlora.adapters.store import AdapterStore
+from openlora.adapters.stores import Store
 from openlora.errors import DeadlineExceeded, InvalidRequest, OpenLoRAError, PromptTooLong
 from openlora.protocol.bulk import (
     BULK_PREFIX,
@@ -79,7 +79,7 @@ class BulkLane:
         engine: EngineClient,
         outlet: BulkOutlet,
         dead_letters: DeadLetters,
-        adapters: AdapterStore,
+        adapters: Store,
         *,
         budget: int,
         owns: Callable[[Position], bool],

@@ -9,13 +9,18 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from openlora.adapters.stores import StoreLocation, adapter_cache, store_setting
+from openlora.engine.config import DISK_BYTES
 from openlora.errors import SetupError
 
 ENVIRONMENT: dict[str, str] = {
     "OPENLORA_MODEL": "model: a directory with config, weights and tokenizer, or a hub ID",
     "OPENLORA_KAFKA": "Kafka bootstrap servers, host:port[,host:port…]",
     "OPENLORA_REDIS": "Redis URL, redis://[:password@]host:port/0",
-    "OPENLORA_STORE": "content-addressed adapter files, a directory shared with gateways",
+    "OPENLORA_STORE": "content-addressed adapter files: a directory shared with gateways, or a URL "
+    "(s3://, gs://, …; OPENLORA_ADAPTERS names one as well)",
+    "OPENLORA_ADAPTER_CACHE": "folder of copies of a remote store's adapters",
+    "OPENLORA_ADAPTER_CACHE_BYTES": "bytes that they may take (default 34359738368, 32 GiB)",
     "OPENLORA_DEVICE": "auto, cpu or cuda",
     "OPENLORA_DTYPE": "auto, float32, bfloat16 or float16",
     "OPENLORA_DRAIN_TIMEOUT_S": "seconds that running jobs get to end after SIGTERM (default 30)",
@@ -35,7 +40,10 @@ class WorkerConfig:
 
     Attributes:
         model: directory or hub ID of the model; its tokenizer is there too.
-        store: root of the content-addressed adapter store, shared with the gateway.
+        store: root of the content-addressed adapter store, shared with the gateway: a directory,
+            or a URL.
+        adapter_cache: directory that keeps copies of a remote store's adapters, up to
+            ``adapter_cache_bytes``.
         engine: "model", or "scripted:RATE" / "clock:RATE" (steps per second) for benchmarks.
         worker_id: names this worker in claims and heartbeats.
         interactive_budget, batch_budget: jobs of each kind held at once, waiting ones included.
@@ -46,7 +54,7 @@ class WorkerConfig:
     model: str
     kafka: str
     redis: str = field(repr=False)  # its URL may hold a password
-    store: Path
+    store: StoreLocation
     device: str = "auto"
     dtype: str = "auto"
     engine: str = "model"
@@ -55,6 +63,8 @@ class WorkerConfig:
     batch_budget: int = 256
     drain_timeout_s: float = 30.0
     log_level: str = "warning"
+    adapter_cache: Path = field(default_factory=lambda: adapter_cache({}))
+    adapter_cache_bytes: int = DISK_BYTES
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -103,7 +113,11 @@ def config_from(args: argparse.Namespace, environ: Mapping[str, str]) -> WorkerC
         model=model,
         kafka=args.kafka or environ.get("OPENLORA_KAFKA") or "127.0.0.1:9092",
         redis=args.redis or environ.get("OPENLORA_REDIS") or "redis://127.0.0.1:6379/0",
-        store=_store(args.store or environ.get("OPENLORA_STORE"), environ),
+        store=store_setting(args.store, environ),
+        adapter_cache=adapter_cache(environ),
+        adapter_cache_bytes=_bytes(
+            "OPENLORA_ADAPTER_CACHE_BYTES", environ.get("OPENLORA_ADAPTER_CACHE_BYTES")
+        ),
         device=_one_of("device", args.device or environ.get("OPENLORA_DEVICE"), DEVICES),
         dtype=_one_of("dtype", args.dtype or environ.get("OPENLORA_DTYPE"), DTYPES),
         engine=engine,
@@ -121,13 +135,6 @@ def config_from(args: argparse.Namespace, environ: Mapping[str, str]) -> WorkerC
     )
 
 
-def _store(value: str | None, environ: Mapping[str, str]) -> Path:
-    if value:
-        return Path(value).expanduser()
-    cache = environ.get("XDG_CACHE_HOME")
-    return (Path(cache) if cache else Path.home() / ".cache") / "openlora" / "adapters"
-
-
 def _one_of(name: str, value: str | None, allowed: tuple[str, ...]) -> str:
     chosen = value or allowed[0]
     if chosen not in allowed:
@@ -139,6 +146,14 @@ def _at_least_one(name: str, value: int) -> int:
     if value < 1:
         raise SetupError(f"{name} is {value}; it must be at least 1")
     return value
+
+
+def _bytes(name: str, value: str | None) -> int:
+    if value is None:
+        return DISK_BYTES
+    if not value.isascii() or not value.isdigit() or int(value) < 1:
+        raise SetupError(f"{name} is {value!r}; it must be a whole number of bytes, 1 or more")
+    return int(value)
 
 
 def _seconds(name: str, value: str | None) -> float:

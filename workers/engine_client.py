@@ -47,6 +47,7 @@ class EngineClient:
         self._register: list[tuple[str, str]] = []
         self._start: list[Start] = []
         self._abort: list[int] = []
+        self._pin: tuple[str, ...] | None = None
         ours, theirs = socket.socketpair()
         with theirs:
             theirs.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SOCKET_BUFFER_BYTES)
@@ -107,6 +108,10 @@ class EngineClient:
             self._known_adapters.add(name)
             self._register.append((name, path))
 
+    def pin(self, names: tuple[str, ...]) -> None:
+        """Keep these registered adapters in pages, and no others; goes out with ``flush``."""
+        self._pin = names
+
     def start(self, start: Start) -> None:
         """Begin a run; goes out with the next ``flush``."""
         self._start.append(start)
@@ -118,9 +123,11 @@ class EngineClient:
     def flush(self) -> None:
         """Send all commands gathered since the last call as one frame. Raises EngineGone."""
         try:
-            if self._register or self._start or self._abort:
-                commands = Commands(tuple(self._register), tuple(self._start), tuple(self._abort))
-                self._register, self._start, self._abort = [], [], []
+            if self._register or self._start or self._abort or self._pin is not None:
+                commands = Commands(
+                    tuple(self._register), tuple(self._start), tuple(self._abort), self._pin
+                )
+                self._register, self._start, self._abort, self._pin = [], [], [], None
                 self._sender.send(commands)
             else:
                 self._sender.flush()

@@ -23,8 +23,10 @@ from typing import TYPE_CHECKING, Protocol, cast
 import msgspec
 
 from openlora.adapters.merge_spec import MergeSpec
+from openlora.adapters.tier_stats import LOAD_BUCKETS_S, TierStats
 from openlora.engine.request import Priority, Request, TokenOutput
 from openlora.errors import OpenLoRAError
+from openlora.protocol.status import MAX_CONTENTS, TierStatus
 from workers.framing import RECEIVE_BYTES, FrameSplitter, pack_frame, receive_frame
 from workers.messages import (
     Commands,
@@ -45,6 +47,8 @@ if TYPE_CHECKING:
 
 LOAD_INTERVAL_S = 0.5
 PROGRESS_INTERVAL_S = 0.1
+PIN_WAIT_MS = 20
+"""How often an idle engine looks whether a pinned adapter was loaded."""
 STALLED_WAIT_MS = 1
 """Pause between steps that said nothing while every request waits (for an adapter to load)."""
 
@@ -57,6 +61,7 @@ class Stats(Protocol):
     running: int
     waiting: int
     resident_adapters: Sequence[str]
+    tiers: Sequence[TierStats]
 
 
 def build_engine(
@@ -73,7 +78,13 @@ def build_engine(
     from openlora.engine import Engine, EngineConfig
 
     config = EngineConfig(
-        model=setup.model, device=setup.device, dtype=setup.dtype, merge_dir=setup.merge_dir
+        model=setup.model,
+        device=setup.device,
+        dtype=setup.dtype,
+        merge_dir=setup.merge_dir,
+        adapter_store=setup.adapter_store,
+        adapter_disk_dir=setup.adapter_disk_dir,
+        adapter_disk_bytes=setup.adapter_disk_bytes,
     )
     return Engine(config, progress=progress)
 
@@ -101,7 +112,7 @@ class EngineServer:
             busy = self._engine.has_work() or bool(self._failed)
             if not busy:
                 self._send((), force_load=True)
-            wait_ms = (STALLED_WAIT_MS if stalled else 0) if busy else None
+            wait_ms = (STALLED_WAIT_MS if stalled else 0) if busy else self._idle_wait_ms()
             if self._poll.poll(wait_ms):
                 data = self._sock.recv(RECEIVE_BYTES)
                 if not data:
@@ -114,9 +125,15 @@ class EngineServer:
             stalled = not outputs and self._engine.only_waits_for_adapters()
             self._send(tuple(outputs), force_load=False)
 
+    def _idle_wait_ms(self) -> int | None:
+        """Without requests only pinned adapters are loaded; None: nothing is under way."""
+        return PIN_WAIT_MS if self._engine.take_loads() else None
+
     def _apply(self, commands: Commands) -> None:
         for name, path in commands.register:
             self._engine.register_adapter(name, path)
+        if commands.pin is not None:
+            self._engine.pin_adapters(commands.pin)
         for start in commands.start:
             self._start(start)
         for ticket in commands.abort:
@@ -173,7 +190,12 @@ class EngineServer:
         now = time.monotonic()
         if force_load or now >= self._load_due:
             stats = cast(Stats, self._engine.stats())
-            load = Load(stats.running, stats.waiting, tuple(stats.resident_adapters))
+            load = Load(
+                stats.running,
+                stats.waiting,
+                tuple(stats.resident_adapters),
+                tuple(map(_tier_status, stats.tiers)),
+            )
             self._load_due = now + LOAD_INTERVAL_S
             if force_load and load == self._last_load:
                 load = None
@@ -181,6 +203,23 @@ class EngineServer:
                 self._last_load = load
         if outputs or load is not None:
             self._sock.sendall(pack_frame(StepOutputs(outputs, load)))
+
+
+def _tier_status(stats: TierStats) -> TierStatus:
+    return TierStatus(
+        stats.tier,
+        stats.adapters,
+        stats.bytes_used,
+        stats.bytes_limit,
+        stats.hits,
+        stats.loads,
+        stats.failures,
+        stats.evictions,
+        round(stats.load_seconds, 6),
+        stats.load_counts,
+        LOAD_BUCKETS_S,
+        stats.names[-MAX_CONTENTS:],
+    )
 
 
 def _facts(engine: Engine | ScriptedEngine) -> ModelFacts:

@@ -71,6 +71,7 @@ class HeartbeatWriter:
             hidden_size=self.facts.hidden_size,
             attention_backend=self.facts.attention_backend,
             loaded=round(loaded, 3),
+            tiers=load.tiers,
         )
 
 

@@ -35,8 +35,11 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
 from types import FrameType
+from typing import Any
 
+from openlora.adapters.stores import cache_of, is_url, open_store
 from openlora.joblog import JobLog, reach_redis, redis_client
 from openlora.joblog.crashes import CrashLog
 from workers.aftermath import Aftermath
@@ -50,6 +53,7 @@ from workers.heartbeat import (
     LoadingHeartbeats,
 )
 from workers.messages import EngineSetup
+from workers.pins import PinWatch
 from workers.run import now_ms
 from workers.settling import LOOK_INTERVAL_S, PATIENCE_S, is_settled
 from workers.token_sink import Stopped
@@ -93,7 +97,7 @@ class Worker:
                 device=config.device,
                 dtype=config.dtype,
                 log_level=config.log_level.upper(),
-                merge_dir=str(config.store / MERGES),
+                **_store_settings(config),
             )
         )
         try:
@@ -133,14 +137,22 @@ class Worker:
         gc.collect()
         gc.freeze()
         parts.consumer.start()
+        pins = PinWatch(
+            redis_client(self._config.redis),
+            open_store(self._config.store, self._config.adapter_cache),
+            engine,
+            parts.loop.wake,
+        )
+        pins.start()
         try:
-            self._work(parts, heartbeats)
+            self._work(parts, heartbeats, pins)
             self._drain(parts, heartbeats)
         except EngineGone as error:
             logger.error("event=engine_died status=%s next=leave_group_and_exit", error.status)
             self._failure = str(error)
             Aftermath(parts, client).run(error.status)
         finally:
+            pins.stop()
             self._leave(parts, heartbeats)
             client.close()
         return 1 if self._failure else 0
@@ -157,9 +169,10 @@ class Worker:
             heartbeats.write_if_due(ready=False)
             time.sleep(LOOK_INTERVAL_S)
 
-    def _work(self, parts: Parts, heartbeats: Heartbeats) -> None:
+    def _work(self, parts: Parts, heartbeats: Heartbeats, pins: PinWatch) -> None:
         while not self._draining.is_set():
             heartbeats.write_if_due(ready=True)
+            pins.apply()
             parts.loop.turn(HEARTBEAT_INTERVAL_S)
 
     def _drain(self, parts: Parts, heartbeats: Heartbeats) -> None:
@@ -203,6 +216,20 @@ class Worker:
         logger.error("event=consumer_failed reason=%r next=drain_and_exit", reason)
         self._draining.set()
         self._wake()
+
+
+def _store_settings(config: WorkerConfig) -> dict[str, Any]:
+    """Where the engine finds adapters and keeps merged ones."""
+    store = config.store
+    if not is_url(store):
+        return {"merge_dir": str(Path(store) / MERGES)}
+    cache = cache_of(store, config.adapter_cache)
+    return {
+        "merge_dir": str(cache / MERGES),
+        "adapter_store": str(store),
+        "adapter_disk_dir": str(cache),
+        "adapter_disk_bytes": config.adapter_cache_bytes,
+    }
 
 
 def _load_tokenizer(model: str) -> Future[PromptTokenizer]:

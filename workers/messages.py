@@ -10,13 +10,15 @@ from __future__ import annotations
 import msgspec
 
 from openlora.protocol.jobs import Merge
+from openlora.protocol.status import TierStatus
 from openlora.sampling_params import SamplingParams
 
 
 class EngineSetup(msgspec.Struct, frozen=True, array_like=True):
     """The first frame to the engine process. ``kind``: "model", "scripted:RATE", "clock:RATE".
 
-    ``merge_dir``: the directory that keeps merged adapters.
+    ``merge_dir``: the directory that keeps merged adapters. ``adapter_store``: URL of a store whose
+    adapters are kept in ``adapter_disk_dir``, up to ``adapter_disk_bytes``; None: all are local.
     """
 
     kind: str
@@ -25,6 +27,9 @@ class EngineSetup(msgspec.Struct, frozen=True, array_like=True):
     dtype: str
     log_level: str
     merge_dir: str | None = None
+    adapter_store: str | None = None
+    adapter_disk_dir: str | None = None
+    adapter_disk_bytes: int = 1 << 30
 
 
 class ModelFacts(msgspec.Struct, frozen=True, array_like=True, tag="facts"):
@@ -69,12 +74,14 @@ class Start(msgspec.Struct, frozen=True, array_like=True):
 class Commands(msgspec.Struct, frozen=True, array_like=True):
     """Everything the engine is asked at once; applied in the order of the fields.
 
-    ``register``: (content hash, directory) of adapters that ``start`` may name.
+    ``register``: (content hash, directory) of adapters that ``start`` and ``pin`` may name.
+    ``pin``: content hashes to keep in pages from now on, these and no others; None: as before.
     """
 
     register: tuple[tuple[str, str], ...] = ()
     start: tuple[Start, ...] = ()
     abort: tuple[int, ...] = ()
+    pin: tuple[str, ...] | None = None
 
 
 class Fault(msgspec.Struct, frozen=True, array_like=True):
@@ -102,6 +109,7 @@ class Load(msgspec.Struct, frozen=True, array_like=True):
     running: int
     waiting: int
     resident_adapters: tuple[str, ...]
+    tiers: tuple[TierStatus, ...] = ()
 
 
 class StepOutputs(msgspec.Struct, frozen=True, array_like=True):

@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Collection
 from dataclasses import dataclass, field
 
+from openlora.adapters.tier_stats import TierStats
 from openlora.engine.request import FinishReason, Request, TokenOutput
 
 CLOCK_TICK_NS = 100_000
@@ -61,6 +63,7 @@ class ScriptedStats:
     running: int
     waiting: int
     resident_adapters: tuple[str, ...]
+    tiers: tuple[TierStats, ...] = ()
 
 
 @dataclass(slots=True)
@@ -115,6 +118,13 @@ class ScriptedEngine:
         """Whether a step would say anything."""
         return bool(self._runs)
 
+    def pin_adapters(self, names: Collection[str]) -> None:
+        """Nothing: it keeps none."""
+
+    def take_loads(self) -> bool:
+        """Nothing is ever under way."""
+        return False
+
     def only_waits_for_adapters(self) -> bool:
         """Never: it loads none."""
         return False
@@ -125,7 +135,9 @@ class ScriptedEngine:
 
     def stats(self) -> ScriptedStats:
         """Every request runs; every registered adapter counts as resident."""
-        return ScriptedStats(len(self._runs), 0, tuple(self._registered))
+        names = tuple(self._registered)
+        tier = TierStats("device", adapters=len(names), loads=len(names), names=names)
+        return ScriptedStats(len(self._runs), 0, names, (tier,))
 
     def step(self) -> list[TokenOutput]:
         """Wait for the step's time, then say one token for every request."""

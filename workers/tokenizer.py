@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
@@ -43,6 +44,12 @@ class PromptTokenizer:
         if not self._tokenizer.is_fast:
             raise SetupError(f"the tokenizer of {model} has no tokenizer.json; convert it first")
         self.backend = cast("tokenizers.Tokenizer", self._tokenizer.backend_tokenizer)
+
+    def with_backend(self, backend: tokenizers.Tokenizer) -> PromptTokenizer:
+        """The same chat template over other tokens."""
+        other = copy.copy(self)
+        other.backend = backend
+        return other
 
     def encode(self, job: Prompted) -> list[int]:
         """The job's prompt, or its messages in the chat template with the assistant's turn open.

@@ -14,11 +14,14 @@ from openlora.adapters.adapter_config import CONFIG_FILE, AdapterConfig
 from openlora.errors import AdapterFailed
 
 EMBEDDING, HEAD = "model.embed_tokens", "lm_head"
+MAX_ADDED_TOKENS = 1 << 16
+"""An adapter's tokens behind the base model's vocabulary."""
 
 _PREFIX = "base_model.model."
 _LINEAR = r"model\.layers\.\d{1,6}\.[a-z_]+\.[a-z_]+"
 _NORM = r"model\.norm|model\.layers\.\d{1,6}\.(?:[a-z_]+layernorm|self_attn\.[qk]_norm)"
 _END = r"(?:\.default)?(?:\.weight)?"
+_SAVED = re.compile(r"\.modules_to_save(?:\.default)?(?=\.weight$)")
 _KINDS = {
     kind: re.compile(pattern)
     for kind, pattern in {
@@ -31,6 +34,7 @@ _KINDS = {
         r"|(?P<head>lm_head)\.lora_B(?:\.default)?\.weight",
         "weight": rf"(?P<module>model\.embed_tokens|lm_head|{_NORM})"
         r"(?:\.base_layer|\.modules_to_save(?:\.default)?)?\.weight",
+        "original": r"(?P<module>model\.embed_tokens|lm_head)\.original_module\.weight",
     }.items()
 }
 
@@ -41,7 +45,7 @@ class ExtraTensor:
 
     Attributes:
         kind: "magnitude", "lora_bias" or "bias" of a linear; "a" or "b" of LoRA on embeddings or
-            head; "weight", whole.
+            head; "weight", whole; "original", what a whole weight has taken the place of.
         module: as the base model's checkpoint names it, e.g. "model.layers.0.self_attn.q_proj".
         tensor: its name in the adapter's files.
     """
@@ -75,6 +79,24 @@ def parse_extra(tensor: str) -> ExtraTensor | None:
             groups = match.groupdict()
             return ExtraTensor(kind, groups["module"] or groups["head"], tensor)
     return None
+
+
+def without_copies(extras: Iterable[ExtraTensor]) -> list[ExtraTensor]:
+    """Without what PEFT saves twice: where the vocabulary has grown, embedding and head that are
+    trained whole are there under three names, and the untrained ones with them."""
+    extras = [extra for extra in extras if extra.kind != "original"]
+    plain = {extra.tensor for extra in extras}
+
+    def is_copy(extra: ExtraTensor) -> bool:
+        name = _SAVED.sub("", extra.tensor)
+        return extra.module in (EMBEDDING, HEAD) and name != extra.tensor and name in plain
+
+    return [extra for extra in extras if not is_copy(extra)]
+
+
+def has_tables(extras: Iterable[ExtraTensor]) -> bool:
+    """Whether embedding or head are there whole, with which a vocabulary can grow."""
+    return any(extra.kind == "weight" and extra.module in (EMBEDDING, HEAD) for extra in extras)
 
 
 def words(extras: Iterable[ExtraTensor]) -> str:

@@ -11,7 +11,8 @@ from pathlib import Path
 import torch
 
 from openlora.adapters.extra_format import words
-from openlora.adapters.extras import AdapterExtras, BaseWeight, ExtraLoader
+from openlora.adapters.extra_loader import BaseWeight, ExtraLoader
+from openlora.adapters.extras import AdapterExtras
 from openlora.adapters.page_fill import SiteWeights, load_site
 from openlora.adapters.pages import PageCounts
 from openlora.adapters.peft_format import (

@@ -28,7 +28,8 @@ from openlora.adapters.extra_format import words
 from openlora.adapters.loader import FileTensors
 from openlora.adapters.merge import Merger, Part
 from openlora.adapters.merge_spec import MergeSpec
-from openlora.adapters.peft_format import WEIGHTS_FILE, AdapterLayout, LoRAModule, read_layout
+from openlora.adapters.peft_files import WEIGHTS_FILE
+from openlora.adapters.peft_format import AdapterLayout, LoRAModule, read_layout
 from openlora.adapters.stamp import stamp
 from openlora.errors import AdapterFailed
 
@@ -62,6 +63,20 @@ def recipe(root: Path, parts: Sequence[tuple[Path, float]], spec: MergeSpec) -> 
         temporary.write_text(json.dumps(fields))
         temporary.replace(directory / RECIPE_FILE)
     return directory
+
+
+def is_made(directory: Path) -> bool:
+    """Whether a directory is no merge, or one that has been made."""
+    return not directory.name.startswith(_PREFIX) or (directory / CONFIG_FILE).exists()
+
+
+def parts_of(directory: Path) -> list[Path]:
+    """The directories that a merge is made of; none where ``directory`` has no recipe."""
+    try:
+        fields = json.loads((directory / RECIPE_FILE).read_bytes())
+    except FileNotFoundError:
+        return []
+    return [Path(path) for path, _ in fields["parts"]]
 
 
 def materialize(directory: Path) -> None:

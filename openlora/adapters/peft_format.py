@@ -7,22 +7,28 @@ checked by loader.py.
 from __future__ import annotations
 
 import hashlib
-import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from openlora.adapters.adapter_config import CONFIG_FILE, AdapterConfig, read_adapter_config
-from openlora.adapters.extra_format import ExtraTensor, check_extras, parse_extra
+from openlora.adapters.extra_format import (
+    ExtraTensor,
+    check_extras,
+    has_tables,
+    parse_extra,
+    without_copies,
+)
+from openlora.adapters.peft_files import (
+    inside,
+    tokenizer_files,
+    weight_files,
+)
 from openlora.adapters.safetensors_header import TensorEntry, read_header
 from openlora.errors import AdapterFailed
 
-WEIGHTS_FILE = "adapter_model.safetensors"
-INDEX_FILE = "adapter_model.safetensors.index.json"
-PICKLE_FILES = ("adapter_model.bin", "adapter_model.pt", "adapter_model.pth")
 DTYPES = ("F32", "F16", "BF16")
-MAX_INDEX_BYTES = 16 << 20
 MAX_ADAPTER_BYTES = 8 << 30
 """Rank 256 on all linears of a 70B model, in fp32, is 6.6 GB."""
 
@@ -30,7 +36,6 @@ _TENSOR = re.compile(
     r"base_model\.model\.(?P<module>(?:model\.)?layers\.(?P<layer>\d{1,6})\."
     r"(?P<path>[a-z_]+\.[a-z_]+))\.lora_(?P<matrix>[AB])(?:\.default)?\.weight"
 )
-_SHARD = re.compile(r"adapter_model-\d{1,5}-of-\d{1,5}\.safetensors")
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,26 +136,31 @@ def read_layout(directory: Path) -> AdapterLayout:
     """Check configuration and headers; no tensor data is read. Raises as ``inspect_adapter``."""
     if not directory.is_dir():
         raise AdapterFailed(f"{directory} is no directory; name a PEFT adapter's directory")
-    config = read_adapter_config(_inside(directory, CONFIG_FILE))
-    weights, extra = _weight_files(directory)
+    config = read_adapter_config(inside(directory, CONFIG_FILE))
+    weights, extra = weight_files(directory)
     tensors: dict[str, TensorEntry] = {}
     for name in weights:
-        for tensor, entry in read_header(_inside(directory, name)).items():
+        for tensor, entry in read_header(inside(directory, name)).items():
             if tensor in tensors:
                 raise AdapterFailed(f"tensor {tensor[:200]} is in two files")
             tensors[tensor] = entry
-    files = tuple(
-        (name, (directory / name).stat().st_size)
-        for name in sorted((CONFIG_FILE, *weights, *extra))
-    )
+    files = _sizes(directory, (CONFIG_FILE, *weights, *extra))
+    modules, extras = _contents(config, tensors)
+    if has_tables(extras) and (tokenizer := tokenizer_files(directory)):
+        files = _sizes(directory, (*(name for name, _ in files), *tokenizer))
+    return AdapterLayout(config, files, tensors, modules, extras)
+
+
+def _sizes(directory: Path, names: Iterable[str]) -> tuple[tuple[str, int], ...]:
+    """(name, bytes) by name, where they are not too many."""
+    files = tuple((name, (directory / name).stat().st_size) for name in sorted(names))
     size = sum(size for _, size in files)
     if size > MAX_ADAPTER_BYTES:
         raise AdapterFailed(
             f"the adapter has {size} bytes; at most {MAX_ADAPTER_BYTES} are taken: save it in a "
             "smaller rank or in half precision"
         )
-    modules, extras = _contents(config, tensors)
-    return AdapterLayout(config, files, tensors, modules, extras)
+    return files
 
 
 class ContentHash:
@@ -170,52 +180,6 @@ class ContentHash:
     def hexdigest(self) -> str:
         """The hash in hex."""
         return self._digest.hexdigest()
-
-
-def _inside(directory: Path, name: str) -> Path:
-    """The real path of a file of the directory; a link may not lead out of it."""
-    path = directory / name
-    if not path.is_file():
-        raise AdapterFailed(f"{name} is missing in {directory}")
-    real, root = path.resolve(), directory.resolve()
-    if not real.is_relative_to(root):
-        raise AdapterFailed(f"{name} is a link out of {directory}; put the file itself there")
-    return real
-
-
-def _weight_files(directory: Path) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Names of the weight files, and of the index where there is one."""
-    if (directory / WEIGHTS_FILE).exists():
-        return (WEIGHTS_FILE,), ()
-    if (directory / INDEX_FILE).exists():
-        return shards_of(_inside(directory, INDEX_FILE)), (INDEX_FILE,)
-    for name in PICKLE_FILES:
-        if (directory / name).exists():
-            raise AdapterFailed(
-                f"{name} is a pickle file, which can run code when read; convert to safetensors "
-                "(PEFT: save_pretrained(…, safe_serialization=True))"
-            )
-    raise AdapterFailed(f"{WEIGHTS_FILE} is missing in {directory}")
-
-
-def shards_of(index: Path) -> tuple[str, ...]:
-    """Names of the weight files that an index names, sorted.
-
-    Raises:
-        AdapterFailed: it is no index, or names anything but shards beside it.
-    """
-    if index.stat().st_size > MAX_INDEX_BYTES:
-        raise AdapterFailed(f"{INDEX_FILE} is over {MAX_INDEX_BYTES} bytes")
-    try:
-        shards = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise AdapterFailed(f"{INDEX_FILE} has no usable weight_map: {error!r}") from error
-    for name in shards:
-        if not isinstance(name, str) or not _SHARD.fullmatch(name):
-            raise AdapterFailed(f"{INDEX_FILE} names the file {str(name)[:200]!r}")
-    if not shards:
-        raise AdapterFailed(f"{INDEX_FILE} names no files")
-    return tuple(shards)
 
 
 def _contents(
@@ -244,6 +208,7 @@ def _contents(
     if not pairs and not any(extra.kind == "a" for extra in extras):
         raise AdapterFailed("the weights hold no LoRA tensors")
     modules = tuple(_module(config, tensors, names[key], *key, pairs[key]) for key in sorted(pairs))
+    extras = without_copies(extras)
     check_extras(config, extras, [f"model.layers.{m.layer}.{m.path}" for m in modules])
     return modules, tuple(extras)
 

@@ -16,19 +16,23 @@ import sys
 import urllib.error
 import urllib.request
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from openlora.adapters.adapter_config import CONFIG_FILE, MAX_CONFIG_BYTES
-from openlora.adapters.peft_format import (
+from openlora.adapters.extra_format import has_tables, parse_extra
+from openlora.adapters.peft_files import (
     INDEX_FILE,
-    MAX_ADAPTER_BYTES,
     MAX_INDEX_BYTES,
+    MAX_TOKENIZER_BYTES,
     PICKLE_FILES,
+    TOKENIZER_FILES,
     WEIGHTS_FILE,
     shards_of,
 )
+from openlora.adapters.peft_format import MAX_ADAPTER_BYTES
+from openlora.adapters.safetensors_header import read_header
 from openlora.errors import AdapterFailed
 
 TIMEOUT_S = 600.0
@@ -72,19 +76,20 @@ def copy_adapter(url: str, directory: Path) -> None:
     """
     if url.partition("?")[0].endswith(".zip"):
         archive = directory / _ARCHIVE
-        with _open_url(url) as source:
+        with open_url(url) as source:
             _copy(source, archive, MAX_ADAPTER_BYTES)
         with zipfile.ZipFile(archive) as opened:
-            _copy_files(_members(opened), directory)
+            copy_files(_members(opened), directory)
         archive.unlink()
     else:
-        _copy_files(lambda name: _open_url(f"{url.rstrip('/')}/{name}"), directory)
+        copy_files(lambda name: open_url(f"{url.rstrip('/')}/{name}"), directory)
 
 
-def _copy_files(opened: Open, directory: Path) -> None:
+def copy_files(opened: Open, directory: Path) -> None:
     if _copy_one(opened, CONFIG_FILE, directory, MAX_CONFIG_BYTES) is None:
         raise AdapterFailed(f"{CONFIG_FILE} is missing there")
     if _copy_one(opened, WEIGHTS_FILE, directory, MAX_ADAPTER_BYTES) is not None:
+        _copy_tokenizer(opened, directory, (WEIGHTS_FILE,))
         return
     if _copy_one(opened, INDEX_FILE, directory, MAX_INDEX_BYTES) is None:
         raise AdapterFailed(
@@ -92,12 +97,21 @@ def _copy_files(opened: Open, directory: Path) -> None:
             f"{' or '.join(PICKLE_FILES)} are pickle files and are not read: save it with "
             "safe_serialization=True"
         )
-    left = MAX_ADAPTER_BYTES
-    for name in shards_of(directory / INDEX_FILE):
+    left, shards = MAX_ADAPTER_BYTES, shards_of(directory / INDEX_FILE)
+    for name in shards:
         size = _copy_one(opened, name, directory, left)
         if size is None:
             raise AdapterFailed(f"{name} is missing there")
         left -= size
+    _copy_tokenizer(opened, directory, shards)
+
+
+def _copy_tokenizer(opened: Open, directory: Path, weights: Sequence[str]) -> None:
+    """Those of an adapter that may have tokens of its own belong to it."""
+    names = [name for file in weights for name in read_header(directory / file)]
+    if has_tables(extra for name in names if (extra := parse_extra(name)) is not None):
+        for name in TOKENIZER_FILES:
+            _copy_one(opened, name, directory, MAX_TOKENIZER_BYTES)
 
 
 def _copy_one(opened: Open, name: str, directory: Path, limit: int) -> int | None:
@@ -144,7 +158,7 @@ def _members(archive: zipfile.ZipFile) -> Open:
     return opened
 
 
-def _open_url(url: str) -> BinaryIO:
+def open_url(url: str) -> BinaryIO:
     scheme = url.partition("://")[0]
     if scheme in ("http", "https"):
         try:

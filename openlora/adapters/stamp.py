@@ -8,12 +8,13 @@ from pathlib import Path
 
 _CONTENT_NAME = re.compile(r"[0-9a-f]{64}")
 
-Stamp = tuple[tuple[str, int, int, int], ...]
+Stamp = tuple[tuple[str, int, int, int, int], ...]
 
 
 def stamp(directory: Path) -> Stamp:
-    """(name, inode, time of change in ns, size) of its files, by name; another one after any
-    change. Empty where the directory is named by its content, or cannot be read (yet)."""
+    """(name, inode, modified, changed, size) of its files, by name, times in ns; another one after
+    any change, also one that puts the time of modification back (``cp -p``, ``rsync -t``). Empty
+    where the directory is named by its content, or cannot be read (yet)."""
     if _CONTENT_NAME.fullmatch(directory.name):
         return ()
     try:
@@ -22,5 +23,5 @@ def stamp(directory: Path) -> Stamp:
     except OSError:
         return ()
     return tuple(
-        sorted((name, stat.st_ino, stat.st_mtime_ns, stat.st_size) for name, stat in found)
+        sorted((name, s.st_ino, s.st_mtime_ns, s.st_ctime_ns, s.st_size) for name, s in found)
     )

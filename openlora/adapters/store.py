@@ -45,6 +45,16 @@ class AdapterStore:
     def __init__(self, root: Path) -> None:
         self._root = Path(root)
 
+    @property
+    def name(self) -> str:
+        """For messages."""
+        return str(self._root)
+
+    @property
+    def scratch(self) -> Path:
+        """A directory for what is on its way here."""
+        return self._root
+
     def put(
         self,
         directory: Path,

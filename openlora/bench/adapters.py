@@ -6,19 +6,25 @@ examples:
 
 A fixed number of requests (--concurrency) is kept under way; each takes its adapter as the
 popularity says: "distinct" one after the other, "uniform" and "zipf" (1.0) drawn, "identical"
-always the first. --room adapters of the case's rank fit into pages. Adapters are loaded from files;
---contents different ones are written, and more adapters share them under their own names, each
-with a load and pages of its own. One JSON row a case:
+always the first. With --apart N no adapter is taken again by the N requests behind one with it, so
+that steps have as many different adapters however many there are. --room adapters of the case's
+rank fit into pages, --host-mib keeps some more in host memory, the others are read from files.
+--contents different ones are written; more adapters are links to them in directories of their own,
+each read, checked and kept as if it were the only one. One JSON row a case:
 
   {"case":"adapters","adapters":64,"popularity":"zipf","rank":"16","room":16,"distinct":31,
-   "out_tok_s":…,"ttft_p50_ms":…,"ttft_p99_ms":…,"of_all_fit":…}
+   "distinct_a_step":6.1,"out_tok_s":…,"ttft_p50_ms":…,"ttft_p99_ms":…,"placed":…,"read":…,
+   "of_all_fit":…,"ttft_of_all_fit":…}
 
-of_all_fit: out_tok_s as a share of the case's in which everything fits, where that case ran.
+placed: loads into pages; read: loads from files. of_all_fit, ttft_of_all_fit: out_tok_s and
+ttft_p50_ms as shares of the case's in which everything fits, where that case ran.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
+import os
 import random
 import tempfile
 import time
@@ -50,6 +56,7 @@ class Outcome:
 
     out_tok_s: float
     ttft_s: tuple[float, ...]
+    distinct_a_step: float
 
     def ttft_ms(self, share: float) -> float:
         """The time to the first token that ``share`` of the requests do not exceed."""
@@ -68,6 +75,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--rank", default="16", metavar="R,…", help="numbers, or mixed")
     parser.add_argument("--room", type=int, default=16, help="adapters that fit (default 16)")
+    parser.add_argument("--apart", type=int, default=0, metavar="N", help="see above (default 0)")
+    parser.add_argument("--host-mib", type=int, metavar="N", help="default: as the engine decides")
     parser.add_argument("--contents", type=int, default=8, help="different files (default 8)")
     parser.add_argument("--requests", type=int, default=64)
     parser.add_argument("--concurrency", type=int, default=8)
@@ -119,16 +128,21 @@ def _run_rank(
         for number in range(max(args.contents, len(ranks)))
     ]
     measure(engine, _requests(args, engine, [0] * args.concurrency, "warm"), args.concurrency)
-    all_fit: dict[str, float] = {}
+    all_fit: dict[str, Outcome] = {}
     for count in sorted(counts):
         for number in range(count):
-            engine.register_adapter(_name(number), contents[number % len(contents)])
+            path = contents[number] if number < len(contents) else folder / _name(number)
+            if not path.exists():
+                link_adapter(contents[number % len(contents)], path)
+            engine.register_adapter(_name(number), path)
         for popularity in popularities:
-            drawn = draw(popularity, count, args.requests, args.seed)
+            drawn = draw(popularity, count, args.requests, args.seed, args.apart)
             requests = _requests(args, engine, drawn, "case")
+            before = _loads(engine)
             outcome = measure(engine, requests, args.concurrency)
+            loads = {name: total - before[name] for name, total in _loads(engine).items()}
             if count <= args.room:
-                all_fit[popularity] = outcome.out_tok_s
+                all_fit[popularity] = outcome
             row = {
                 "case": "adapters",
                 "adapters": count,
@@ -137,25 +151,55 @@ def _run_rank(
                 "room": args.room,
                 "requests": args.requests,
                 "concurrency": args.concurrency,
+                "prompt": args.prompt,
+                "output": args.output,
+                "apart": args.apart,
                 "distinct": len(set(drawn)),
+                "distinct_a_step": outcome.distinct_a_step,
                 "out_tok_s": outcome.out_tok_s,
                 "ttft_p50_ms": outcome.ttft_ms(0.5),
                 "ttft_p99_ms": outcome.ttft_ms(0.99),
+                "placed": loads["device"],
+                "read": loads["host"],
             }
             if popularity in all_fit:
-                row["of_all_fit"] = outcome.out_tok_s / all_fit[popularity]
+                fitting = all_fit[popularity]
+                row["of_all_fit"] = outcome.out_tok_s / fitting.out_tok_s
+                row["ttft_of_all_fit"] = outcome.ttft_ms(0.5) / fitting.ttft_ms(0.5)
             rows.write(row)
     engine.close()
 
 
-def draw(popularity: str, count: int, requests: int, seed: int) -> list[int]:
-    """The adapter of each request, a number below ``count``. Pure."""
+def _loads(engine: Engine) -> dict[str, int]:
+    """Loads of each tier so far."""
+    return {"host": 0} | {tier.tier: tier.loads for tier in engine.stats().tiers}
+
+
+def link_adapter(source: Path, directory: Path) -> None:
+    """An adapter that takes no room on disk, and is another one all the same."""
+    directory.mkdir(parents=True)
+    for file in source.iterdir():
+        os.link(file, directory / file.name)
+
+
+def draw(popularity: str, count: int, requests: int, seed: int, apart: int = 0) -> list[int]:
+    """The adapter of each request, a number below ``count``. Pure.
+
+    ``apart``: an adapter is not drawn again before so many others, where there are as many.
+    """
     if popularity == "identical":
         return [0] * requests
     if popularity == "distinct":
         return [number % count for number in range(requests)]
     weights = [1 / (number + 1) if popularity == "zipf" else 1.0 for number in range(count)]
-    return random.Random(seed).choices(range(count), weights, k=requests)
+    drawer, drawn = random.Random(seed), list[int]()
+    apart = min(apart, count - 1)
+    totals = list(itertools.accumulate(weights))
+    while len(drawn) < requests:
+        (number,) = drawer.choices(range(count), cum_weights=totals)
+        if not apart or number not in drawn[-apart:]:
+            drawn.append(number)
+    return drawn
 
 
 def measure(engine: Engine, requests: Sequence[Request], concurrency: int) -> Outcome:
@@ -166,14 +210,21 @@ def measure(engine: Engine, requests: Sequence[Request], concurrency: int) -> Ou
     """
     waiting = deque(requests)
     added_at: dict[int, float] = {}
+    adapter_of: dict[int, frozenset[str]] = {}
     ttft_s: list[float] = []
-    tokens = 0
+    tokens = steps = distinct = 0
     started = time.perf_counter()
     while waiting or added_at:
         while waiting and len(added_at) < concurrency:
-            added_at[engine.add(waiting.popleft())] = time.perf_counter()
+            request = waiting.popleft()
+            request_id = engine.add(request)
+            added_at[request_id] = time.perf_counter()
+            adapter_of[request_id] = frozenset(request.adapters)
         engine.wait_for_adapters(1.0)
-        for output in engine.step():
+        outputs = engine.step()
+        steps += bool(outputs)
+        distinct += len({adapter_of[output.request_id] for output in outputs})
+        for output in outputs:
             if output.error is not None:
                 raise output.error
             tokens += 1
@@ -181,7 +232,8 @@ def measure(engine: Engine, requests: Sequence[Request], concurrency: int) -> Ou
                 ttft_s.append(time.perf_counter() - added_at[output.request_id])
             if output.finish_reason is not None:
                 del added_at[output.request_id]
-    return Outcome(tokens / (time.perf_counter() - started), tuple(ttft_s))
+    seconds = time.perf_counter() - started
+    return Outcome(tokens / seconds, tuple(ttft_s), distinct / max(1, steps))
 
 
 def _engine(args: argparse.Namespace, model: Path, pages: int) -> Engine:
@@ -194,6 +246,7 @@ def _engine(args: argparse.Namespace, model: Path, pages: int) -> Engine:
             block_size=_BLOCK_SIZE,
             num_kv_blocks=args.concurrency * blocks,
             adapter_pages=(pages,) * 4,
+            adapter_host_bytes=None if args.host_mib is None else args.host_mib << 20,
             max_num_seqs=args.concurrency,
             enable_prefix_caching=False,
         )

@@ -1,12 +1,13 @@
-"""Add, list, show, roll back and remove adapters of a running system.
+"""Add, list, show, pin, roll back and remove adapters of a running system.
 
 examples:
   openlora adapters add poet ./loras/poet          a PEFT directory on the gateway's machine
   openlora adapters add poet hf://acme/poet@main   from the hub; also https://, s3://…, and .zip
-  openlora adapters list --search llama            what can be used, and which workers have it
+  openlora adapters list --search llama            what can be used, and where each lives now
   openlora adapters show poet@2                    one version
   openlora adapters versions poet                  all kept versions
   openlora adapters rollback poet                  the version before; `rollback poet 2` for that
+  openlora adapters pin poet                       keep it in all workers' memory; `unpin poet`
   openlora adapters remove poet                    with all its versions; `poet@1` for that one
 
 Adding an ID that exists makes a new version; running requests keep the one they started with, and
@@ -41,8 +42,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     versions = actions.add_parser("versions", help="all kept versions of an adapter")
     rollback = actions.add_parser("rollback", help="use an earlier version")
     remove = actions.add_parser("remove", help="forget an adapter, or one version")
-    for action, name in ((show, "ID[@V]"), (versions, "ID"), (rollback, "ID"), (remove, "ID[@V]")):
+    pin = actions.add_parser("pin", help="load an adapter ahead and never evict it")
+    unpin = actions.add_parser("unpin", help="evict it like any other again")
+    named = [(show, "ID[@V]"), (versions, "ID"), (rollback, "ID"), (remove, "ID[@V]")]
+    for action, name in (*named, (pin, "ID"), (unpin, "ID")):
         action.add_argument("id", metavar=name)
+    for action in (pin, unpin):
+        action.add_argument("--tenant", metavar="T", help="whose private adapter is meant")
     rollback.add_argument(
         "version", type=int, nargs="?", metavar="VERSION", help="default: the one before"
     )
@@ -52,7 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     listing.add_argument("--after", default="", metavar="ID", help="only those behind this ID")
     for action in (listing, versions):
         action.add_argument("--json", action="store_true", help="print JSON")
-    for action in (add, show, versions, rollback, remove, listing):
+    for action in (add, show, versions, rollback, remove, pin, unpin, listing):
         add_client_arguments(action)
 
 
@@ -73,6 +79,12 @@ def run(args: argparse.Namespace) -> int:
         body = {} if args.version is None else {"version": args.version}
         record = client.post(f"{_path(args.id)}/rollback", body)
         print(f"{record['id']} version {record['version']} is in use")
+    elif args.action in ("pin", "unpin"):
+        path = f"{_path(args.id)}/pin"
+        path += f"?{urlencode({'tenant': args.tenant})}" if args.tenant else ""
+        record = client.post(path, {}) if args.action == "pin" else client.delete(path)
+        state = "is pinned" if record["pinned"] else "is pinned no more"
+        print(f"{record['id']} version {record['version']} {state}")
     elif args.action == "show":
         print_json(client.get(_path(args.id)))
     else:
@@ -107,7 +119,7 @@ def _print_records(records: list[dict[str, Any]]) -> None:
     from openlora.commands.tables import print_table
 
     print_table(
-        ("id", "version", "rank", "targets", "MB", "owner", "resident on", "hash"),
+        ("id", "version", "rank", "targets", "MB", "owner", "lives in", "hash"),
         [
             (
                 record["id"],
@@ -116,12 +128,24 @@ def _print_records(records: list[dict[str, Any]]) -> None:
                 ", ".join(record["targets"]),
                 round(record["size_bytes"] / 1e6, 1),
                 record["owner"] + (" (private)" if record["visibility"] == "private" else ""),
-                ", ".join(record["resident_on"]) or None,
+                _places(record),
                 record["hash"][:12],
             )
             for record in records
         ],
     )
+
+
+def _places(record: dict[str, Any]) -> str:
+    """The fastest tier of each worker that has it, e.g. "device: a, b; disk: c"; else the store."""
+    seen: set[str] = set()
+    parts = []
+    for tier in ("device", "host", "disk"):
+        workers = [worker for worker in record["tiers"].get(tier, []) if worker not in seen]
+        seen.update(workers)
+        if workers:
+            parts.append(f"{tier}: {', '.join(workers)}")
+    return ("; ".join(parts) or "store") + (" (pinned)" if record["pinned"] else "")
 
 
 def _path(adapter_id: str) -> str:

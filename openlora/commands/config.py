@@ -13,7 +13,8 @@ from openlora.errors import SetupError
 
 ENVIRONMENT: dict[str, str] = {
     "OPENLORA_MODEL": "model directory, GGUF file or hub ID; default: the demo model",
-    "OPENLORA_ADAPTERS": "folder with one PEFT adapter per subfolder; default: the demo's adapters",
+    "OPENLORA_ADAPTERS": "folder with one PEFT adapter per subfolder; default: the demo's adapters "
+    "(in the environment, a URL like s3://… names the adapter store)",
     "OPENLORA_KAFKA": "Kafka bootstrap servers, host:port[,host:port…]; default: embedded",
     "OPENLORA_REDIS": "Redis URL, redis://[:password@]host:port/0; default: embedded",
     "OPENLORA_HOST": "address the gateway listens on (default 127.0.0.1)",
@@ -106,6 +107,8 @@ def up_config(args: argparse.Namespace, environ: Mapping[str, str]) -> UpConfig:
         return getattr(args, name) or environ.get(f"OPENLORA_{name.upper()}") or None
 
     adapters = setting("adapters")
+    if not args.adapters and "://" in (adapters or ""):
+        adapters = None  # the store, which gateway and workers read from the environment
     if adapters is not None and not Path(adapters).expanduser().is_dir():
         raise SetupError(f"adapters is {adapters!r}; it must be an existing folder")
     return UpConfig(

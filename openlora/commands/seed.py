@@ -9,7 +9,7 @@ from pathlib import Path
 
 from gateway.registration import check_hidden_size, record_of
 from openlora.adapters.peft_format import AdapterLayout
-from openlora.adapters.store import AdapterStore
+from openlora.adapters.stores import Store
 from openlora.errors import AdapterFailed, Forbidden, InvalidRequest, OpenLoRAError, SetupError
 from openlora.registry import AdapterRegistry, check_adapter_id
 
@@ -42,7 +42,7 @@ def hidden_size_of(model: str) -> set[int]:
 
 def register_dirs(
     dirs: Sequence[Path],
-    store: AdapterStore,
+    store: Store,
     registry: AdapterRegistry,
     hidden_sizes: set[int],
 ) -> list[Skipped]:

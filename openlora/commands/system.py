@@ -146,7 +146,7 @@ class System:
         ensure_topics(self._environ["OPENLORA_KAFKA"], self._gateway_config.partitions)
 
     def _seed_adapters(self, model: str) -> list[AdapterRecord]:
-        from openlora.adapters.store import AdapterStore
+        from openlora.adapters.stores import open_store
         from openlora.commands.adapter_watch import AdapterWatch, FolderChanges
         from openlora.commands.seed import adapter_dirs, hidden_size_of, register_dirs
         from openlora.joblog import redis_client
@@ -168,7 +168,9 @@ class System:
         else:
             dirs = []
         registry = AdapterRegistry(redis_client(self._environ["OPENLORA_REDIS"]))
-        store, hidden_sizes = AdapterStore(self._gateway_config.store), hidden_size_of(model)
+        gateway = self._gateway_config
+        store = open_store(gateway.store, gateway.adapter_cache)
+        hidden_sizes = hidden_size_of(model)
         for bad in register_dirs(dirs, store, registry, hidden_sizes):
             self._screen.warn(f"Adapter {bad.name} is left out: {bad.reason}")
         if changes is not None:

@@ -1,51 +1,35 @@
 """Adapters by name, from registration to the LoRA set of a request.
 
-    registered ──wanted──▶ loading (background thread) ──▶ staged (host) ──acquire──▶ resident
-         ▲    │                   └─ failed: its requests end   ▲  ▲                     │
-         │    └───── wanted, and in the host tier still ────────┘  │                     │
-         └─────────────────── evicted, or unregistered ────────────┴─────────────────────┘
+    registered ─wanted─▶ fetching (remote) ─▶ loading (thread) ─▶ staged (host) ─acquire─▶ resident
+         ▲    │                 │                └─ failed: its requests end  ▲               │
+         │    └── wanted, and in the host tier still ─────────────────────────┘               │
+         └───────────────────────── evicted, or unregistered ◀────────────────────────────────┘
 
-Everything but ``load`` itself happens on the engine thread. A key stands for one registration of
-a name: requests hold keys, so that a name that changes its meaning changes nothing for them.
+Everything but ``load`` and ``fetch`` themselves happens on the engine thread. A key stands for one
+registration of a name: requests hold keys, so that a name that changes its meaning changes nothing
+for them. A pinned adapter has a user that never ends: it is loaded ahead and not evicted.
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Collection, Iterable, Mapping
-from dataclasses import dataclass, field
-from enum import Enum, auto
 from pathlib import Path
+from threading import Event
 
-from openlora.adapters.lora_set import SITES, LoRASet
-from openlora.adapters.pages import PagePool, SitePages, join_lora_set
-from openlora.engine.adapter_loads import AdapterLoads, Loaded
+from openlora.adapters.lora_set import LoRASet
+from openlora.adapters.pages import PagePool, SitePages
+from openlora.adapters.tier_stats import TierStats
+from openlora.engine.adapter_entry import Adapter, State, unknown_adapter
+from openlora.engine.adapter_fit import check_exact, check_fit, check_tokens
+from openlora.engine.adapter_loads import Loaded
+from openlora.engine.adapter_pins import AdapterPins
+from openlora.engine.adapter_supply import MAX_STAGED, AdapterSupply
+from openlora.engine.lora_sets import LoRASets
 from openlora.engine.residency import ResidentAdapters
 from openlora.engine.scheduler import Wait
 from openlora.engine.sequence import Sequence
-from openlora.errors import AdapterFailed, OpenLoRAError, UnknownAdapter
-
-MAX_STAGED = 8
-"""Adapters loaded ahead of their pages where there is no host tier: enough to hide the reading."""
-
-
-class _State(Enum):
-    COLD = auto()
-    LOADING = auto()
-    STAGED = auto()
-
-
-@dataclass(slots=True, eq=False)
-class _Adapter:
-    key: str
-    name: str
-    path: Path
-    state: _State = _State.COLD  # of its host copy; in pages or not is residency's
-    loaded: Loaded | None = None  # in host memory while staged
-    content: str = ""  # known after its first load
-    page_counts: tuple[int, ...] = ()  # known after its first load
-    extras_bytes: int = 0  # known after its first load; 0: it has no extras
-    is_registered: bool = True
-    users: set[int] = field(default_factory=set)  # unfinished sequences with it
+from openlora.errors import OpenLoRAError
 
 
 class AdapterManager:
@@ -60,6 +44,10 @@ class AdapterManager:
         cached: what ``load`` would return, where that takes no reading; called on the engine
             thread.
         max_staged: adapters loaded ahead of their pages, as many as host memory has room for.
+        is_missing: whether a path must be fetched before it can be loaded; None: none must.
+        fetch: does that, in a background thread.
+        page_bytes: of one page of each site, for the statistics.
+        vocab_size: of the base model.
     """
 
     def __init__(
@@ -71,18 +59,28 @@ class AdapterManager:
         num_threads: int = 2,
         cached: Callable[[Path], Loaded | None] | None = None,
         max_staged: int = MAX_STAGED,
+        is_missing: Callable[[Path], bool] | None = None,
+        fetch: Callable[[Path, Event], None] | None = None,
+        page_bytes: tuple[int, ...] = (),
+        vocab_size: int = sys.maxsize,
     ) -> None:
-        self._resident = ResidentAdapters(pool, write)
-        self._loads = AdapterLoads(load, num_threads)
-        self._cached = cached
-        self._max_staged = max_staged
-        # Of adapters that needed no load; told by the next ``poll``.
-        self._instant: list[tuple[str, OpenLoRAError | None]] = []
-        self._by_name: dict[str, _Adapter] = {}
-        self._by_key: dict[str, _Adapter] = {}
+        self._resident = ResidentAdapters(pool, write, page_bytes=page_bytes)
+        self._supply = AdapterSupply(
+            load,
+            num_threads=num_threads,
+            cached=cached,
+            max_staged=max_staged,
+            is_missing=is_missing,
+            fetch=fetch,
+            check=lambda adapter: check_fit([adapter], self._resident),
+            may_overfill=lambda: not self._resident.any_pinned(),
+        )
+        self._vocab_size = vocab_size
+        self._by_name: dict[str, Adapter] = {}
+        self._by_key: dict[str, Adapter] = {}
         self._num_registered = 0
-        self._wanted: dict[str, None] = {}  # keys to load, in the order of the requests
-        self._staged: dict[str, None] = {}
+        self._pins = AdapterPins(self._resident, self._want, self.make_resident)
+        self._sets = LoRASets(self._resident)
 
     @property
     def room_epoch(self) -> int:
@@ -97,7 +95,7 @@ class AdapterManager:
                 return
             self.unregister(name)
         self._num_registered += 1
-        adapter = _Adapter(f"{name}#{self._num_registered}", name, path)
+        adapter = Adapter(f"{name}#{self._num_registered}", name, path)
         self._by_name[name] = self._by_key[adapter.key] = adapter
 
     def unregister(self, name: str) -> None:
@@ -108,8 +106,9 @@ class AdapterManager:
         """
         adapter = self._by_name.pop(name, None)
         if adapter is None:
-            raise _unknown(name, self._by_name)
+            raise unknown_adapter(name, len(self._by_name))
         adapter.is_registered = False
+        self._pins.drop(adapter)
         self._discard_if_unused(adapter)
 
     def retain(
@@ -125,22 +124,24 @@ class AdapterManager:
         found = []
         for name, weight in adapters.items():
             if name not in self._by_name:
-                raise _unknown(name, self._by_name)
+                raise unknown_adapter(name, len(self._by_name))
             if weight != 0:
                 found.append((self._by_name[name], float(weight)))
         for adapter, _ in found:
             adapter.users.add(sequence_id)
             self._want(adapter)
-        self._start_loads()
+            if self._has_pages(adapter):
+                self._resident.counter.hit()
+        self._supply.start()
         return tuple((adapter.key, weight) for adapter, weight in found)
 
     def load_now(self, sequence_id: int, name: str) -> str:
         """As ``retain`` for one adapter, ahead of all others; returns its key."""
         adapter = self._by_name[name]
         adapter.users.add(sequence_id)
-        if adapter.state is _State.COLD and not self._has_pages(adapter):
-            self._wanted.pop(adapter.key, None)
-            self._load(adapter)
+        if not self._has_pages(adapter):
+            self._supply.want_now(adapter)
+            self._supply.start()
         return adapter.key
 
     def drop(self, sequence_id: int, adapters: Iterable[tuple[str, float]]) -> None:
@@ -148,45 +149,48 @@ class AdapterManager:
         for key, _ in adapters:
             adapter = self._by_key[key]
             adapter.users.discard(sequence_id)
-            if not adapter.users:
-                self._wanted.pop(key, None)
-                if adapter.state is _State.STAGED:
-                    self._unstage(adapter)
             self._discard_if_unused(adapter)
-        self._start_loads()
+        self._supply.start()
+
+    def set_pins(self, names: Collection[str]) -> None:
+        """Pin these and no others: each is loaded, put into pages and kept there.
+
+        Names that are not registered are left out. Those that failed are tried again.
+        """
+        gone = self._pins.set(self._by_name[name] for name in names if name in self._by_name)
+        self._supply.start()
+        self._discard_unused(adapter.key for adapter in gone + self._pins.place())
 
     def poll(self, timeout_s: float = 0) -> list[tuple[str, OpenLoRAError | None]]:
         """Loads that ended since the last call: (key, None or why it failed).
 
         Call it before each step. Where none has ended, waits for one up to ``timeout_s``.
         """
-        results, self._instant = self._instant, []
-        for key, outcome in self._loads.poll(0 if results else timeout_s):
-            adapter = self._by_key[key]
-            error = self._stage(adapter, outcome)
-            if error is not None:
-                adapter.state = _State.COLD
+        results = []
+        for adapter, error in self._supply.poll(timeout_s):
             self._discard_if_unused(adapter)
-            results.append((key, error))
-        self._start_loads()
+            results.append((adapter.key, error))
+        self._discard_unused(adapter.key for adapter in self._pins.place())
         return results
 
-    def oversize(self, sequence: Sequence) -> AdapterFailed | None:
-        """Why the sequence's adapters can never be resident together; None where they can."""
-        adapters = [self._by_key[key] for key, _ in sequence.adapters]
-        if not all(adapter.page_counts for adapter in adapters):
+    def misfit(self, sequence: Sequence) -> OpenLoRAError | None:
+        """Why the sequence can never run with its adapters; None where it can, or where that is
+        not known yet: not all of them were loaded before."""
+        adapters = [(self._by_key[key], weight) for key, weight in sequence.adapters]
+        if not all(adapter.page_counts for adapter, _ in adapters):
             return None
-        return self._check_fit(adapters) or self._check_exact(sequence)
+        fit = check_fit([adapter for adapter, _ in adapters], self._resident)
+        return fit or check_exact(adapters) or check_tokens(sequence, adapters, self._vocab_size)
 
     def acquire(self, sequence: Sequence) -> LoRASet | Wait:
         """Pin the pages of all adapters of the sequence, or of none."""
         adapters = [self._by_key[key] for key, _ in sequence.adapters]
-        missing = [a for a in adapters if a.state is not _State.STAGED and not self._has_pages(a)]
+        missing = [a for a in adapters if a.state is not State.STAGED and not self._has_pages(a)]
         if missing:
             for adapter in missing:
                 self._want(adapter)
-            self._start_loads()
-            if any(adapter.state is not _State.STAGED for adapter in missing):
+            self._supply.start()
+            if any(adapter.state is not State.STAGED for adapter in missing):
                 return Wait.LOADING
         pinned: list[str] = []
         # Those that are resident first: pinned, they are not evicted for the others.
@@ -197,8 +201,8 @@ class AdapterManager:
                 return Wait.NO_ROOM
             self._resident.pin(adapter.key)
             pinned.append(adapter.key)
-        self._start_loads()
-        return self._join(sequence)
+        self._supply.start()
+        return self._sets.join((self._by_key[key], weight) for key, weight in sequence.adapters)
 
     def release(self, sequence: Sequence) -> None:
         """Unpin what ``acquire`` pinned, as soon as no launched step names it."""
@@ -212,7 +216,11 @@ class AdapterManager:
 
     def is_loading(self, key: str) -> bool:
         """Whether a load of the adapter is under way or queued."""
-        return key in self._wanted or self._by_key[key].state is _State.LOADING
+        return self._supply.is_loading(self._by_key[key])
+
+    def has_pins_under_way(self) -> bool:
+        """Whether pinned adapters are still on their way into pages."""
+        return any(self.is_loading(key) for key in self._pins.keys)
 
     def make_resident(self, key: str) -> bool:
         """Put a staged adapter into pages, if it is not there; False where there is no room."""
@@ -222,13 +230,28 @@ class AdapterManager:
         assert adapter.loaded is not None
         if not self._resident.place(key, adapter.loaded, lambda k: bool(self._by_key[k].users)):
             return False
-        self._unstage(adapter)
+        self._supply.unstage(adapter)
         return True
 
     @property
     def resident(self) -> tuple[str, ...]:
         """Names of the adapters in pages, the longest unused first."""
         return tuple(self._by_key[key].name for key in self._resident.keys)
+
+    @property
+    def pinned(self) -> tuple[str, ...]:
+        """Names of the pinned adapters that are in pages."""
+        return tuple(
+            self._by_key[key].name for key in self._pins.keys if self._resident.is_held(key)
+        )
+
+    def device_stats(self) -> TierStats:
+        """Of the tier of pages."""
+        return self._resident.stats(self.resident)
+
+    def names(self) -> dict[Path, str]:
+        """Registered adapters by their paths."""
+        return {adapter.path: name for name, adapter in self._by_name.items()}
 
     def users_of(self, key: str) -> Iterable[int]:
         """IDs of the unfinished sequences with this adapter; none of one that was forgotten."""
@@ -237,127 +260,40 @@ class AdapterManager:
 
     def close(self) -> None:
         """End the loading threads."""
-        self._loads.close()
+        self._supply.close()
 
     def check_integrity(self) -> None:
         """Assert that states, pages and lists agree."""
         self._resident.check_integrity()
-        staged = {a.key for a in self._by_key.values() if a.state is _State.STAGED}
-        assert staged == self._staged.keys()
+        self._supply.check_integrity()
+        staged = {a.key for a in self._by_key.values() if a.state is State.STAGED}
+        assert staged == {adapter.key for adapter in self._supply.staged}
         assert not any(key in staged for key in self._resident.keys)
         assert all(key in self._by_key for key in self._resident.keys)
-        assert all(self._by_key[key].state is _State.COLD for key in self._wanted)
         assert all(a.key in self._by_key for a in self._by_name.values())
+        assert {a.key for a in self._by_key.values() if a.is_pinned} == set(self._pins.keys)
 
-    def _has_pages(self, adapter: _Adapter) -> bool:
+    def _has_pages(self, adapter: Adapter) -> bool:
         return adapter.key in self._resident
 
-    def _want(self, adapter: _Adapter) -> None:
-        if adapter.state is _State.COLD and not self._has_pages(adapter):
-            self._wanted.setdefault(adapter.key)
-
-    def _start_loads(self) -> None:
-        while self._wanted and self._may_load():
-            key = next(iter(self._wanted))
-            del self._wanted[key]
-            self._load(self._by_key[key])
-
-    def _load(self, adapter: _Adapter) -> None:
-        found = self._cached(adapter.path) if self._cached is not None else None
-        if found is None:
-            adapter.state = _State.LOADING
-            self._loads.start(adapter.key, adapter.path)
-        else:
-            self._instant.append((adapter.key, self._stage(adapter, found)))
-
-    def _may_load(self) -> bool:
-        num_loading = self._loads.num_loading
-        if num_loading + len(self._staged) < self._max_staged:
-            return True
-        # Parts of ensembles could fill the staging area, each waiting for its other part: where
-        # nothing that runs will ever free pages, loading on is the only way forward.
-        return not num_loading and not self._resident.any_pinned()
-
-    def _stage(self, adapter: _Adapter, outcome: Loaded | OpenLoRAError) -> OpenLoRAError | None:
-        if isinstance(outcome, OpenLoRAError):
-            return outcome
-        adapter.content, adapter.page_counts = outcome.info.hash, tuple(outcome.page_counts)
-        adapter.extras_bytes = 0 if outcome.extras is None else outcome.extras.size_bytes
-        error = self._check_fit([adapter])
-        if error is None and adapter.users:
-            adapter.state, adapter.loaded = _State.STAGED, outcome
-            self._staged[adapter.key] = None
-        else:
-            adapter.state = _State.COLD
-        return error
-
-    def _check_fit(self, adapters: Collection[_Adapter]) -> AdapterFailed | None:
-        extras_bytes = sum(adapter.extras_bytes for adapter in adapters)
-        if extras_bytes > self._resident.extras_bytes:
-            return AdapterFailed(
-                f"weights of adapter {' + '.join(repr(a.name) for a in adapters)} that are no "
-                f"low-rank pairs take {extras_bytes} bytes; at most "
-                f"{self._resident.extras_bytes} are kept"
-            )
-        counts = tuple(map(sum, zip(*(a.page_counts for a in adapters), strict=True)))
-        if not counts or self._resident.fits(counts):
-            return None
-        needs = ", ".join(
-            f"{site}: {count} of {have}"
-            for site, count, have in zip(SITES, counts, self._resident.num_pages, strict=True)
-        )
-        names = " + ".join(repr(a.name) for a in adapters)
-        return AdapterFailed(
-            f"adapter {names} takes more pages than the pool has ({needs}); "
-            "give the engine a larger adapter budget or use a smaller rank"
-        )
-
-    def _check_exact(self, sequence: Sequence) -> AdapterFailed | None:
-        """Only low-rank pairs can be weighted and added up."""
-        if [weight for _, weight in sequence.adapters] == [1.0]:
-            return None
-        for key, _ in sequence.adapters:
-            if self._by_key[key].extras_bytes:
-                return AdapterFailed(
-                    f"adapter {self._by_key[key].name!r} has weights that are no low-rank pairs "
-                    "(DoRA, biases, embeddings, whole modules): it cannot be weighted or combined "
-                    "with others; use it alone, with weight 1"
-                )
-        return None
-
-    def _unstage(self, adapter: _Adapter) -> None:
-        del self._staged[adapter.key]
-        adapter.loaded, adapter.state = None, _State.COLD
+    def _want(self, adapter: Adapter) -> None:
+        if not self._has_pages(adapter):
+            self._supply.want(adapter)
 
     def _discard_unused(self, keys: Iterable[str]) -> None:
         for key in keys:
             if key in self._by_key:
                 self._discard_if_unused(self._by_key[key])
 
-    def _discard_if_unused(self, adapter: _Adapter) -> None:
-        """Forget an adapter that no name and no sequence refers to any more."""
-        if adapter.is_registered or adapter.users or adapter.state is _State.LOADING:
+    def _discard_if_unused(self, adapter: Adapter) -> None:
+        """Stop loading an adapter that nobody wants, and forget one that has no name any more."""
+        if adapter.users:
+            return
+        self._supply.abandon(adapter)
+        if adapter.is_registered or adapter.state in (State.FETCHING, State.LOADING):
             return
         if self._has_pages(adapter):
             if self._resident.is_pinned(adapter.key):
                 return
             self._resident.evict(adapter.key)
         self._by_key.pop(adapter.key, None)
-
-    def _join(self, sequence: Sequence) -> LoRASet:
-        # Sorted by content, so that equal ensembles are one set however they were written down.
-        parts = sorted(
-            (self._by_key[key].content, weight, key) for key, weight in sequence.adapters
-        )
-        return join_lora_set(
-            [(self._resident.pages(key), weight) for _, weight, key in parts],
-            key="+".join(f"{weight!r}*{content}" for content, weight, _ in parts),
-            # Adapters that have any run alone.
-            extras=self._resident.extras(parts[0][2]),
-        )
-
-
-def _unknown(name: str, known: Collection[str]) -> UnknownAdapter:
-    return UnknownAdapter(
-        f"adapter {name!r} is not registered ({len(known)} are); register it first"
-    )

@@ -7,28 +7,17 @@ from __future__ import annotations
 
 import tempfile
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Protocol
 
-from openlora.adapters.merge_cache import materialize, recipe
+from openlora.adapters.merge_cache import recipe
 from openlora.adapters.merge_spec import MergeSpec
 from openlora.adapters.stamp import Stamp, stamp
-from openlora.engine.adapter_loads import Loaded
-from openlora.errors import UnknownAdapter
+from openlora.engine.adapter_entry import unknown_adapter
 
 MAX_MERGES = 256
 """Merges that stay registered; the one not asked for longest is forgotten."""
-
-
-def prepared(load: Callable[[Path], Loaded]) -> Callable[[Path], Loaded]:
-    """``load`` of what is a directory by then: merges are made first, in the loading thread."""
-
-    def load_prepared(path: Path) -> Loaded:
-        materialize(path)
-        return load(path)
-
-    return load_prepared
 
 
 class Manager(Protocol):
@@ -83,10 +72,7 @@ class AdapterNames:
             return adapters
         for name in adapters:
             if name not in self._known:
-                raise UnknownAdapter(
-                    f"adapter {name!r} is not registered ({len(self._known)} are); register it "
-                    "first"
-                )
+                raise unknown_adapter(name, len(self._known))
         parts = [(self._known[name][0], float(weight)) for name, weight in adapters.items()]
         directory = recipe(self._root, parts, merge)
         self._manager.register(directory.name, directory)

@@ -5,9 +5,9 @@ from __future__ import annotations
 import logging
 import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,8 +15,9 @@ import torch
 
 from openlora.adapters.lora_set import PAGE_RANK
 from openlora.adapters.pages import PagePool, SitePages
+from openlora.adapters.tier_stats import TierStats
 from openlora.engine.adapter_loads import Loaded
-from openlora.engine.adapter_manager import MAX_STAGED
+from openlora.engine.adapter_supply import MAX_STAGED
 from openlora.engine.config import EngineConfig
 from openlora.engine.host_memory import available_memory
 from openlora.engine.memory import check_context, check_weights, plan_memory, usable_bytes
@@ -30,6 +31,10 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 Progress = Callable[[int, int], None]
+
+_CPU_HOST_BYTES = 1 << 30
+_CPU_HOST_SHARE = 8
+"""Of the memory that is free, so much at most: pages are host memory themselves there."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +53,8 @@ class EngineParts:
         num_load_threads: adapters read from disk at a time.
         cached_adapter: what ``load_adapter`` would return, where that takes no reading.
         max_staged: adapters loaded ahead of their pages.
+        host_stats: of the host tier, given adapters' names by their paths; None: there is none.
+        page_bytes: of one page of each site.
     """
 
     runner: Runner
@@ -60,6 +67,8 @@ class EngineParts:
     num_load_threads: int = 2
     cached_adapter: Callable[[Path], Loaded | None] | None = None
     max_staged: int = MAX_STAGED
+    host_stats: Callable[[Mapping[Path, str]], TierStats] | None = None
+    page_bytes: tuple[int, ...] = ()
 
 
 def choose_device(name: str) -> str:
@@ -85,9 +94,10 @@ def build_parts(config: EngineConfig, progress: Progress | None = None) -> Engin
         UnknownModel: the model cannot be found or is of another architecture.
     """
     # The model's rooms load torch kernels: imported here, so that a scripted engine does not.
-    from openlora.adapters.loader import load_adapter
+    from openlora.adapters.loader import LoadedAdapter, load_adapter
     from openlora.adapters.page_tensors import PageTensors, page_bytes
     from openlora.engine.cpu_kernels import cpu_runner, make_linear_for, native_kernels_for
+    from openlora.engine.host_tier import HostMemory, HostTier
     from openlora.engine.kv_cache import KVCache, block_bytes
     from openlora.models.load import load_model
 
@@ -135,17 +145,26 @@ def build_parts(config: EngineConfig, progress: Progress | None = None) -> Engin
         # Not at the top: it needs Triton, which a machine without a GPU may lack.
         from openlora.engine.cuda_parts import cuda_parts
 
-        return cuda_parts(config, model, pages, kv_cache, info)
+        parts = cuda_parts(config, model, pages, kv_cache, info)
+        return replace(parts, page_bytes=page_bytes(model.config, model.dtype))
+    tier: HostTier[LoadedAdapter] = HostTier(
+        lambda path, zeros: load_adapter(
+            path, model.config, model.dtype, zeros, base=model.base_weight, native=native
+        ),
+        HostMemory(_cpu_host_bytes(config, num_pages), pin=False),
+        lambda loaded: 0 if loaded.extras is None else loaded.extras.size_bytes,
+    )
     return EngineParts(
         runner=cpu_runner(native, model, pages, kv_cache, config.max_num_seqs),
         model_info=info,
         num_blocks=num_blocks,
         pool=PagePool(num_pages),
-        load_adapter=lambda path: load_adapter(
-            path, model.config, model.dtype, base=model.base_weight
-        ),
+        load_adapter=tier.load,
         write_adapter=pages.write,
         num_load_threads=max(1, min(4, (os.cpu_count() or 1) // 2)),
+        cached_adapter=tier.cached,
+        host_stats=tier.stats,
+        page_bytes=page_bytes(model.config, model.dtype),
     )
 
 
@@ -182,6 +201,12 @@ def _model_info(config: EngineConfig, model: Any, num_pages: tuple[int, ...]) ->
         device=str(model.device),
         attention_backend="triton" if model.device.type == "cuda" else model.attention_backend,
     )
+
+
+def _cpu_host_bytes(config: EngineConfig, num_pages: tuple[int, ...]) -> int:
+    if config.adapter_host_bytes is not None:
+        return config.adapter_host_bytes
+    return min(_CPU_HOST_BYTES, available_memory() // _CPU_HOST_SHARE) if any(num_pages) else 0
 
 
 def _usable_bytes(config: EngineConfig, device: str) -> int:

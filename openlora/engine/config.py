@@ -10,6 +10,8 @@ DEVICES = ("auto", "cpu", "cuda")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 LOAD_FORMATS = ("auto", "dummy")
 CPU_KERNELS = ("auto", "native", "torch")
+DISK_BYTES = 32 << 30
+"""Of adapters that a remote store holds: about 400 of a large model."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,9 +31,12 @@ class EngineConfig:
         adapter_cache_bytes: memory of the adapter pages; None: a fifth of what the weights leave,
             on CPU at most 256 MiB.
         adapter_pages: exact number of pages of each site (qkv, o, gate_up, down) instead.
-        adapter_host_bytes: pinned host memory that keeps loaded adapters for when they are wanted
-            again; None: an eighth of what is free, at most 8 GiB. For CUDA; on CPU, pages are host
-            memory themselves.
+        adapter_host_bytes: host memory that keeps loaded adapters for when they are wanted again,
+            pinned for CUDA; None: an eighth of what is free, at most 8 GiB (on CPU 1 GiB).
+        adapter_store: URL of a store; adapters whose paths are in ``adapter_disk_dir`` are fetched
+            from it when they are first wanted. None: all paths are local.
+        adapter_disk_dir: directory of this cache of the store.
+        adapter_disk_bytes: its budget.
         merge_dir: directory that keeps merged adapters; None: a temporary one.
         max_num_seqs: most requests that run in one step.
         max_num_batched_tokens: most tokens of one step.
@@ -55,6 +60,9 @@ class EngineConfig:
     adapter_cache_bytes: int | None = None
     adapter_pages: tuple[int, int, int, int] | None = None
     adapter_host_bytes: int | None = None
+    adapter_store: str | None = None
+    adapter_disk_dir: str | None = None
+    adapter_disk_bytes: int = DISK_BYTES
     merge_dir: str | None = None
     max_num_seqs: int = 64
     max_num_batched_tokens: int = 2048
@@ -76,6 +84,9 @@ class EngineConfig:
             _check_at_least(name, getattr(self, name), 1)
         _check_at_least("adapter_cache_bytes", self.adapter_cache_bytes, 0)
         _check_at_least("adapter_host_bytes", self.adapter_host_bytes, 0)
+        _check_at_least("adapter_disk_bytes", self.adapter_disk_bytes, 1)
+        if self.adapter_store is not None and self.adapter_disk_dir is None:
+            raise SetupError("adapter_store needs adapter_disk_dir, a directory to keep copies in")
         _check_at_least("max_model_len", self.max_model_len, 2)
         if self.adapter_pages is not None and len(self.adapter_pages) != 4:
             raise SetupError(

@@ -7,7 +7,7 @@ import os
 from openlora.adapters.loader import LoadedAdapter, load_adapter
 from openlora.adapters.page_tensors import PageTensors, page_bytes
 from openlora.adapters.pages import PagePool
-from openlora.engine.adapter_manager import MAX_STAGED
+from openlora.engine.adapter_supply import MAX_STAGED
 from openlora.engine.build import EngineParts
 from openlora.engine.config import EngineConfig
 from openlora.engine.cuda_runner import CudaRunner
@@ -57,6 +57,7 @@ def cuda_parts(
         steps_ahead=1,
         num_load_threads=max(1, min(12, (os.cpu_count() or 1) * 3 // 4)),
         cached_adapter=tier.cached,
+        host_stats=tier.stats,
         max_staged=max(MAX_STAGED, int(memory.num_bytes * _STAGED_SHARE / usual_bytes)),
     )
 

@@ -11,13 +11,14 @@ that turns out to have ended then had one token too many computed, which is drop
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from collections.abc import Sequence as Items
 from dataclasses import dataclass
 from pathlib import Path
 
+from openlora.engine.adapter_files import AdapterFiles, disk_cache
 from openlora.engine.adapter_manager import AdapterManager
-from openlora.engine.adapter_names import AdapterNames, prepared
+from openlora.engine.adapter_names import AdapterNames
 from openlora.engine.build import EngineParts, build_parts
 from openlora.engine.config import EngineConfig
 from openlora.engine.generation import generate, load_tokenizer
@@ -74,13 +75,19 @@ class Engine:
             root=f"{config.model} {self.model_info.dtype}",
             enable_prefix_caching=config.enable_prefix_caching,
         )
+        self._files = AdapterFiles(disk_cache(config))
+        self._host_stats = parts.host_stats
         self._adapters = AdapterManager(
             parts.pool,
-            prepared(parts.load_adapter),
+            self._files.loading(parts.load_adapter),
             parts.write_adapter,
             num_threads=parts.num_load_threads,
             cached=parts.cached_adapter,
             max_staged=parts.max_staged,
+            is_missing=self._files.is_missing,
+            fetch=self._files.fetch,
+            page_bytes=parts.page_bytes,
+            vocab_size=parts.model_info.vocab_size,
         )
         self._names = AdapterNames(self._adapters, config.merge_dir)
         self._scheduler = Scheduler(
@@ -113,10 +120,10 @@ class Engine:
         )
         self._num_added = request_id
         sequence = Sequence.of_request(request_id, request, adapters, self.model_info.max_model_len)
-        too_large = self._adapters.oversize(sequence)
-        if too_large is not None:
+        misfit = self._adapters.misfit(sequence)
+        if misfit is not None:
             self._adapters.drop(request_id, adapters)
-            raise too_large
+            raise misfit
         self._requests.add(sequence)
         return request_id
 
@@ -198,6 +205,19 @@ class Engine:
         """
         self._names.unregister(name)
 
+    def pin_adapters(self, names: Collection[str]) -> None:
+        """Load these and keep them in pages until they are left out of a later call.
+
+        They may take half of the pages: what is more stays unpinned, with a warning. Names that
+        are not registered are left out.
+        """
+        self._adapters.set_pins(names)
+
+    def take_loads(self) -> bool:
+        """Where no ``step`` does: go on with what is loaded ahead; whether any of it is left."""
+        self._take_loads()
+        return self._adapters.has_pins_under_way()
+
     def only_waits_for_adapters(self) -> bool:
         """Whether ``step`` has nothing to do before an adapter is loaded.
 
@@ -213,6 +233,7 @@ class Engine:
 
     def stats(self) -> EngineStats:
         """A snapshot of queues, pools and counters."""
+        host = () if self._host_stats is None else (self._host_stats(self._adapters.names()),)
         return EngineStats(
             running=len(self._scheduler.running),
             waiting=self._scheduler.num_waiting,
@@ -225,6 +246,7 @@ class Engine:
             cached_tokens=self._blocks.hit_tokens,
             output_tokens=self._requests.num_output_tokens,
             preemptions=self._scheduler.num_preemptions,
+            tiers=(self._adapters.device_stats(), *host, *self._files.stats()),
         )
 
     def close(self) -> None:
@@ -246,7 +268,7 @@ class Engine:
                 sequence = self._requests.get(request_id)
                 if sequence is None:
                     continue
-                failure = error or self._adapters.oversize(sequence)
+                failure = error or self._adapters.misfit(sequence)
                 if failure is not None:
                     self._requests.fail(sequence, failure)
             self._scheduler.unpark_loaded(key)

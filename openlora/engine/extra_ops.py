@@ -46,36 +46,52 @@ class ExtraOps(EdgeOps):
     segments: Sequence[ExtraRows]
 
     def embed(self, table: torch.Tensor, token_ids: torch.Tensor, scale: float) -> torch.Tensor:
-        out = self.inner.embed(table, token_ids, scale)
+        last = table.shape[0] - 1
+        known = token_ids.clamp(max=last) if self._num_added() else token_ids
+        out = self.inner.embed(table, known, scale)
         for rows, extras in self._rows():
             extra = extras.embedding
             if extra is None:
                 continue
             ids = token_ids[rows]
-            own = F.embedding(ids, table if extra.weight is None else extra.weight)
+            own = F.embedding(known[rows], table if extra.weight is None else extra.weight)
+            if extra.added is not None:
+                is_added = ids > last
+                own[is_added] = F.embedding(ids[is_added] - table.shape[0], extra.added)
             if extra.a is not None and extra.b is not None:
                 own = own.addmm(F.embedding(ids, extra.a), extra.b)
             out[rows] = own.mul_(scale)
         return out
 
     def linear(self, linear: Linear, x: torch.Tensor) -> torch.Tensor:
-        """The head's: it is the one linear that goes without LoRA pages."""
+        """The head's: it is the one linear that goes without LoRA pages.
+
+        Where an adapter of any row has added tokens, there are columns for them, -inf for others.
+        """
         out = self.inner.linear(linear, x)
+        vocab = out.shape[1]
+        if num_added := self._num_added():
+            out = F.pad(out, (0, num_added), value=-torch.inf)
         for rows, extras in self._rows():
             extra = extras.head
             if extra is None:
                 continue
             if extra.weight is not None:
-                out[rows] = F.linear(x[rows], extra.weight)
+                out[rows, :vocab] = F.linear(x[rows], extra.weight)
+            if extra.added is not None:
+                out[rows, vocab : vocab + len(extra.added)] = F.linear(x[rows], extra.added)
             if extra.a is not None and extra.b is not None:
-                out[rows] += x[rows] @ extra.a @ extra.b
+                out[rows, : extra.b.shape[1]] += x[rows] @ extra.a @ extra.b
         return out
 
     def add(self, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
         return self.inner.add(x, residual)
 
     def soft_cap(self, x: torch.Tensor, cap: float) -> torch.Tensor:
-        return self.inner.soft_cap(x, cap)
+        if not self._num_added():
+            return self.inner.soft_cap(x, cap)
+        is_absent = x == -torch.inf
+        return self.inner.soft_cap(x, cap).masked_fill_(is_absent, -torch.inf)
 
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         return self._renormed(self.inner.rms_norm(x, weight), x, weight)
@@ -129,6 +145,9 @@ class ExtraOps(EdgeOps):
 
     def gelu_tanh_and_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
         return self.inner.gelu_tanh_and_mul(gate_up)
+
+    def _num_added(self) -> int:
+        return max((segment.extras.num_added for segment in self.segments), default=0)
 
     def _rows(self) -> list[tuple[slice, AdapterExtras]]:
         return [(slice(s.start, s.end), s.extras) for s in self.segments]

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 import weakref
 from bisect import bisect_left, insort
 from collections import OrderedDict, deque
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
@@ -19,11 +20,15 @@ from typing import Any, Generic, Protocol, TypeVar
 import torch
 
 from openlora.adapters.loader import Zeros
+from openlora.adapters.stamp import Stamp, stamp
+from openlora.adapters.tier_stats import TierCounter, TierStats
+from openlora.errors import OpenLoRAError
 
 logger = logging.getLogger(__name__)
 
 _ALIGNMENT = 256
-_T = TypeVar("_T", covariant=True)
+_T = TypeVar("_T")
+_T_co = TypeVar("_T_co", covariant=True)
 
 
 class Extents:
@@ -37,6 +42,11 @@ class Extents:
         self.size = size
         self._starts: list[int] = []
         self._sizes: dict[int, int] = {}
+
+    @property
+    def taken(self) -> int:
+        """Bytes that are not free."""
+        return sum(self._sizes.values())
 
     def take(self, size: int) -> int | None:
         """Where ``size`` bytes lie from now on; None where no gap is as large."""
@@ -80,8 +90,9 @@ class HostMemory:
         self._extents = Extents(num_bytes)
         # Appended to by finalizers, which may run anywhere; read under the lock.
         self._gone: deque[int] = deque()
-        # Written to, so that the pages exist before they are pinned: that is 5 times faster.
-        self._block = torch.zeros(num_bytes, dtype=torch.uint8)
+        # Where it is pinned it is written to first, so that the pages exist: that is 5 times
+        # faster. Where not, it takes no memory before it is used.
+        self._block = (torch.zeros if pin else torch.empty)(num_bytes, dtype=torch.uint8)
         if pin and num_bytes:
             self._pin()
 
@@ -90,11 +101,17 @@ class HostMemory:
         """Of the block."""
         return self._extents.size
 
+    @property
+    def bytes_taken(self) -> int:
+        """Handed out and not free again."""
+        with self._lock:
+            self._collect()
+            return self._extents.taken
+
     def empty(self, num_bytes: int) -> torch.Tensor | None:
         """uint8 [num_bytes], not initialised; None where there is no room."""
         with self._lock:
-            while self._gone:
-                self._extents.give_back(self._gone.popleft())
+            self._collect()
             start = self._extents.take(num_bytes)
         if start is None:
             return None
@@ -102,6 +119,10 @@ class HostMemory:
         part = self._block.numpy()[start : start + num_bytes]
         weakref.finalize(part, self._gone.append, start)
         return torch.from_numpy(part)
+
+    def _collect(self) -> None:
+        while self._gone:
+            self._extents.give_back(self._gone.popleft())
 
     def _pin(self) -> None:
         cudart: Any = torch.cuda.cudart()  # type: ignore[no-untyped-call]
@@ -127,78 +148,121 @@ def _unpin(cudart: Any, address: int, _block: torch.Tensor) -> None:
     cudart.cudaHostUnregister(address)
 
 
-class Load(Protocol[_T]):
+class Load(Protocol[_T_co]):
     """Reads an adapter directory into tensors that ``zeros`` makes."""
 
-    def __call__(self, path: Path, zeros: Zeros) -> _T: ...
+    def __call__(self, path: Path, zeros: Zeros) -> _T_co: ...
 
 
 class HostTier(Generic[_T]):
     """Loads adapters into ``HostMemory`` and keeps them there, least recently used ones go first.
 
     Thread-safe. An adapter that has gone from the tier while it is staged, or copied, keeps its
-    memory until whoever holds it lets go. One whose files have changed is another adapter.
+    memory until whoever holds it lets go. One whose files have changed is another adapter; a
+    directory named by its content never changes.
 
     Args:
         load: reads an adapter; raises ``OpenLoRAError``.
-        memory: where its tensors go; tensors that find no room there are made elsewhere.
+        memory: where its tensors go; tensors that find no room there are made elsewhere, and such
+            an adapter is not kept.
+        beside: bytes that an adapter takes beside ``memory``; together they are no more than it.
     """
 
-    def __init__(self, load: Load[_T], memory: HostMemory) -> None:
+    def __init__(
+        self, load: Load[_T], memory: HostMemory, beside: Callable[[_T], int] = lambda _: 0
+    ) -> None:
         self._load = load
         self._memory = memory
+        self._beside = beside
         self._lock = threading.Lock()
-        self._kept: OrderedDict[Path, tuple[object, _T]] = OrderedDict()
+        self._counter = TierCounter()
+        self._kept: OrderedDict[Path, tuple[Stamp, _T]] = OrderedDict()
 
     def cached(self, path: Path) -> _T | None:
         """The adapter at ``path`` if it is here, as fresh as its files; reads no file's content."""
         with self._lock:
             if path not in self._kept:
                 return None
-        signature = _signature(path)
+        now = stamp(path)
         with self._lock:
             found = self._kept.get(path)
-            if found is None or found[0] != signature:
+            if found is None or found[0] != now:
                 return None
             self._kept.move_to_end(path)
-            return found[1]
+        self._counter.hit()
+        return found[1]
 
     def load(self, path: Path) -> _T:
         """The adapter at ``path``, read where it is not here. Raises what ``load`` raises."""
         found = self.cached(path)
         if found is not None:
             return found
-        signature = _signature(path)
-        loaded = self._load(path, self._zeros)
-        with self._lock:
-            self._kept.pop(path, None)
-            self._kept[path] = (signature, loaded)
+        before, started = stamp(path), time.perf_counter()
+        zeros = _Zeros(self._room)
+        try:
+            loaded = self._load(path, zeros)
+        except OpenLoRAError:
+            self._counter.failed()
+            raise
+        self._counter.loaded(time.perf_counter() - started)
+        # Read while somebody wrote: what it is now is for the next load to find out.
+        if not zeros.went_elsewhere and stamp(path) == before:
+            self._keep(path, before, loaded)
         return loaded
+
+    def stats(self, names: Mapping[Path, str]) -> TierStats:
+        """``names``: of the adapters by their paths."""
+        with self._lock:
+            paths = list(self._kept)
+            beside = sum(self._beside(loaded) for _, loaded in self._kept.values())
+        return self._counter.stats(
+            "host",
+            adapters=len(paths),
+            bytes_used=self._memory.bytes_taken + beside,
+            bytes_limit=self._memory.num_bytes,
+            names=tuple(names[path] for path in paths if path in names),
+        )
 
     def __len__(self) -> int:
         return len(self._kept)
 
-    def _zeros(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
-        count = torch.Size(shape).numel()
-        num_bytes = count * dtype.itemsize
-        if not num_bytes or num_bytes > self._memory.num_bytes:
-            return torch.zeros(shape, dtype=dtype)
+    def _keep(self, path: Path, at: Stamp, loaded: _T) -> None:
+        with self._lock:
+            self._kept.pop(path, None)
+            self._kept[path] = (at, loaded)
+            beside = sum(self._beside(each) for _, each in self._kept.values())
+            gone = []
+            while beside > self._memory.num_bytes and self._kept:
+                gone.append(self._kept.popitem(last=False)[1][1])
+                beside -= self._beside(gone[-1])
+                self._counter.evicted()
+
+    def _room(self, num_bytes: int) -> torch.Tensor | None:
+        """uint8 of that size; None where even an empty tier has no room."""
+        if num_bytes > self._memory.num_bytes:
+            return None
         while (part := self._memory.empty(num_bytes)) is None:
             with self._lock:
                 if not self._kept:
                     break
                 _, gone = self._kept.popitem(last=False)
+            self._counter.evicted()
             # Outside of the lock: the memory comes back here, if nobody else holds the adapter.
             del gone
+        return part
+
+
+class _Zeros:
+    """Makes the tensors of one load."""
+
+    def __init__(self, room: Callable[[int], torch.Tensor | None]) -> None:
+        self._room = room
+        self.went_elsewhere = False
+
+    def __call__(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+        num_bytes = torch.Size(shape).numel() * dtype.itemsize
+        part = self._room(num_bytes) if num_bytes else None
         if part is None:
+            self.went_elsewhere |= num_bytes > 0
             return torch.zeros(shape, dtype=dtype)
         return part.view(dtype).view(tuple(shape)).zero_()
-
-
-def _signature(path: Path) -> object:
-    """Changes when a file of the directory does; None where there is no such directory."""
-    try:
-        stats = [(entry.name, entry.stat()) for entry in path.iterdir()]
-    except OSError:
-        return None
-    return sorted((name, s.st_size, s.st_mtime_ns, s.st_ino) for name, s in stats)

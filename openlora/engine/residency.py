@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 
 from openlora.adapters.extras import AdapterExtras
 from openlora.adapters.pages import PagePool, SitePages
+from openlora.adapters.tier_stats import TierCounter, TierStats
 from openlora.engine.adapter_loads import Loaded
 
 EXTRAS_BYTES = 1 << 30
 """A whole embedding or head of a large model is about as much."""
+HELD_SHARE = 0.5
+"""Of the pages, what pinned adapters may take: the rest is for all others."""
 
 
 class ResidentAdapters:
@@ -22,11 +26,12 @@ class ResidentAdapters:
     Args:
         pool: the page pool's book-keeper.
         write: copies an adapter in host memory into its pages.
-
         extras_bytes: most memory of the placed adapters' extras.
+        page_bytes: of one page of each site, for the statistics.
 
     Attributes:
         room_epoch: changes whenever an adapter may have become evictable.
+        counter: what this tier has done.
     """
 
     def __init__(
@@ -34,8 +39,12 @@ class ResidentAdapters:
         pool: PagePool,
         write: Callable[[SitePages, Loaded], None],
         extras_bytes: int = EXTRAS_BYTES,
+        page_bytes: Sequence[int] = (),
     ) -> None:
         self.room_epoch = 0
+        self.counter = TierCounter()
+        self._page_bytes = tuple(page_bytes) or (0,) * len(pool.num_pages)
+        self._held: dict[str, None] = {}
         self.extras_bytes = extras_bytes
         self._extras: dict[str, AdapterExtras] = {}
         self._pool = pool
@@ -77,6 +86,44 @@ class ResidentAdapters:
         """Whether any pages are in use."""
         return any(self._pool.pins(key) for key in self._lru)
 
+    def stats(self, names: tuple[str, ...]) -> TierStats:
+        """The device tier; ``names`` of what is in it."""
+        pool = self._pool
+        used = [have - free for have, free in zip(pool.num_pages, pool.num_free, strict=True)]
+        return self.counter.stats(
+            "device",
+            adapters=len(self._lru),
+            bytes_used=self._bytes_of(used) + sum(map(_size, self._extras.values())),
+            bytes_limit=self._bytes_of(pool.num_pages),
+            names=names,
+        )
+
+    def hold(self, key: str) -> bool:
+        """Never evict an adapter that is resident; False where held ones would then take more
+        than ``HELD_SHARE`` of any site's pages, or of the extras' memory."""
+        counts = [0] * len(self.num_pages)
+        extras_bytes = 0
+        for each in {**self._held, key: None}:
+            counts = [n + len(p) for n, p in zip(counts, self._pool.pages(each), strict=True)]
+            extras_bytes += _size(self._extras.get(each))
+        limits = [have * HELD_SHARE for have in self.num_pages]
+        if extras_bytes > self.extras_bytes * HELD_SHARE or any(
+            count > limit for count, limit in zip(counts, limits, strict=True)
+        ):
+            return False
+        self._held[key] = None
+        return True
+
+    def unhold(self, key: str) -> None:
+        """Take back ``hold``, if there was one."""
+        if key in self._held:
+            del self._held[key]
+            self.room_epoch += 1
+
+    def is_held(self, key: str) -> bool:
+        """Whether the adapter is never evicted."""
+        return key in self._held
+
     def place(self, key: str, loaded: Loaded, is_wanted: Callable[[str], bool]) -> bool:
         """Write an adapter into pages, evicting others for it; False where too many are in use.
 
@@ -86,17 +133,20 @@ class ResidentAdapters:
         """
         if not self._make_room((*loaded.page_counts, _size(loaded.extras)), is_wanted):
             return False
+        started = time.perf_counter()
         pages = self._pool.allocate(key, loaded.page_counts)
         assert pages is not None
         self._write(pages, loaded)
         if loaded.extras is not None:
             self._extras[key] = loaded.extras
         self._lru[key] = None
+        self.counter.loaded(time.perf_counter() - started)
         return True
 
     def evict(self, key: str) -> None:
         """Take an adapter's pages from it; it must not be pinned."""
         self._pool.free(key)
+        self._held.pop(key, None)
         self._extras.pop(key, None)
         del self._lru[key]
         self.room_epoch += 1
@@ -139,6 +189,7 @@ class ResidentAdapters:
         self._pool.check_integrity()
         assert self._lru.keys() == set(self._pool.owners())
         assert self._extras.keys() <= self._lru.keys()
+        assert self._held.keys() <= self._lru.keys()
         assert sum(map(_size, self._extras.values())) <= self.extras_bytes
 
     def _make_room(self, wanted: Iterable[int], is_wanted: Callable[[str], bool]) -> bool:
@@ -150,7 +201,7 @@ class ResidentAdapters:
         free = (*self._pool.num_free, self.extras_bytes - sum(map(_size, self._extras.values())))
         missing = [want - have for want, have in zip(wanted, free, strict=True)]
         victims: list[str] = []
-        idle = [key for key in self._lru if not self._pool.pins(key)]
+        idle = [key for key in self._lru if not self._pool.pins(key) and key not in self._held]
         for key in sorted(idle, key=is_wanted):
             if max(missing) <= 0:
                 break
@@ -163,7 +214,11 @@ class ResidentAdapters:
             return False
         for key in victims:
             self.evict(key)
+            self.counter.evicted()
         return True
+
+    def _bytes_of(self, pages: Sequence[int]) -> int:
+        return sum(n * size for n, size in zip(pages, self._page_bytes, strict=True))
 
 
 def _size(extras: AdapterExtras | None) -> int:

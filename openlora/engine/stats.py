@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from openlora.adapters.tier_stats import TierStats
+
 
 @dataclass(frozen=True, slots=True)
 class ModelInfo:
@@ -40,6 +42,7 @@ class EngineStats:
         cached_tokens: those of them that the prefix cache held.
         output_tokens: tokens drawn and not discarded.
         preemptions: times a request lost its blocks.
+        tiers: what each tier of adapters holds and has done, the fastest first.
     """
 
     running: int
@@ -53,3 +56,4 @@ class EngineStats:
     cached_tokens: int
     output_tokens: int
     preemptions: int
+    tiers: tuple[TierStats, ...] = ()

@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import get_args
 
+from openlora.adapters.extra_format import MAX_ADDED_TOKENS
 from openlora.engine.request import Priority, Request
 from openlora.engine.stats import ModelInfo
 from openlora.errors import InvalidRequest, PromptTooLong
@@ -31,8 +32,10 @@ def check_request(request: Request, model: ModelInfo) -> None:
             f"prompt and output_token_ids have {num_prompt} + {len(request.output_token_ids)} "
             f"tokens; this engine takes {limit} together"
         )
-    _check_token_ids("prompt_token_ids", request.prompt_token_ids, model.vocab_size)
-    _check_token_ids("output_token_ids", request.output_token_ids, model.vocab_size)
+    # An adapter may have tokens of its own; how many is known once it is loaded.
+    vocab_size = model.vocab_size + (MAX_ADDED_TOKENS if request.adapters else 0)
+    _check_token_ids("prompt_token_ids", request.prompt_token_ids, vocab_size)
+    _check_token_ids("output_token_ids", request.output_token_ids, vocab_size)
     for name, weight in request.adapters.items():
         if not math.isfinite(weight):
             raise InvalidRequest(f"adapter {name!r} has weight {weight}; weights must be finite")

@@ -20,11 +20,39 @@ class PartitionStatus(msgspec.Struct, frozen=True):
     paused: bool = False
 
 
+class TierStatus(msgspec.Struct, frozen=True, omit_defaults=True):
+    """One tier of a worker's adapters: what it holds now, and its counts since the start.
+
+    ``tier``: "device" (pages), "host" (memory) or "disk" (copies of a remote store's). ``contents``
+    are hashes of what is there, the longest unused first, of large tiers the ``MAX_CONTENTS`` used
+    last; ``adapters`` counts all. ``load_counts``: loads by ``load_buckets_s``, upper bounds, and
+    last those that took longer.
+    """
+
+    tier: str
+    adapters: int = 0
+    bytes_used: int = 0
+    bytes_limit: int = 0
+    hits: int = 0
+    loads: int = 0
+    failures: int = 0
+    evictions: int = 0
+    load_seconds: float = 0.0
+    load_counts: tuple[int, ...] = ()
+    load_buckets_s: tuple[float, ...] = ()
+    contents: tuple[str, ...] = ()
+
+
+MAX_CONTENTS = 1000
+"""Adapters of a tier that a heartbeat names."""
+
+
 class Heartbeat(msgspec.Struct, frozen=True):
     """A worker's state, written every second with a time to live of five.
 
     ``loaded``: the share of the model that is in memory; below 1 (and a little longer) nothing
     that only the model tells is known: numbers are 0 and ``device`` is what was asked for.
+    ``tiers``: of its adapters, the fastest first.
     """
 
     id: str
@@ -48,6 +76,7 @@ class Heartbeat(msgspec.Struct, frozen=True):
     hidden_size: int = 0
     attention_backend: str = ""
     loaded: float = 1.0
+    tiers: tuple[TierStatus, ...] = ()
 
 
 class AdapterRecord(msgspec.Struct, frozen=True):

@@ -15,6 +15,7 @@ from openlora.protocol.names import (
     ADAPTERS_DROPPED_KEY,
     ADAPTERS_HOLDER_KEY,
     ADAPTERS_KEY,
+    ADAPTERS_PINS_KEY,
     ADAPTERS_REVISION_KEY,
     adapter_versions_key,
 )
@@ -25,6 +26,7 @@ from openlora.registry.records import (
     Reference,
     change_call,
     parse_reference,
+    pin_call,
     private_key,
     put_call,
     records_of,
@@ -42,6 +44,7 @@ class AsyncAdapterRegistry:
         self._put = self._redis.register_script(scripts.PUT)
         self._remove = self._redis.register_script(scripts.REMOVE)
         self._rollback = self._redis.register_script(scripts.ROLLBACK)
+        self._pin = self._redis.register_script(scripts.PIN)
 
     async def get(self, reference: str, tenant: str = OPERATOR) -> AdapterRecord | None:
         """The version in use of an ID, or the one pinned by ``id@version``; None: not there.
@@ -142,6 +145,28 @@ class AsyncAdapterRegistry:
         stored = result_of(reply, Reference(adapter_id, version))
         assert stored is not None
         return stored
+
+    async def pin(self, key: str, *, pinned: bool) -> AdapterRecord:
+        """Have workers keep what ``key`` (of ``key_of``) names in pages, or no more.
+
+        Raises:
+            UnknownAdapter: it is not registered.
+        """
+        call = pin_call(key, pinned=pinned)
+        reply = await self._pin(keys=call.keys, args=call.args)
+        stored = result_of(reply, Reference(key))
+        assert stored is not None
+        return stored
+
+    async def pins(self) -> dict[str, AdapterRecord]:
+        """The versions in use of all that is pinned, by key."""
+        keys = sorted(await self._redis.smembers(ADAPTERS_PINS_KEY))
+        found = await self._redis.hmget(ADAPTERS_KEY, keys) if keys else []
+        return {
+            key.decode(): decode_adapter_record(value)
+            for key, value in zip(keys, found, strict=True)
+            if value is not None
+        }
 
     async def holder(self) -> str:
         """The name under which this registry holds content in stores."""

@@ -16,12 +16,14 @@ from openlora.protocol.names import (
     ADAPTERS_CONTENTS_KEY,
     ADAPTERS_DROPPED_KEY,
     ADAPTERS_KEY,
+    ADAPTERS_PINS_KEY,
     ADAPTERS_REVISION_KEY,
     adapter_versions_key,
 )
 from openlora.protocol.status import AdapterRecord
 
 MAX_ADAPTER_ID_CHARS = 128
+MAX_URL_CHARS = 2000
 OPERATOR = "default"
 """Tenant of keys without a name, of systems without keys, and of records without an owner."""
 KEPT_VERSIONS = 10
@@ -75,6 +77,31 @@ def parse_reference(text: str) -> Reference:
             f"adapter {text[:160]!r} pins no version; write id@version, a number from 1"
         )
     return Reference(check_adapter_id(adapter_id), int(version))
+
+
+def is_remote(text: str) -> bool:
+    """Whether a request names an adapter by URL instead of by ID."""
+    return "://" in text
+
+
+def check_remote(url: str) -> str:
+    """``url`` itself where it may be one.
+
+    Raises:
+        InvalidRequest: it is too long, or holds what no URL does.
+    """
+    if len(url) > MAX_URL_CHARS or not url.isprintable() or " " in url:
+        raise InvalidRequest(f"{url[:200]!r} is no URL of at most {MAX_URL_CHARS} characters")
+    return url
+
+
+def check_reference(text: str) -> str:
+    """What a request may name an adapter by: ``id``, ``id@version`` or a URL; ``text`` itself.
+
+    Raises:
+        InvalidRequest: it is none of them.
+    """
+    return check_remote(text) if is_remote(text) else str(parse_reference(text))
 
 
 def key_of(record: AdapterRecord) -> str:
@@ -145,6 +172,11 @@ def change_call(key: str, owner: str, now_ms: int, version: int | None) -> Call:
     return Call(_keys(key), [ADAPTERS_CHANNEL, key, owner, now_ms, wanted])
 
 
+def pin_call(key: str, *, pinned: bool) -> Call:
+    """Arguments of ``PIN``."""
+    return Call(_keys(key), [ADAPTERS_CHANNEL, key, "1" if pinned else "0"])
+
+
 def result_of(reply: Any, reference: Reference) -> AdapterRecord | None:
     """The record that a script answered with; None for a removal.
 
@@ -182,4 +214,5 @@ def _keys(key: str) -> list[str]:
         ADAPTERS_CONTENTS_KEY,
         ADAPTERS_DROPPED_KEY,
         ADAPTERS_REVISION_KEY,
+        ADAPTERS_PINS_KEY,
     ]

@@ -4,11 +4,11 @@ Keys (one hash slot): ``index`` (hash: key → newest record, ``<key>#version`` 
 out, which outlives a removal: an ID that comes back repeats none), ``versions`` (hash of one key:
 version → record), ``contents`` (hash: content hash → versions that name it), ``dropped`` (sorted
 set: content that no version names any more, by when it lost the last one, in Unix ms),
-``revision`` (count of changes).
+``revision`` (count of changes), ``pins`` (set of keys that workers keep in pages).
 
 A change is published as ``<revision> <key>``: who misses a number reads everything anew.
 
-PUT       KEYS index, versions, contents, dropped, revision
+PUT       KEYS index, versions, contents, dropped, revision, pins
           ARGV channel, key, record with version 0, content hash, owner, now in ms, versions kept
           The same content as the newest version changes nothing. → {"stored"|"same", record} |
           {"forbidden", owner}
@@ -18,6 +18,9 @@ REMOVE    KEYS as PUT        ARGV channel, key, owner, now in ms, version ("" fo
 ROLLBACK  KEYS as PUT        ARGV channel, key, owner, now in ms, version ("" for the one before)
           Requests get this version from now on. → {"stored", record} | {"missing"} |
           {"forbidden", owner}
+PIN       KEYS as PUT        ARGV channel, key, "1" or "0"
+          Workers keep whatever version is in use in pages, or no more. → {"stored", record} |
+          {"missing"}
 """
 
 from __future__ import annotations
@@ -101,6 +104,7 @@ if version == '' then
   local found = sorted_versions()
   for i = 1, #found do drop_version(found[i], now_ms) end
   redis.call('HDEL', index, key)
+  redis.call('SREM', KEYS[6], key)
 else
   if redis.call('HEXISTS', versions, version) == 0 then return {'missing'} end
   if tostring(field(newest, 'version')) == version then return {'current'} end
@@ -131,5 +135,15 @@ if version ~= now_used then
   publish()
 end
 return {'stored', record}
+"""
+)
+
+PIN = (
+    _COMMON
+    + """
+if not newest then return {'missing'} end
+local change = ARGV[3] == '1' and 'SADD' or 'SREM'
+if redis.call(change, KEYS[6], key) == 1 then publish() end
+return {'stored', newest}
 """
 )

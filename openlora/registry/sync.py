@@ -15,6 +15,8 @@ from openlora.protocol.names import (
     ADAPTERS_DROPPED_KEY,
     ADAPTERS_HOLDER_KEY,
     ADAPTERS_KEY,
+    ADAPTERS_PINS_KEY,
+    ADAPTERS_REVISION_KEY,
     adapter_versions_key,
 )
 from openlora.protocol.status import AdapterRecord
@@ -24,6 +26,7 @@ from openlora.registry.records import (
     Reference,
     change_call,
     parse_reference,
+    pin_call,
     private_key,
     put_call,
     records_of,
@@ -45,6 +48,7 @@ class AdapterRegistry:
         self._put = self._redis.register_script(scripts.PUT)
         self._remove = self._redis.register_script(scripts.REMOVE)
         self._rollback = self._redis.register_script(scripts.ROLLBACK)
+        self._pin = self._redis.register_script(scripts.PIN)
 
     def get(self, reference: str, tenant: str = OPERATOR) -> AdapterRecord | None:
         """The version in use of an ID, or the one pinned by ``id@version``; None: not there.
@@ -70,6 +74,10 @@ class AdapterRegistry:
         if tenant is None:
             return [records[key] for key in sorted(records)]
         return visible_records(records.values(), tenant)
+
+    def revision(self) -> int:
+        """Number of changes so far."""
+        return int(self._redis.get(ADAPTERS_REVISION_KEY) or 0)
 
     def versions(self, adapter_id: str, tenant: str = OPERATOR) -> Sequence[AdapterRecord]:
         """All kept versions of an ID, the oldest first."""
@@ -118,6 +126,28 @@ class AdapterRegistry:
         stored = result_of(reply, Reference(adapter_id, version))
         assert stored is not None
         return stored
+
+    def pin(self, key: str, *, pinned: bool) -> AdapterRecord:
+        """Have workers keep what ``key`` (of ``key_of``) names in pages, or no more.
+
+        Raises:
+            UnknownAdapter: it is not registered.
+        """
+        call = pin_call(key, pinned=pinned)
+        reply = self._pin(keys=call.keys, args=call.args)
+        stored = result_of(reply, Reference(key))
+        assert stored is not None
+        return stored
+
+    def pins(self) -> dict[str, AdapterRecord]:
+        """The versions in use of all that is pinned, by key."""
+        keys = sorted(self._redis.smembers(ADAPTERS_PINS_KEY))
+        found = self._redis.hmget(ADAPTERS_KEY, keys) if keys else []
+        return {
+            key.decode(): decode_adapter_record(value)
+            for key, value in zip(keys, found, strict=True)
+            if value is not None
+        }
 
     def holder(self) -> str:
         """The name under which this registry holds content in stores."""

@@ -36,12 +36,18 @@ def test_a_row_for_each_case(tmp_path, capsys):
         assert row["out_tok_s"] > 0
         assert 0 < row["ttft_p50_ms"] <= row["ttft_p99_ms"]
         assert row["of_all_fit"] > 0
+        assert row["ttft_of_all_fit"] > 0
+        assert 0 < row["distinct_a_step"] <= 2
+        assert row["placed"] >= (1 if row["adapters"] == 9 else 0)
     assert [row["distinct"] for row in rows if row["popularity"] == "distinct"] == [2, 6, 2, 6]
 
 
 def test_popularities():
     assert adapters.draw("identical", 9, 4, 0) == [0] * 4
     assert adapters.draw("distinct", 3, 5, 0) == [0, 1, 2, 0, 1]
+    spread = adapters.draw("zipf", 9, 500, 0, apart=3)
+    assert all(len(set(spread[i : i + 4])) == 4 for i in range(497))
+    assert sorted(adapters.draw("uniform", 2, 9, 0, apart=5)[:2]) == [0, 1]
     uniform, zipf = (Counter(adapters.draw(p, 10, 10_000, 1)) for p in ("uniform", "zipf"))
     assert max(uniform.values()) < 1.3 * min(uniform.values())
     assert zipf[0] == pytest.approx(2 * zipf[1], rel=0.2)

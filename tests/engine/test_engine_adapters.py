@@ -154,7 +154,7 @@ def test_a_page_handed_out_while_a_launched_step_names_it_would_be_noticed(monke
             engine.step()
         second = engine.add(request([3, 4], lily=1.0))
         # Until it waits for pages alone, which a step under way still names.
-        while not engine._adapters._staged:
+        while not engine._adapters._supply.staged:
             engine._take_loads(5)
         engine.abort(first)
         outputs = drain(engine)

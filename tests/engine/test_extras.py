@@ -142,5 +142,5 @@ def test_no_ensemble_of_what_cannot_be_added_up(bench):
     assert [completion.error is None for completion in ended] == [False, False, True, True]
     for completion in ended[:2]:
         assert isinstance(completion.error, AdapterFailed)
-        assert "'dora' has weights that are no low-rank pairs" in completion.error.message
+        assert "'dora' has DoRA, of which there is no exact" in completion.error.message
     engine.close()

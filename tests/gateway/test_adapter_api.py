@@ -5,9 +5,9 @@ from __future__ import annotations
 import msgspec
 import pytest
 
-from gateway.adapter_api import _limit, record_fields, residency, select
+from gateway.adapter_api import _limit, check_pins, record_fields, residency, select
 from openlora.errors import InvalidRequest
-from openlora.protocol.status import AdapterRecord
+from openlora.protocol.status import AdapterRecord, TierStatus
 from tests.gateway.test_workers_view import heartbeat
 
 
@@ -44,11 +44,32 @@ def test_limits_that_are_none(text: str) -> None:
 
 def test_the_source_is_told_to_the_owner_alone() -> None:
     theirs = record("a", owner="them")
-    assert record_fields(theirs, "them", [])["source"] == "/secret"
-    assert record_fields(theirs, "me", [])["source"] == ""
-    assert record_fields(record("a"), "default", ["w1"])["resident_on"] == ["w1"]
+    assert record_fields(theirs, "them", {}, False)["source"] == "/secret"
+    assert record_fields(theirs, "me", {}, False)["source"] == ""
+    shown = record_fields(record("a"), "default", {"device": ["w1"], "host": ["w2"]}, True)
+    assert shown["resident_on"] == ["w1"]
+    assert shown["tiers"] == {"device": ["w1"], "host": ["w2"]}
+    assert shown["pinned"] is True
 
 
-def test_residency_is_by_content() -> None:
-    beats = [heartbeat(id="w", resident_adapters=("a", "b")), heartbeat(resident_adapters=("b",))]
-    assert residency(beats) == {"a": ["w"], "b": ["w", "w"]}
+def test_residency_is_by_content_and_tier() -> None:
+    tiers = (
+        TierStatus("device", contents=("a", "b")),
+        TierStatus("host", contents=("b",)),
+        TierStatus("disk", contents=("c",)),
+    )
+    beats = [heartbeat(id="v", tiers=tiers), heartbeat(resident_adapters=("b",))]
+    assert residency(beats) == {
+        "a": {"device": ["v"]},
+        "b": {"device": ["v", "w"], "host": ["v"]},
+        "c": {"disk": ["v"]},
+    }
+
+
+def test_pins_take_half_of_the_least_workers_pages() -> None:
+    beats = [heartbeat(max_lora_rank=16 * 8), heartbeat(max_lora_rank=16 * 4), heartbeat()]
+    check_pins([record("a", rank=8), record("b", rank=16)], beats)
+    check_pins([record("a", rank=8), record("b", rank=16), record("a", rank=8)], beats)
+    with pytest.raises(InvalidRequest, match=r"would take 3 pages .* half of the 4"):
+        check_pins([record("a", rank=8), record("b", rank=17)], beats)
+    check_pins([record("a", rank=999)], [heartbeat()])

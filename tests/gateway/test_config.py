@@ -36,7 +36,9 @@ def test_every_variable_is_read(tmp_path: Path) -> None:
         "OPENLORA_API_KEYS": "t:k",
         "OPENLORA_API_KEYS_FILE": str(key_file),
         "OPENLORA_STORE": "/s",
+        "OPENLORA_ADAPTER_CACHE": "/c",
         "OPENLORA_ADAPTER_SOURCES": "hf://acme/,s3://acme/loras/",
+        "OPENLORA_REMOTE_ADAPTERS": "hf://acme/",
         "OPENLORA_DISCONNECT_GRACE_S": "2.5",
         "OPENLORA_DRAIN_TIMEOUT_S": "0",
         "OPENLORA_BATCHES": "/b",
@@ -55,6 +57,8 @@ def test_every_variable_is_read(tmp_path: Path) -> None:
 def test_the_store_is_in_the_users_cache() -> None:
     assert config(XDG_CACHE_HOME="/c").store == Path("/c/openlora/adapters")
     assert config("--store", "~/x").store == Path.home() / "x"
+    assert config(OPENLORA_ADAPTERS="s3://a/b").store == "s3://a/b"
+    assert config(OPENLORA_ADAPTERS="/watched", XDG_CACHE_HOME="/c").store != Path("/watched")
 
 
 def test_the_redis_password_is_not_shown() -> None:

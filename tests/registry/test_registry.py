@@ -28,14 +28,14 @@ class Blocking:
         self._url = url
 
     def __getattr__(self, name: str) -> Callable[..., Any]:
-        async def call(*args: Any) -> Any:
+        async def call(*args: Any, **named: Any) -> Any:
             client = async_redis_client(self._url)
             try:
-                return await getattr(AsyncAdapterRegistry(client), name)(*args)
+                return await getattr(AsyncAdapterRegistry(client), name)(*args, **named)
             finally:
                 await client.aclose()
 
-        return lambda *args: asyncio.run(call(*args))
+        return lambda *args, **named: asyncio.run(call(*args, **named))
 
 
 @pytest.fixture(params=["sync", "async"])
@@ -88,6 +88,26 @@ def test_changes_are_published_and_repeats_are_not(registry: Any, redis_url: str
         registry.put(record("z"))
         heard = [pubsub.get_message(timeout=5)["data"] for _ in range(5)]
         assert heard == [b"1 a", b"2 a", b"3 a", b"4 a", b"5 z"]
+
+
+def test_a_pin_follows_the_id_and_ends_with_it(registry: Any) -> None:
+    registry.put(record(content="1"))
+    private = msgspec.structs.replace(record("b"), owner="acme", visibility="private")
+    registry.put(private)
+    before = registry.revision()
+    registry.pin("a", pinned=True)
+    registry.pin("a", pinned=True)
+    registry.pin("acme/b", pinned=True)
+    assert registry.revision() == before + 2  # workers and gateways hear of each change once
+    assert sorted(registry.pins()) == ["a", "acme/b"]
+    assert registry.put(record(content="2")) == registry.pins()["a"]
+    registry.pin("acme/b", pinned=False)
+    registry.remove("a")
+    assert registry.pins() == {}
+    registry.put(record(content="3"))
+    assert registry.pins() == {}
+    with pytest.raises(UnknownAdapter, match="'z' is not registered"):
+        registry.pin("z", pinned=True)
 
 
 def test_a_version_stays_what_it_was(registry: Any) -> None:

@@ -32,6 +32,8 @@ def test_every_variable_is_read():
         "OPENLORA_KAFKA": "k:1",
         "OPENLORA_REDIS": "redis://r",
         "OPENLORA_STORE": "/s",
+        "OPENLORA_ADAPTER_CACHE": "/c",
+        "OPENLORA_ADAPTER_CACHE_BYTES": "1000",
         "OPENLORA_DEVICE": "cpu",
         "OPENLORA_DTYPE": "float16",
         "OPENLORA_DRAIN_TIMEOUT_S": "2.5",
@@ -40,6 +42,7 @@ def test_every_variable_is_read():
     assert set(values) == set(ENVIRONMENT)
     config = parse(**values)
     assert config.store == Path("/s")
+    assert (config.adapter_cache, config.adapter_cache_bytes) == (Path("/c"), 1000)
     assert (config.device, config.dtype, config.log_level) == ("cpu", "float16", "info")
     assert config.drain_timeout_s == 2.5
 

@@ -1,0 +1,64 @@
+"""Whether adapters can be resident together, and add up exactly; else why not. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+
+from openlora.adapters.lora_set import SITES
+from openlora.engine.adapter_entry import Adapter
+from openlora.engine.residency import ResidentAdapters
+from openlora.engine.sequence import Sequence as TokenSequence
+from openlora.errors import AdapterFailed, InvalidRequest
+
+
+def check_fit(adapters: Collection[Adapter], resident: ResidentAdapters) -> AdapterFailed | None:
+    """Why these can never be in pages at the same time; None where they can."""
+    names = " + ".join(repr(adapter.name) for adapter in adapters)
+    extras_bytes = sum(adapter.extras_bytes for adapter in adapters)
+    if extras_bytes > resident.extras_bytes:
+        return AdapterFailed(
+            f"weights of adapter {names} that are no low-rank pairs take {extras_bytes} bytes; at "
+            f"most {resident.extras_bytes} are kept"
+        )
+    counts = tuple(map(sum, zip(*(a.page_counts for a in adapters), strict=True)))
+    if not counts or resident.fits(counts):
+        return None
+    needs = ", ".join(
+        f"{site}: {count} of {have}"
+        for site, count, have in zip(SITES, counts, resident.num_pages, strict=True)
+    )
+    return AdapterFailed(
+        f"adapter {names} takes more pages than the pool has ({needs}); "
+        "give the engine a larger adapter budget or use a smaller rank"
+    )
+
+
+def check_exact(adapters: Sequence[tuple[Adapter, float]]) -> AdapterFailed | None:
+    """Why these cannot be weighted and added up as they are; None where they can."""
+    if [weight for _, weight in adapters] == [1.0]:
+        return None
+    for adapter, _ in adapters:
+        if adapter.inexact:
+            return AdapterFailed(
+                f"adapter {adapter.name!r} has {adapter.inexact}, of which there is no exact "
+                "weighted sum: it cannot be weighted or combined with others; use it alone, with "
+                "weight 1"
+            )
+    return None
+
+
+def check_tokens(
+    sequence: TokenSequence, adapters: Sequence[tuple[Adapter, float]], vocab_size: int
+) -> InvalidRequest | None:
+    """Why its tokens are none of these adapters' vocabulary; None where they are.
+
+    Only an adapter that is alone has tokens beyond the base model's ``vocab_size``.
+    """
+    num_known = vocab_size + max((adapter.num_added for adapter, _ in adapters), default=0)
+    largest = max(sequence.token_ids)
+    if largest < num_known:
+        return None
+    return InvalidRequest(
+        f"token ID {largest} is not in the vocabulary: the base model and the request's adapters "
+        f"have {num_known} tokens"
+    )

@@ -1,0 +1,173 @@
+"""A store behind a URL: the same contract for every package, and servers that misbehave."""
+
+from __future__ import annotations
+
+import http.server
+import shutil
+import threading
+import time
+from functools import partial
+from pathlib import Path
+
+import fsspec
+import pytest
+
+from openlora.adapters.disk_cache import Cancelled, DiskCache
+from openlora.adapters.peft_format import inspect_adapter
+from openlora.adapters.remote_store import RemoteStore
+from openlora.adapters.store import AdapterStore
+from openlora.adapters.stores import cache_of, is_url, open_store, store_setting
+from openlora.errors import AdapterFailed, SetupError
+from tests.adapters.peft_dirs import write_adapter
+
+WEIGHTS = "adapter_model.safetensors"
+
+
+@pytest.fixture(params=["file", "memory"])
+def store(request, tmp_path):
+    url = f"file://{tmp_path}/far" if request.param == "file" else "memory://far"
+    yield RemoteStore(url, tmp_path / "cache")
+    system = fsspec.filesystem("memory")
+    if system.exists("/far"):
+        system.rm("/far", recursive=True)
+
+
+def cached(store):
+    return DiskCache(store.scratch, store, 1 << 30, back_off_s=(0.001,))
+
+
+def test_what_is_put_is_listed_fetched_and_deleted(store, tmp_path):
+    adapter = write_adapter(tmp_path / "a")
+    assert store.contents() == []
+    info = store.put(adapter, holder="here")
+    assert info == inspect_adapter(adapter)
+    assert store.contents() == [info.hash]
+    assert store.held(info.hash) == ("here",)
+    cache = cached(store)
+    cache.ensure(store.path(info.hash))
+    assert inspect_adapter(store.path(info.hash)).hash == info.hash
+    assert store.release(info.hash, "here")
+    assert not store.release(info.hash, "here")
+    assert store.contents() == []
+    shutil.rmtree(store.path(info.hash))
+    with pytest.raises(AdapterFailed, match=r"is not in the store (file|memory)://.*add it again"):
+        cache.ensure(store.path(info.hash))
+
+
+def test_content_goes_with_its_last_holder(store, tmp_path):
+    adapter = write_adapter(tmp_path / "a")
+    content = store.put(adapter, holder="here").hash
+    assert store.put(adapter, holder="there").hash == content
+    assert not store.release(content, "here")
+    assert store.contents() == [content]
+    assert store.release(content, "there")
+    assert store.contents() == []
+
+
+def test_nothing_of_a_bad_adapter_is_stored(store, tmp_path):
+    adapter = write_adapter(tmp_path / "a")
+    (adapter / WEIGHTS).write_bytes(b"x")
+    with pytest.raises(AdapterFailed, match="cut short"):
+        store.put(adapter, holder="here")
+    assert store.contents() == []
+
+
+def test_an_upload_that_was_cut_off_is_made_whole_by_the_next(store, tmp_path):
+    adapter = write_adapter(tmp_path / "a")
+    content = store.put(adapter).hash
+    store._system.rm_file(store._at(content, "adapter_config.json"))
+    with pytest.raises(AdapterFailed, match="is not in the store"):
+        cached(store).ensure(store.path(content))
+    store.put(adapter)
+    cached(store).ensure(store.path(content))
+
+
+class Handler(http.server.SimpleHTTPRequestHandler):
+    wait_s = 0.0
+    status = 0
+
+    def do_GET(self):
+        time.sleep(self.wait_s)
+        if self.status:
+            self.send_error(self.status)
+        else:
+            super().do_GET()
+
+    def log_message(self, *args):
+        pass
+
+
+@pytest.fixture
+def site(tmp_path):
+    """A server of a store's directory, its URL, and how it behaves."""
+    handler = type("Served", (Handler,), {})
+    AdapterStore(tmp_path / "site").sweep()
+    (tmp_path / "site").mkdir()
+    serve = partial(handler, directory=str(tmp_path / "site"))
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), serve)
+    thread = threading.Thread(target=server.serve_forever, args=(0.01,))
+    thread.start()
+    yield AdapterStore(tmp_path / "site"), f"http://127.0.0.1:{server.server_port}", handler
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+def test_a_web_server_is_a_store_to_read(site, tmp_path):
+    behind, url, _ = site
+    content = behind.put(write_adapter(tmp_path / "a")).hash
+    store = RemoteStore(url, tmp_path / "cache")
+    cached(store).ensure(store.path(content))
+    with pytest.raises(AdapterFailed, match="can only be read"):
+        store.put(write_adapter(tmp_path / "b", rank=8), holder="here")
+
+
+def test_a_server_that_fails_is_named(site, tmp_path):
+    behind, url, handler = site
+    content = behind.put(write_adapter(tmp_path / "a")).hash
+    handler.status = 503
+    store = RemoteStore(url, tmp_path / "cache")
+    with pytest.raises(AdapterFailed, match=r"127\.0\.0\.1.* does not give adapter .*503"):
+        cached(store).ensure(store.path(content))
+    handler.status = 0
+    cached(store).ensure(store.path(content))
+
+
+def test_a_slow_server_is_given_up_in_time(site, tmp_path):
+    behind, url, handler = site
+    content = behind.put(write_adapter(tmp_path / "a")).hash
+    handler.wait_s = 0.1
+    store = RemoteStore(url, tmp_path / "cache", timeout_s=0.05)
+    with pytest.raises(AdapterFailed, match=r"not read within 0\.05 s"):
+        cached(store).ensure(store.path(content))
+    cancelled = threading.Event()
+    cancelled.set()
+    (tmp_path / "into").mkdir()
+    with pytest.raises(Cancelled):
+        store.fetch(content, tmp_path / "into", cancelled)
+
+
+def test_nobody_there(tmp_path):
+    store = RemoteStore("http://127.0.0.1:9", tmp_path / "cache")
+    with pytest.raises(AdapterFailed, match="does not give adapter"):
+        cached(store).ensure(store.path("0" * 64))
+
+
+def test_what_a_setting_names(tmp_path):
+    url = "s3://bucket/adapters"
+    assert store_setting(None, {"OPENLORA_ADAPTERS": url}) == url
+    assert store_setting(None, {"OPENLORA_ADAPTERS": "/a/folder", "HOME": "/h"}) != "/a/folder"
+    assert store_setting(None, {"OPENLORA_ADAPTERS": url, "OPENLORA_STORE": "/s"}) == Path("/s")
+    assert is_url(url)
+    assert not is_url(tmp_path)
+    assert isinstance(open_store(tmp_path, tmp_path), AdapterStore)
+    opened = open_store("memory://x", tmp_path)
+    assert opened.path("a" * 64) == cache_of("memory://x", tmp_path) / ("a" * 64)
+    with pytest.raises(AdapterFailed, match="no content hash"):
+        opened.path("../x")
+    with pytest.raises(SetupError, match="cannot be opened"):
+        open_store("nonsense://x", tmp_path)
+
+
+def test_a_url_is_shown_without_its_password(tmp_path):
+    assert RemoteStore("http://me:secret@host/x?key=1", tmp_path).name == "http://host/x"

@@ -1,0 +1,76 @@
+"""Pinned adapters: loaded ahead, kept in pages, and never more than half of them."""
+
+from __future__ import annotations
+
+from openlora.adapters.lora_set import LoRASet
+from openlora.engine.scheduler import Wait
+from tests.engine.manager_bench import Bench
+
+
+def pinned(bench: Bench, *names: str) -> None:
+    bench.manager.set_pins(names)
+    bench.load_all()
+
+
+def test_a_pinned_adapter_is_in_pages_before_anybody_asks_and_stays():
+    bench = Bench(pages=(2,) * 4)
+    bench.register("a-1-1-1-1", "b-1-1-1-1", "c-1-1-1-1", "d-1-1-1-1")
+    pinned(bench, "a")
+    assert bench.manager.resident == ("a",)
+    for name in "bcd":
+        bench.end(bench.run(**{name: 1.0}))
+        assert "a" in bench.manager.resident
+    bench.manager.set_pins(())
+    assert "a" in bench.manager.resident  # until somebody needs its pages
+    bench.end(bench.run(b=1.0))
+    bench.end(bench.run(c=1.0))
+    assert "a" not in bench.manager.resident
+
+
+def test_pins_take_half_of_the_pages_and_what_is_more_is_not_pinned(caplog):
+    bench = Bench(pages=(4,) * 4)
+    bench.register("a-1-1-1-1", "b-1-1-1-1", "c-1-1-1-1")
+    pinned(bench, "a", "b", "c")
+    assert "adapter c is not pinned" in caplog.text
+    bench.register("big-4-4-4-4", "half-2-2-2-2")
+    sequence = bench.want(half=1.0)
+    bench.load_all()
+    assert isinstance(bench.acquire(sequence), LoRASet)
+    assert set(bench.manager.resident) >= {"a", "b", "half"}
+
+
+def test_a_pinned_adapter_waits_for_pages_that_are_in_use():
+    bench = Bench(pages=(2,) * 4)
+    bench.register("a-1-1-1-1", "b-2-2-2-2")
+    running = bench.run(b=1.0)
+    pinned(bench, "a")
+    assert bench.manager.resident == ("b",)
+    bench.end(running)
+    bench.manager.poll()
+    assert bench.manager.resident == ("a",)
+    waiting = bench.want(b=1.0)
+    bench.load_all()
+    assert bench.acquire(waiting) is Wait.NO_ROOM
+
+
+def test_one_that_fails_is_said_and_tried_again(caplog):
+    bench = Bench()
+    bench.register("broken-1-1-1-1", "a-1-1-1-1")
+    bench.manager.set_pins(("broken", "a", "unknown"))
+    assert len(bench.load_all()) == 1
+    assert "pinned adapter broken is not loaded" in caplog.text
+    assert bench.manager.resident == ("a",)
+    assert not bench.manager.has_pins_under_way()
+    bench.manager.set_pins(("broken", "a"))
+    assert bench.manager.has_pins_under_way()
+    assert len(bench.load_all()) == 1
+
+
+def test_a_pinned_name_that_goes_leaves_nothing():
+    bench = Bench()
+    bench.register("a-1-1-1-1")
+    pinned(bench, "a")
+    bench.manager.unregister("a")
+    bench.manager.check_integrity()
+    assert bench.manager.resident == ()
+    assert not any(bench.pool.owners())

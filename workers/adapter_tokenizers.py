@@ -1,0 +1,103 @@
+"""Tokenizers of adapters that bring tokens of their own."""
+
+from __future__ import annotations
+
+import json
+from collections import OrderedDict
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from openlora.errors import AdapterFailed
+from workers.tokenizer import PromptTokenizer
+
+if TYPE_CHECKING:
+    import tokenizers
+
+KEPT = 16
+TOKENIZER_FILE, CONFIG_FILE = "tokenizer.json", "tokenizer_config.json"
+
+
+@dataclass(frozen=True, slots=True)
+class ChosenTokenizer:
+    """What a request's texts are read and written with.
+
+    Attributes:
+        prompt: makes token IDs of prompts; its ``backend`` makes texts of answers.
+        eos_token_ids: that end an answer beside the model's.
+    """
+
+    prompt: PromptTokenizer
+    eos_token_ids: tuple[int, ...] = ()
+
+
+class AdapterTokenizers:
+    """Finds a request's tokenizer. Used by one thread.
+
+    Args:
+        base: the model's; its chat template serves adapters as well.
+    """
+
+    def __init__(self, base: PromptTokenizer) -> None:
+        self._base = ChosenTokenizer(base)
+        self._known = _tokens(base.backend)
+        self._kept: OrderedDict[Path, ChosenTokenizer] = OrderedDict()
+
+    def of(self, directories: Iterable[Path]) -> ChosenTokenizer:
+        """That of the first of these adapters that has one with other tokens than the model's.
+
+        More than one such adapter cannot be in a request: the engine refuses it.
+
+        Raises:
+            AdapterFailed: a tokenizer file cannot be read.
+        """
+        for directory in directories:
+            if (directory / TOKENIZER_FILE).is_file():
+                chosen = self._load(directory)
+                if chosen is not self._base:
+                    return chosen
+        return self._base
+
+    def _load(self, directory: Path) -> ChosenTokenizer:
+        chosen = self._kept.get(directory)
+        if chosen is None:
+            chosen = self._read(directory)
+            self._kept[directory] = chosen
+            if len(self._kept) > KEPT:
+                self._kept.popitem(last=False)
+        self._kept.move_to_end(directory)
+        return chosen
+
+    def _read(self, directory: Path) -> ChosenTokenizer:
+        from tokenizers import Tokenizer
+
+        try:
+            backend = Tokenizer.from_file(str(directory / TOKENIZER_FILE))
+            if _tokens(backend) == self._known:
+                return self._base
+            eos = _eos_token(directory / CONFIG_FILE)
+        # the library's own errors are plain Exceptions
+        except Exception as error:
+            reason = " ".join(str(error).split())[:200]
+            raise AdapterFailed(
+                f"the adapter's {TOKENIZER_FILE} cannot be read: {reason}"
+            ) from error
+        found = None if eos is None else backend.token_to_id(eos)
+        prompt = self._base.prompt.with_backend(backend)
+        return ChosenTokenizer(prompt, () if found is None else (found,))
+
+
+def _tokens(backend: tokenizers.Tokenizer) -> tuple[int, frozenset[tuple[int, str]]]:
+    """What tells tokenizers of one family apart: how many tokens, and which were added."""
+    added = backend.get_added_tokens_decoder()
+    return backend.get_vocab_size(), frozenset((i, token.content) for i, token in added.items())
+
+
+def _eos_token(path: Path) -> str | None:
+    if not path.is_file():
+        return None
+    token = json.loads(path.read_bytes()).get("eos_token")
+    if isinstance(token, dict):
+        token = token.get("content")
+    return token if isinstance(token, str) else None

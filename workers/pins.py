@@ -1,0 +1,101 @@
+"""Keeps the adapters that the registry has pinned in the engine's pages."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+import redis
+from redis.exceptions import RedisError
+
+from openlora.adapters.stores import Store
+from openlora.errors import AdapterFailed, InvalidRequest
+from openlora.protocol.names import ADAPTERS_CHANNEL
+from openlora.registry import AdapterRegistry
+from workers.engine_client import EngineClient
+
+CHECK_S = 0.5
+"""How often the registry is asked whether it has changed: pub/sub keeps nothing for whoever was
+away."""
+AGAIN_S = 30.0
+"""How often all pins are said anew: one that could not be loaded is tried again."""
+
+logger = logging.getLogger("workers.pins")
+
+
+class PinWatch:
+    """A thread that reads the pins; ``apply`` tells the engine, in the thread that owns it.
+
+    Args:
+        client: of the registry.
+        store: where the adapters are.
+        engine: keeps them.
+        wake: ends the wait of the thread that calls ``apply``.
+    """
+
+    def __init__(
+        self,
+        client: redis.Redis,
+        store: Store,
+        engine: EngineClient,
+        wake: Callable[[], None],
+    ) -> None:
+        self._client = client
+        self._registry = AdapterRegistry(client)
+        self._store = store
+        self._engine = engine
+        self._wake = wake
+        self._stop = threading.Event()
+        self._wanted: tuple[str, ...] | None = None
+        self._thread = threading.Thread(target=self._run, name="pins", daemon=True)
+
+    def start(self) -> None:
+        """Begin to watch."""
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Watch no more."""
+        self._stop.set()
+
+    def apply(self) -> None:
+        """Tell the engine what is pinned now, if that has changed. Raises EngineGone."""
+        wanted, self._wanted = self._wanted, None
+        if wanted is None:
+            return
+        known = []
+        for content in wanted:
+            try:
+                self._engine.register(content, str(self._store.path(content)))
+                known.append(content)
+            except AdapterFailed as error:
+                logger.warning("event=pin_failed adapter=%s error=%r", content, error.message)
+        self._engine.pin(tuple(known))
+        self._engine.flush()
+
+    def _run(self) -> None:
+        while not self._stop.is_set():
+            try:
+                self._watch()
+            except (RedisError, OSError, InvalidRequest) as error:
+                logger.info("event=pins_not_read error=%r next=again", str(error))
+                self._stop.wait(CHECK_S)
+
+    def _watch(self) -> None:
+        revision, again_at = -1, 0.0
+        told: tuple[str, ...] = ()
+        pubsub: Any = self._client.pubsub()  # type: ignore[no-untyped-call]
+        with pubsub:
+            pubsub.subscribe(ADAPTERS_CHANNEL)
+            while not self._stop.is_set():
+                now, is_due = self._registry.revision(), time.monotonic() >= again_at
+                if now != revision or is_due:
+                    found = tuple(sorted({r.hash for r in self._registry.pins().values()}))
+                    if found != told or (found and is_due):
+                        self._wanted = found
+                        self._wake()
+                        again_at = time.monotonic() + AGAIN_S
+                    revision, told = now, found
+                pubsub.get_message(timeout=CHECK_S)
