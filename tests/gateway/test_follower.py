@@ -206,7 +206,8 @@ async def _flush_with_and_without_room() -> None:
     outbox.put("d")
     socket.takes_frames = True
     outbox.put("e")  # does not overtake what the sender has in hand
-    await asyncio.sleep(0.01)
+    while len(socket.frames) < 6:
+        await asyncio.sleep(0)
     assert socket.writes[2:] == [["c", "d", "e"]]
     assert metrics.frames_sent == 6
     outbox.close()
