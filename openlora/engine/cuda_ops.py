@@ -7,10 +7,17 @@ from dataclasses import dataclass
 
 import torch
 
-from openlora.kernels import triton_attention, triton_fused, triton_prefill_attention
+from openlora.kernels import (
+    triton_activation,
+    triton_attention,
+    triton_norms,
+    triton_prefill_attention,
+    triton_rope,
+)
 from openlora.kernels.linear import Linear
 from openlora.kernels.triton_sgmv import SGMVTables, SGMVTiles, sgmv_shrink
-from openlora.kernels.triton_sgmv_expand import sgmv_expand, sgmv_expand_gated
+from openlora.kernels.triton_sgmv_expand import sgmv_expand
+from openlora.kernels.triton_sgmv_gated import sgmv_expand_gated
 from openlora.models.config import ModelConfig
 from openlora.models.decoder import Decoder
 from openlora.models.ops import GATE_UP, EdgeOps, LayerPages
@@ -114,23 +121,23 @@ class CudaOps(EdgeOps):
     lora: LoRABinding | None
 
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        return triton_fused.rms_norm(x, weight, self.config.rms_norm_eps)
+        return triton_norms.rms_norm(x, weight, self.config.rms_norm_eps)
 
     def add_rms_norm(
         self, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor
     ) -> torch.Tensor:
-        return triton_fused.add_rms_norm(x, residual, weight, self.config.rms_norm_eps)
+        return triton_norms.add_rms_norm(x, residual, weight, self.config.rms_norm_eps)
 
     def silu_and_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
-        return triton_fused.silu_and_mul(gate_up)
+        return triton_activation.silu_and_mul(gate_up)
 
     def gelu_tanh_and_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
-        return triton_fused.gelu_tanh_and_mul(gate_up)
+        return triton_activation.gelu_tanh_and_mul(gate_up)
 
     def norm_heads(self, qkv: torch.Tensor, q_norm: torch.Tensor, k_norm: torch.Tensor) -> None:
         config = self.config
         heads = qkv.view(qkv.shape[0], -1, config.head_dim)
-        triton_fused.norm_heads(heads, q_norm, k_norm, config.num_kv_heads, config.rms_norm_eps)
+        triton_norms.norm_heads(heads, q_norm, k_norm, config.num_kv_heads, config.rms_norm_eps)
 
     def lora_linear(self, linear: Linear, x: torch.Tensor, layer: int, site: int) -> torch.Tensor:
         lora = self.lora
@@ -167,7 +174,7 @@ class CudaOps(EdgeOps):
         heads = qkv.view(qkv.shape[0], -1, config.head_dim)
         rotary = self.rotary
         local = rotary.local_inv_freq if config.is_sliding(layer) else None
-        triton_fused.rope_and_write_kv(
+        triton_rope.rope_and_write_kv(
             heads,
             self.positions,
             rotary.inv_freq if local is None else local,

@@ -30,8 +30,7 @@ from openlora.engine.kv_cache import KVCache
 from openlora.engine.sgmv_plan import PlanLayout, SGMVPlan
 from openlora.engine.step_inputs import StepInputs
 from openlora.kernels.triton_attention import DecodeScratch, decode_splits
-from openlora.kernels.triton_fused import take_tokens
-from openlora.kernels.triton_sampling import GreedyScratch, greedy
+from openlora.kernels.triton_sampling import GreedyScratch, greedy, take_tokens
 from openlora.kernels.triton_sgmv import SGMVTables
 from openlora.models.decoder import Decoder
 

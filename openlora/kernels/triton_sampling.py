@@ -1,5 +1,5 @@
 # ruff: noqa: ANN001, ANN202 - Triton kernels take pointers and compile-time constants.
-"""The greedy choice in Triton: one launch in place of argmax, gather and the checks behind them."""
+"""Tokens in Triton: the greedy choice in one launch, and the choice of what a step runs on."""
 
 from __future__ import annotations
 
@@ -111,5 +111,39 @@ def greedy(logits: torch.Tensor, scratch: GreedyScratch) -> torch.Tensor:
             OVERLAP=overlap,
             num_warps=4,
             **launch_options(overlap),
+        )
+    return out
+
+
+@triton.jit
+def _take_tokens_kernel(
+    token_ids_ptr, sources_ptr, drawn_ptr, out_ptr, num_tokens, BLOCK: tl.constexpr
+):
+    index = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    in_range = index < num_tokens
+    source = tl.load(sources_ptr + index, mask=in_range, other=-1)
+    given = tl.load(token_ids_ptr + index, mask=in_range, other=0).to(tl.int64)
+    drawn = tl.load(drawn_ptr + source, mask=source >= 0, other=0)
+    # A failed draw is -1: its request ends when the host reads it; until then any token will do.
+    drawn = tl.where(drawn < 0, 0, drawn)
+    tl.store(out_ptr + index, tl.where(source >= 0, drawn, given), mask=in_range)
+
+
+def take_tokens(
+    token_ids: torch.Tensor, sources: torch.Tensor, drawn: torch.Tensor
+) -> torch.Tensor:
+    """drawn[sources] where a source is not -1, else token_ids; draws of -1 become token 0.
+
+    Args:
+        token_ids, sources: int32 [tokens].
+        drawn: int64, the tokens of the step before.
+
+    Returns:
+        A new int64 [tokens].
+    """
+    out = torch.empty(token_ids.shape, dtype=torch.int64, device=token_ids.device)
+    if out.numel():
+        _take_tokens_kernel[(triton.cdiv(out.numel(), 256),)](
+            token_ids, sources, drawn, out, out.numel(), BLOCK=256, num_warps=4
         )
     return out

@@ -1,7 +1,7 @@
 # ruff: noqa: ANN001, ANN202 - Triton kernels take pointers and compile-time constants.
 """SGMV in Triton: the LoRA deltas of a batch that mixes adapters, in two launches a site.
 
-The first of them is here, the other in ``triton_sgmv_expand``.
+The first of them is here, the other in ``triton_sgmv_expand`` (and ``triton_sgmv_gated``).
 
 For a chunk c of rows that share a LoRA set, and that set's pages p with weights w_p::
 

@@ -10,7 +10,11 @@ from openlora.engine.sgmv_plan import PlanLayout, SGMVPlan, build_plan
 from openlora.kernels import triton_sgmv
 from openlora.kernels.activation import gelu_tanh_and_mul, silu_and_mul
 from openlora.kernels.triton_sgmv import SGMVTables, SGMVTiles, sgmv_shrink
-from openlora.kernels.triton_sgmv_expand import sgmv_expand, sgmv_expand_gated
+from openlora.kernels.triton_sgmv_expand import sgmv_expand
+from openlora.kernels.triton_sgmv_gated import sgmv_expand_gated
+
+# exp(-x) of a large -x is inf, and 1 / (1 + inf) the 0 that it should be.
+pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning:triton")
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 # The interpreter knows no bfloat16 arithmetic.
@@ -123,7 +127,7 @@ def test_rows_around_the_chunk_size(count: int, tiles: SGMVTiles) -> None:
 
 @pytest.mark.parametrize("tiles", [DECODE, PREFILL], ids=["decode", "prefill"])
 def test_every_row_its_own_set(tiles: SGMVTiles) -> None:
-    run_case("gate_up", [(1, [(i % 9, 1.0)]) for i in range(20)], torch.float32, tiles)
+    run_case("gate_up", [(1, [(i % 9, 1.0)]) for i in range(11)], torch.float32, tiles)
 
 
 @pytest.mark.parametrize("rows", [0, 3])

@@ -1,0 +1,187 @@
+"""A whole step on the Triton kernels, in the interpreter, against the same step in torch."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from openlora.adapters.extras import AdapterExtras, LinearExtra, TableExtra
+from openlora.adapters.lora_set import LoRASet
+from openlora.adapters.page_tensors import PageTensors
+from openlora.engine.extra_ops import with_extras
+from openlora.engine.kv_cache import KVCache
+from openlora.engine.mixed_steps import MixedSteps
+from openlora.engine.runner import ModelRunner
+from openlora.engine.step import PENDING_TOKEN, RowSampling, StepRow
+from openlora.models.config import ModelConfig
+from openlora.models.decoder import Decoder
+from openlora.models.dummy import dummy_weights
+from openlora.models.ops import GATE_UP, OUT, QKV
+from openlora.models.weights import weight_shapes
+from openlora.sampling_params import SamplingParams
+
+CONFIG = ModelConfig(
+    architecture="LlamaForCausalLM",
+    vocab_size=64,
+    hidden_size=48,
+    intermediate_size=40,
+    num_layers=2,
+    num_heads=6,
+    num_kv_heads=2,
+    head_dim=8,
+    rms_norm_eps=1e-5,
+    rope_theta=10000.0,
+    rope_scaling=None,
+    max_model_len=64,
+    tie_word_embeddings=True,
+    eos_token_ids=(2,),
+    dtype="float32",
+)
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+GREEDY = RowSampling(SamplingParams(temperature=0), 0, 0, (), ())
+
+
+def lora_set(*pages: tuple[int, float]) -> LoRASet:
+    # The MLP has the first page alone, as an adapter of mixed ranks would.
+    return LoRASet((pages, pages, pages[:1], pages[:1]), str(pages))
+
+
+# Without a sample, as chunks of longer prompts are.
+PREFILL = [
+    StepRow(1, [5, 6, 7, 8, 9], 0, [3, 0], lora_set((0, 1.0)), None),
+    StepRow(3, [21, 22, 23], 0, [2], lora_set((1, 0.5), (2, -1.0)), None),
+    StepRow(2, [11, 12], 0, [1], LoRASet.EMPTY, GREEDY),
+]
+MIXED = [
+    StepRow(1, [10], 5, [3, 0], lora_set((0, 1.0)), GREEDY),
+    StepRow(3, [24], 3, [2], lora_set((1, 0.5), (2, -1.0)), GREEDY),
+    StepRow(2, [13, 14, 15], 2, [1, 4], LoRASet.EMPTY, GREEDY),
+]
+
+
+def extras() -> AdapterExtras:
+    """Of each kind one."""
+    generator = torch.Generator().manual_seed(7)
+
+    def some(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator) * 0.3
+
+    return AdapterExtras(
+        linears={
+            (0, QKV): LinearExtra(some(80), None),
+            (1, OUT): LinearExtra(None, some(48)),
+            (1, GATE_UP): LinearExtra(some(80), some(80)),
+        },
+        norms={"model.layers.1.post_attention_layernorm": some(48), "model.norm": some(48)},
+        embedding=TableExtra(a=some(64, 4), b=some(4, 48)),
+        head=TableExtra(weight=some(64, 48)),
+    )
+
+
+class Bench:
+    """The same model with two caches, one for each way to compute."""
+
+    def __init__(self) -> None:
+        generator = torch.Generator().manual_seed(3)
+        get = dummy_weights(weight_shapes(CONFIG), torch.float32, DEVICE)
+        self.model = Decoder(CONFIG, lambda name: get(name).mul_(8), torch.float32, DEVICE)
+        self.pages = PageTensors(CONFIG, (3, 3, 3, 3), torch.float32, DEVICE)
+        for site in self.pages.sites:
+            site.a.copy_(torch.randn(site.a.shape, generator=generator) * 0.2)
+            site.b.copy_(torch.randn(site.b.shape, generator=generator) * 0.2)
+        self.cache, self.torch_cache = (
+            KVCache(CONFIG, 6, torch.float32, DEVICE, block_size=4) for _ in range(2)
+        )
+        self.reference = ModelRunner(self.model, self.pages, self.torch_cache)
+        self.drawn = torch.zeros(4, dtype=torch.int64, device=DEVICE)
+        self.moved: list[torch.Tensor] = []
+        self.steps = MixedSteps(
+            self.model,
+            self.pages,
+            self.cache,
+            num_processors=1,
+            max_num_seqs=4,
+            max_model_len=64,
+            to_device=self._to_device,
+        )
+
+    def _to_device(self, array) -> torch.Tensor:
+        self.moved.append(torch.from_numpy(array).to(DEVICE))
+        return self.moved[-1]
+
+    def expected(self, rows: list[StepRow]) -> torch.Tensor:
+        ops = self.reference._bind(rows)
+        token_ids = torch.tensor([t for row in rows for t in row.token_ids], device=DEVICE)
+        own = [(len(row.token_ids), row.lora_set.extras) for row in rows]
+        hidden = self.model.forward(token_ids, with_extras(ops, self.model, own))
+        ends = torch.tensor([len(row.token_ids) for row in rows]).cumsum(0) - 1
+        sampled = [index for index, row in enumerate(rows) if row.sampling is not None]
+        heads = with_extras(ops, self.model, [(1, own[index][1]) for index in sampled])
+        return self.model.logits(hidden[ends[sampled]], heads)
+
+    def compare(self, rows: list[StepRow]) -> torch.Tensor:
+        logits = self.steps.logits(rows, {}, self.drawn)
+        torch.testing.assert_close(logits, self.expected(rows), rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(self.cache.tensor, self.torch_cache.tensor, rtol=1e-3, atol=1e-4)
+        return logits
+
+
+@torch.inference_mode()
+def test_prefill_then_a_mixed_step() -> None:
+    bench = Bench()
+    bench.compare(PREFILL)
+    logits = bench.compare(MIXED)
+    base = bench.compare([replace(row, lora_set=LoRASet.EMPTY) for row in MIXED])
+    assert not torch.allclose(base[:1], logits[:1], rtol=1e-2)
+    assert logits.shape == (3, 64)
+
+
+@torch.inference_mode()
+def test_rows_with_extras_beside_rows_without() -> None:
+    bench = Bench()
+    with_own = [replace(row, lora_set=replace(row.lora_set, extras=own))
+                for row, own in zip(PREFILL, (extras(), None, None), strict=True)]  # fmt: skip
+    plain = bench.compare(PREFILL)
+    torch.testing.assert_close(bench.compare(with_own), plain)
+    own = [with_own[0].lora_set, PREFILL[1].lora_set, PREFILL[2].lora_set]
+    rows = [replace(row, lora_set=lora_set) for row, lora_set in zip(MIXED, own, strict=True)]
+    logits = bench.compare(rows)
+    without = bench.compare(MIXED)
+    assert not torch.allclose(logits[:1], without[:1], rtol=1e-2)
+
+
+@torch.inference_mode()
+def test_pending_tokens_come_from_the_last_step() -> None:
+    bench = Bench()
+    bench.compare(PREFILL)
+    expected = bench.compare(MIXED)
+    pending = [replace(MIXED[0], token_ids=[PENDING_TOKEN]), *MIXED[1:]]
+    bench.drawn[2] = MIXED[0].token_ids[0]
+    torch.testing.assert_close(bench.steps.logits(pending, {1: 2}, bench.drawn), expected)
+
+
+@torch.inference_mode()
+def test_without_samples_there_are_no_logits() -> None:
+    bench = Bench()
+    rows = [replace(row, sampling=None) for row in PREFILL]
+    assert bench.steps.logits(rows, {}, bench.drawn).shape == (0, 64)
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("count", [1, 3, 5])
+def test_every_array_begins_at_one_alignment(count: int) -> None:
+    bench = Bench()
+    seen = []
+    bind = bench.steps._bind
+    bench.steps._bind = lambda rows, inputs, on_device: (
+        seen.append(on_device) or bind(rows, inputs, on_device)
+    )
+    row = StepRow(1, list(range(count)), 0, [3, 0], lora_set((0, 1.0)), GREEDY)
+    bench.steps.logits([row, PREFILL[2]], {}, bench.drawn)
+    start = bench.moved[0].data_ptr()
+    assert [(part.data_ptr() - start) % 64 for part in seen[0] if part.numel()] == [0] * sum(
+        bool(part.numel()) for part in seen[0]
+    )
+    assert seen[0][7].stride(0) % 16 == 0
