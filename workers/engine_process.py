@@ -110,9 +110,11 @@ class EngineServer:
         stalled = False
         while True:
             busy = self._engine.has_work() or bool(self._failed)
+            wait_ms: int | None = STALLED_WAIT_MS if stalled else 0
             if not busy:
+                # In this order: what has come of a load is told before the wait.
+                wait_ms = self._idle_wait_ms()
                 self._send((), force_load=True)
-            wait_ms = (STALLED_WAIT_MS if stalled else 0) if busy else self._idle_wait_ms()
             if self._poll.poll(wait_ms):
                 data = self._sock.recv(RECEIVE_BYTES)
                 if not data:

@@ -85,6 +85,7 @@ class DiskCache:
         self._counter = TierCounter()
         self._refused: dict[str, tuple[float, str]] = {}
         self._sizes: dict[str, int] = {}
+        self._fresh: set[str] = set()
         with contextlib.suppress(OSError):
             self._rescan()
             self._sweep()
@@ -111,7 +112,6 @@ class DiskCache:
         """
         cancelled = cancelled or threading.Event()
         if path.is_dir():
-            self._counter.hit()
             return
         self._check_refused(path.name)
         started = time.perf_counter()
@@ -121,6 +121,7 @@ class DiskCache:
                 if not path.is_dir():
                     self._bring(path, cancelled)
             self._counter.loaded(time.perf_counter() - started)
+            self._fresh.add(path.name)
         except AdapterFailed:
             self._counter.failed()
             raise
@@ -143,6 +144,10 @@ class DiskCache:
             self.ensure(path)
             with self._locked(path.name, alone=False):
                 if path.is_dir():
+                    if path.name in self._fresh:
+                        self._fresh.discard(path.name)  # what it was fetched for
+                    else:
+                        self._counter.hit()
                     with contextlib.suppress(OSError):
                         os.utime(path)
                     yield

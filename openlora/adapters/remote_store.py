@@ -59,9 +59,7 @@ class RemoteStore:
             # Listings of what others write must be fresh.
             self._system, self._root = fsspec.core.url_to_fs(self.url, use_listings_cache=False)
         except (ImportError, ValueError) as error:
-            raise SetupError(
-                f"the adapter store {self.name} cannot be opened: {error}; install its package"
-            ) from error
+            raise SetupError(f"the adapter store {self.name} cannot be opened: {error}") from error
 
     @property
     def name(self) -> str:

@@ -10,7 +10,9 @@ always the first. With --apart N no adapter is taken again by the N requests beh
 that steps have as many different adapters however many there are. --room adapters of the case's
 rank fit into pages, --host-mib keeps some more in host memory, the others are read from files.
 --contents different ones are written; more adapters are links to them in directories of their own,
-each read, checked and kept as if it were the only one. One JSON row a case:
+each read, checked and kept as if it were the only one. Answers have half to one and a half times
+--output tokens. With --rounds all cases run in turns, so that what else the machine does meets all.
+One JSON row a case:
 
   {"case":"adapters","adapters":64,"popularity":"zipf","rank":"16","room":16,"distinct":31,
    "distinct_a_step":6.1,"out_tok_s":…,"ttft_p50_ms":…,"ttft_p99_ms":…,"placed":…,"read":…,
@@ -23,19 +25,22 @@ ttft_p50_ms as shares of the case's in which everything fits, where that case ra
 from __future__ import annotations
 
 import argparse
-import itertools
-import os
-import random
 import tempfile
-import time
-from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from openlora.adapters.lora_set import PAGE_RANK
+from openlora.bench.adapter_traffic import (
+    POPULARITIES,
+    Outcome,
+    draw,
+    link_adapter,
+    measure,
+    staggered,
+    together,
+)
 from openlora.bench.decode_compare import model_directory
 from openlora.bench.measure import RowWriter, about_machine, make_requests
 from openlora.bench.random_adapters import write_adapter
@@ -44,24 +49,9 @@ from openlora.engine.build import choose_device
 from openlora.errors import SetupError
 from openlora.models.config import read_config
 
-POPULARITIES = ("distinct", "uniform", "zipf", "identical")
 MIXED = (8, 16, 64)
 _BLOCK_SIZE = 16
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-
-@dataclass(frozen=True, slots=True)
-class Outcome:
-    """What the requests of one case saw."""
-
-    out_tok_s: float
-    ttft_s: tuple[float, ...]
-    distinct_a_step: float
-
-    def ttft_ms(self, share: float) -> float:
-        """The time to the first token that ``share`` of the requests do not exceed."""
-        ordered = sorted(self.ttft_s)
-        return 1000 * ordered[min(len(ordered) - 1, int(share * len(ordered)))]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -79,6 +69,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--host-mib", type=int, metavar="N", help="default: as the engine decides")
     parser.add_argument("--contents", type=int, default=8, help="different files (default 8)")
     parser.add_argument("--requests", type=int, default=64)
+    parser.add_argument("--rounds", type=int, default=1, help="cases in turns (default 1)")
     parser.add_argument("--concurrency", type=int, default=8)
     parser.add_argument("--prompt", type=int, default=32, help="tokens of a prompt (default 32)")
     parser.add_argument("--output", type=int, default=16, help="tokens of an answer (default 16)")
@@ -93,8 +84,9 @@ def run(args: argparse.Namespace) -> int:
     for popularity in popularities:
         if popularity not in POPULARITIES:
             raise SetupError(f"popularity is {popularity!r}; use some of {', '.join(POPULARITIES)}")
-    if min(args.room, args.contents, args.requests, args.concurrency, args.output) < 1:
-        raise SetupError("room, contents, requests, concurrency and output must be at least 1")
+    for name in ("room", "contents", "requests", "rounds", "concurrency", "output"):
+        if getattr(args, name) < 1:
+            raise SetupError(f"{name} is {getattr(args, name)}; it must be at least 1")
     rows = RowWriter(args.out, about_machine(choose_device(args.device)))
     model = model_directory(args.model)
     for rank in args.rank.split(","):
@@ -127,117 +119,66 @@ def _run_rank(
         )
         for number in range(max(args.contents, len(ranks)))
     ]
-    measure(engine, _requests(args, engine, [0] * args.concurrency, "warm"), args.concurrency)
-    all_fit: dict[str, Outcome] = {}
-    for count in sorted(counts):
-        for number in range(count):
-            path = contents[number] if number < len(contents) else folder / _name(number)
-            if not path.exists():
-                link_adapter(contents[number % len(contents)], path)
-            engine.register_adapter(_name(number), path)
-        for popularity in popularities:
-            drawn = draw(popularity, count, args.requests, args.seed, args.apart)
-            requests = _requests(args, engine, drawn, "case")
-            before = _loads(engine)
-            outcome = measure(engine, requests, args.concurrency)
-            loads = {name: total - before[name] for name, total in _loads(engine).items()}
-            if count <= args.room:
-                all_fit[popularity] = outcome
-            row = {
-                "case": "adapters",
-                "adapters": count,
-                "popularity": popularity,
-                "rank": rank,
-                "room": args.room,
-                "requests": args.requests,
-                "concurrency": args.concurrency,
-                "prompt": args.prompt,
-                "output": args.output,
-                "apart": args.apart,
-                "distinct": len(set(drawn)),
-                "distinct_a_step": outcome.distinct_a_step,
-                "out_tok_s": outcome.out_tok_s,
-                "ttft_p50_ms": outcome.ttft_ms(0.5),
-                "ttft_p99_ms": outcome.ttft_ms(0.99),
-                "placed": loads["device"],
-                "read": loads["host"],
-            }
-            if popularity in all_fit:
-                fitting = all_fit[popularity]
-                row["of_all_fit"] = outcome.out_tok_s / fitting.out_tok_s
-                row["ttft_of_all_fit"] = outcome.ttft_ms(0.5) / fitting.ttft_ms(0.5)
-            rows.write(row)
+    measure(engine, _requests(args, engine, [], 0, args.concurrency), args.concurrency)
+    for number in range(max(counts)):
+        path = contents[number] if number < len(contents) else folder / _name(number)
+        if not path.exists():
+            link_adapter(contents[number % len(contents)], path)
+        engine.register_adapter(_name(number), path)
+    cases = [(count, popularity) for count in sorted(counts) for popularity in popularities]
+    drawn: dict[tuple[int, str], list[int]] = {case: [] for case in cases}
+    outcomes: dict[tuple[int, str], list[Outcome]] = {case: [] for case in cases}
+    for round_seed in range(args.seed, args.seed + args.rounds):
+        for count, popularity in cases:
+            numbers = draw(popularity, count, args.requests, round_seed, args.apart)
+            drawn[count, popularity] += numbers
+            requests = _requests(args, engine, numbers, round_seed)
+            outcomes[count, popularity].append(measure(engine, requests, args.concurrency))
     engine.close()
+    all_fit: dict[str, Outcome] = {}
+    for case in cases:
+        outcome = together(outcomes[case])
+        if case[0] <= args.room:
+            all_fit[case[1]] = outcome
+        rows.write(_row(args, rank, case, len(set(drawn[case])), outcome, all_fit.get(case[1])))
 
 
-def _loads(engine: Engine) -> dict[str, int]:
-    """Loads of each tier so far."""
-    return {"host": 0} | {tier.tier: tier.loads for tier in engine.stats().tiers}
-
-
-def link_adapter(source: Path, directory: Path) -> None:
-    """An adapter that takes no room on disk, and is another one all the same."""
-    directory.mkdir(parents=True)
-    for file in source.iterdir():
-        os.link(file, directory / file.name)
-
-
-def draw(popularity: str, count: int, requests: int, seed: int, apart: int = 0) -> list[int]:
-    """The adapter of each request, a number below ``count``. Pure.
-
-    ``apart``: an adapter is not drawn again before so many others, where there are as many.
-    """
-    if popularity == "identical":
-        return [0] * requests
-    if popularity == "distinct":
-        return [number % count for number in range(requests)]
-    weights = [1 / (number + 1) if popularity == "zipf" else 1.0 for number in range(count)]
-    drawer, drawn = random.Random(seed), list[int]()
-    apart = min(apart, count - 1)
-    totals = list(itertools.accumulate(weights))
-    while len(drawn) < requests:
-        (number,) = drawer.choices(range(count), cum_weights=totals)
-        if not apart or number not in drawn[-apart:]:
-            drawn.append(number)
-    return drawn
-
-
-def measure(engine: Engine, requests: Sequence[Request], concurrency: int) -> Outcome:
-    """Keep ``concurrency`` requests under way until all have ended.
-
-    Raises:
-        OpenLoRAError: a request failed.
-    """
-    waiting = deque(requests)
-    added_at: dict[int, float] = {}
-    adapter_of: dict[int, frozenset[str]] = {}
-    ttft_s: list[float] = []
-    tokens = steps = distinct = 0
-    started = time.perf_counter()
-    while waiting or added_at:
-        while waiting and len(added_at) < concurrency:
-            request = waiting.popleft()
-            request_id = engine.add(request)
-            added_at[request_id] = time.perf_counter()
-            adapter_of[request_id] = frozenset(request.adapters)
-        engine.wait_for_adapters(1.0)
-        outputs = engine.step()
-        steps += bool(outputs)
-        distinct += len({adapter_of[output.request_id] for output in outputs})
-        for output in outputs:
-            if output.error is not None:
-                raise output.error
-            tokens += 1
-            if output.index == 0:
-                ttft_s.append(time.perf_counter() - added_at[output.request_id])
-            if output.finish_reason is not None:
-                del added_at[output.request_id]
-    seconds = time.perf_counter() - started
-    return Outcome(tokens / seconds, tuple(ttft_s), distinct / max(1, steps))
+def _row(
+    args: argparse.Namespace,
+    rank: str,
+    case: tuple[int, str],
+    distinct: int,
+    outcome: Outcome,
+    fitting: Outcome | None,
+) -> dict[str, object]:
+    row: dict[str, object] = {
+        "case": "adapters",
+        "adapters": case[0],
+        "popularity": case[1],
+        "rank": rank,
+        "room": args.room,
+        "requests": args.requests * args.rounds,
+        "concurrency": args.concurrency,
+        "prompt": args.prompt,
+        "output": args.output,
+        "apart": args.apart,
+        "distinct": distinct,
+        "distinct_a_step": outcome.distinct_a_step,
+        "out_tok_s": outcome.out_tok_s,
+        "ttft_p50_ms": outcome.ttft_ms(0.5),
+        "ttft_p99_ms": outcome.ttft_ms(0.99),
+        "placed": outcome.placed,
+        "read": outcome.read,
+    }
+    if fitting is not None:
+        row["of_all_fit"] = outcome.out_tok_s / fitting.out_tok_s
+        row["ttft_of_all_fit"] = outcome.ttft_ms(0.5) / fitting.ttft_ms(0.5)
+    return row
 
 
 def _engine(args: argparse.Namespace, model: Path, pages: int) -> Engine:
-    blocks = -(-(args.prompt + args.output + 1) // _BLOCK_SIZE)
+    longest = args.prompt + args.output + args.output // 2
+    blocks = -(-(longest + 1) // _BLOCK_SIZE)
     return Engine(
         EngineConfig(
             model=str(model),
@@ -254,16 +195,18 @@ def _engine(args: argparse.Namespace, model: Path, pages: int) -> Engine:
 
 
 def _requests(
-    args: argparse.Namespace, engine: Engine, drawn: Sequence[int], kind: str
+    args: argparse.Namespace, engine: Engine, drawn: Sequence[int], seed: int, base: int = 0
 ) -> list[Request]:
-    return make_requests(
-        len(drawn),
-        [] if kind == "warm" else [_name(number) for number in drawn],
+    """One for each drawn adapter, or ``base`` without any."""
+    requests = make_requests(
+        len(drawn) or base,
+        [_name(number) for number in drawn],
         prompt_tokens=args.prompt,
         output_tokens=args.output,
         vocab_size=engine.model_info.vocab_size,
-        seed=args.seed,
+        seed=seed,
     )
+    return staggered(requests, seed)
 
 
 def _name(number: int) -> str:

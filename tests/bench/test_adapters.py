@@ -9,6 +9,7 @@ from collections import Counter
 import pytest
 
 from openlora.bench import adapters
+from openlora.bench.adapter_traffic import draw
 from openlora.errors import SetupError
 from tests.engine.tiny_model import make_tiny_model
 
@@ -24,7 +25,7 @@ def test_a_row_for_each_case(tmp_path, capsys):
     small = ("--requests", "6", "--concurrency", "2", "--prompt", "5", "--output", "3")
     where = ("--model", str(tmp_path / "model"), "--out", str(tmp_path / "rows"))
     what = ("--adapters", "9,2", "--popularity", "zipf,distinct", "--rank", "4,mixed")
-    assert run(*where, *what, *small, "--room", "2", "--contents", "3") == 0
+    assert run(*where, *what, *small, "--room", "2", "--contents", "3", "--rounds", "2") == 0
     rows = [json.loads(line) for line in (tmp_path / "rows").read_text().splitlines()]
     assert [(row["rank"], row["adapters"], row["popularity"]) for row in rows] == [
         (rank, count, popularity)
@@ -43,12 +44,12 @@ def test_a_row_for_each_case(tmp_path, capsys):
 
 
 def test_popularities():
-    assert adapters.draw("identical", 9, 4, 0) == [0] * 4
-    assert adapters.draw("distinct", 3, 5, 0) == [0, 1, 2, 0, 1]
-    spread = adapters.draw("zipf", 9, 500, 0, apart=3)
+    assert draw("identical", 9, 4, 0) == [0] * 4
+    assert draw("distinct", 3, 5, 0) == [0, 1, 2, 0, 1]
+    spread = draw("zipf", 9, 500, 0, apart=3)
     assert all(len(set(spread[i : i + 4])) == 4 for i in range(497))
-    assert sorted(adapters.draw("uniform", 2, 9, 0, apart=5)[:2]) == [0, 1]
-    uniform, zipf = (Counter(adapters.draw(p, 10, 10_000, 1)) for p in ("uniform", "zipf"))
+    assert sorted(draw("uniform", 2, 9, 0, apart=5)[:2]) == [0, 1]
+    uniform, zipf = (Counter(draw(p, 10, 10_000, 1)) for p in ("uniform", "zipf"))
     assert max(uniform.values()) < 1.3 * min(uniform.values())
     assert zipf[0] == pytest.approx(2 * zipf[1], rel=0.2)
     assert zipf[0] == pytest.approx(10 * zipf[9], rel=0.3)
@@ -60,7 +61,7 @@ def test_popularities():
         (("--adapters", "0"), "'0' is no whole number"),
         (("--adapters", "x"), "'x' is no whole number"),
         (("--popularity", "odd"), "popularity is 'odd'"),
-        (("--room", "0"), "must be at least 1"),
+        (("--room", "0"), "room is 0; it must be at least 1"),
         (("--model", "/nowhere"), "model is '/nowhere'"),
     ],
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 from pathlib import Path
 
 import pytest
@@ -117,3 +118,56 @@ def test_no_memory_at_all_still_loads(tmp_path):
     files = Files(tmp_path)
     tier = HostTier(files.load, HostMemory(0, pin=False))
     assert tier.load(files.write("a", 10)).numel() == 10
+
+
+def test_a_file_rewritten_in_place_with_its_old_times_is_another_adapter(tmp_path):
+    files = Files(tmp_path)
+    tier = HostTier(files.load, HostMemory(4096, pin=False))
+    path = files.write("a", 100)
+    before = (path / "weights").stat()
+    tier.load(path)
+    with (path / "weights").open("r+b") as file:
+        file.write(b"y")
+    os.utime(path / "weights", ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert tier.cached(path) is None
+
+
+def test_what_changes_while_it_is_read_is_not_kept(tmp_path):
+    files = Files(tmp_path)
+
+    def load(path, zeros):
+        loaded = files.load(path, zeros)
+        files.write(path.name, 300)
+        return loaded
+
+    tier = HostTier(load, HostMemory(4096, pin=False))
+    path = files.write("a", 100)
+    assert tier.load(path).numel() == 100
+    assert tier.cached(path) is None
+
+
+def test_what_found_no_room_is_not_kept_beyond_the_budget(tmp_path):
+    files = Files(tmp_path)
+    tier = HostTier(files.load, HostMemory(1024, pin=False))
+    tier.load(files.write("large", 2000))
+    assert len(tier) == 0
+    beside = HostTier(files.load, HostMemory(1024, pin=False), beside=lambda loaded: 600)
+    beside.load(files.write("a", 10))
+    beside.load(files.write("b", 10))
+    assert beside.cached(tmp_path / "a") is None
+    assert beside.cached(tmp_path / "b") is not None
+
+
+def test_it_counts_what_it_does(tmp_path):
+    files = Files(tmp_path)
+    tier = HostTier(files.load, HostMemory(2048, pin=False))
+    paths = [files.write(name, 1024) for name in "abc"]
+    for path in paths:
+        tier.load(path)
+    tier.cached(paths[2])
+    with pytest.raises(AdapterFailed):
+        tier.load(files.write("broken", 10))
+    stats = tier.stats({paths[2]: "c"})
+    assert (stats.tier, stats.adapters, stats.names) == ("host", 2, ("c",))
+    assert (stats.hits, stats.loads, stats.failures, stats.evictions) == (1, 3, 1, 1)
+    assert (stats.bytes_used, stats.bytes_limit) == (2048, 2048)
