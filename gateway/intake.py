@@ -21,10 +21,11 @@ from gateway.limits import InFlight
 from gateway.metrics import Metrics
 from gateway.quarantine import Quarantine
 from gateway.queue_estimate import QueueEstimate
-from openlora.errors import OpenLoRAError, Overloaded
+from openlora.errors import DeadlineExceeded, OpenLoRAError, Overloaded
 from openlora.joblog import AsyncJobLog
-from openlora.protocol.jobs import Job
+from openlora.protocol.jobs import AdapterRef, Job
 from openlora.protocol.names import new_job_id
+from openlora.registry.records import is_remote
 from openlora.sampling_params import SEED_LIMIT
 
 log = logging.getLogger(__name__)
@@ -78,6 +79,7 @@ class Intake:
         Raises:
             Forbidden, RateLimited: the key may not use an adapter, or asks too often.
             UnknownAdapter: an adapter is not registered.
+            DeadlineExceeded: one that is named by URL takes too long.
             Overloaded: the gateway is about to stop, too much waits, or Redis does not answer.
         """
         if self.draining:
@@ -89,15 +91,29 @@ class Intake:
             policy.check_adapter(choice.id.partition("@")[0])
         self._queue.check(draft.deadline_s)
         await self._rates.take(policy)
-        adapters = await self._directory.resolve(draft.adapters, tenant)
+        created_ms = time.time_ns() // 1_000_000
+        adapters = await self._resolve(draft, tenant)
         return job_of(
             draft,
             job_id=new_job_id(self._shard),
             tenant=tenant,
-            created_ms=time.time_ns() // 1_000_000,
+            created_ms=created_ms,
             seed=secrets.randbelow(SEED_LIMIT),
             adapters=adapters,
         )
+
+    async def _resolve(self, draft: JobDraft, tenant: str) -> tuple[AdapterRef, ...]:
+        """An adapter that is named by URL is fetched first, for as long as the deadline lets it."""
+        if not any(is_remote(choice.id) for choice in draft.adapters):
+            return await self._directory.resolve(draft.adapters, tenant)
+        try:
+            async with asyncio.timeout(draft.deadline_s):
+                return await self._directory.resolve(draft.adapters, tenant)
+        except TimeoutError as error:
+            raise DeadlineExceeded(
+                "the deadline passed while an adapter named by URL was fetched, which goes on: a "
+                "later request finds it"
+            ) from error
 
     async def commit(self, job: Job, draft: JobDraft) -> str:
         """Stores and publishes ``job``; returns its ID once the broker has acknowledged it.

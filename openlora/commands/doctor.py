@@ -21,7 +21,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from openlora import __version__
+from openlora.adapters.stores import adapter_cache, cache_of, is_url, open_store, store_setting
 from openlora.commands.checks import ENGINE_PACKAGES, SERVE_PACKAGES, missing_packages
+from openlora.commands.config import process_environment
 from openlora.engine.host_memory import available_memory
 from openlora.errors import SetupError
 
@@ -152,6 +154,24 @@ def _demo_model() -> list[Finding]:
         return [Finding("demo model", "optional", error.message)]
 
 
+def _adapter_tiers() -> list[Finding]:
+    """Where adapters are kept, and what of it is on this machine."""
+    environ = process_environment()
+    location, caches = store_setting(None, environ), adapter_cache(environ)
+    try:
+        name = open_store(location, caches).name
+    except SetupError as error:
+        return [Finding("adapter store", "missing", error.message)]
+    if not is_url(location):
+        return [Finding("adapter store", "ok", f"{name} (a directory: no cache of its own)")]
+    cache = cache_of(location, caches)
+    held = sum(len(entry.name) == 64 for entry in cache.iterdir()) if cache.is_dir() else 0
+    return [
+        Finding("adapter store", "ok", name),
+        Finding("adapter cache", "ok", f"{cache} ({held} adapters of the store)"),
+    ]
+
+
 def _machine() -> list[Finding]:
     findings = [Finding("cores", "ok", str(os.cpu_count()))]
     if not missing_packages(["psutil"]):
@@ -175,5 +195,6 @@ CHECKS: tuple[Callable[[], list[Finding]], ...] = (
     _backends,
     _servers,
     _demo_model,
+    _adapter_tiers,
     _machine,
 )

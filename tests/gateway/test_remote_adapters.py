@@ -8,9 +8,19 @@ from functools import wraps
 
 import pytest
 
+from gateway.directory import AdapterDirectory
 from gateway.drafts import GenerateRequest, draft_of
+from gateway.intake import Intake
 from gateway.remote_adapters import MAX_FIRST_USES, RemoteAdapters, remote_id
-from openlora.errors import AdapterFailed, Forbidden, InvalidRequest, Overloaded, UnknownAdapter
+from openlora.errors import (
+    AdapterFailed,
+    DeadlineExceeded,
+    Forbidden,
+    InvalidRequest,
+    Overloaded,
+    UnknownAdapter,
+)
+from openlora.joblog import async_redis_client
 from openlora.registry.records import check_adapter_id
 from tests.gateway.test_adapter_api import record
 
@@ -107,6 +117,20 @@ async def test_too_many_at_once_are_sent_away():
     registrar.gate.set()
     await asyncio.gather(*uses)
     await remote.get("hf://acme/more", "one")
+
+
+@in_loop
+async def test_a_deadline_ends_the_wait_and_not_the_fetch():
+    remote, registrar = made("hf://acme/")
+    intake = object.__new__(Intake)
+    intake._directory = AdapterDirectory(async_redis_client("redis://127.0.0.1:1"))
+    intake._directory.remote = remote.get
+    draft = draft_of(GenerateRequest(prompt="x", adapter=URL, deadline_s=0.01))
+    with pytest.raises(DeadlineExceeded, match="while an adapter named by URL was fetched"):
+        await intake._resolve(draft, "one")
+    registrar.gate.set()
+    (ref,) = await intake._resolve(draft, "one")
+    assert (ref.id, len(registrar.calls)) == (remote_id(URL), 1)
 
 
 def test_an_id_is_readable_well_formed_and_no_other_urls():
