@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import logging
 import os
 import re
@@ -23,8 +22,9 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Protocol, TextIO
 
+from openlora.adapters.adapter_source import Cancelled, Source
+from openlora.adapters.content_locks import ContentLocks
 from openlora.adapters.peft_format import inspect_adapter
 from openlora.adapters.tier_stats import TierCounter, TierStats
 from openlora.errors import AdapterFailed
@@ -34,31 +34,12 @@ BACK_OFF_S = (0.25, 0.5, 1.0, 2.0)
 REFUSED_S = 30.0
 """What the store has in other bytes than its name says is not asked for again so soon."""
 STALE_S = 3600.0
+_MAX_QUARANTINED = 4
+"""Enough to look at; ten thousand must not fill the disk."""
 _HASH = re.compile(r"[0-9a-f]{64}")
 _INCOMING, _TRASH, _LOCKS, _QUARANTINE = ".incoming-", ".trash-", ".locks", ".quarantine"
 
 logger = logging.getLogger(__name__)
-
-
-class Cancelled(Exception):
-    """Nobody wants what was being fetched any more."""
-
-
-class Source(Protocol):
-    """Where adapters come from."""
-
-    @property
-    def name(self) -> str:
-        """For messages."""
-
-    def fetch(self, content_hash: str, directory: Path, cancelled: threading.Event) -> None:
-        """Copy an adapter's files into ``directory``, which exists and is empty.
-
-        Raises:
-            AdapterFailed: it is not there; asking again is of no use.
-            OSError: the source does not answer, or the disk cannot be written.
-            Cancelled: ``cancelled`` was set.
-        """
 
 
 class DiskCache:
@@ -82,6 +63,7 @@ class DiskCache:
         self._source = source
         self._max_bytes = max_bytes
         self._back_off_s = back_off_s
+        self._locks = ContentLocks(self.root / _LOCKS)
         self._counter = TierCounter()
         self._refused: dict[str, tuple[float, str]] = {}
         self._sizes: dict[str, int] = {}
@@ -117,7 +99,7 @@ class DiskCache:
         started = time.perf_counter()
         try:
             self.root.mkdir(parents=True, exist_ok=True)
-            with self._locked(path.name, alone=True):
+            with self._locks.alone(path.name):
                 if not path.is_dir():
                     self._bring(path, cancelled)
             self._counter.loaded(time.perf_counter() - started)
@@ -142,7 +124,7 @@ class DiskCache:
         """
         while True:
             self.ensure(path)
-            with self._locked(path.name, alone=False):
+            with self._locks.shared(path.name):
                 if path.is_dir():
                     if path.name in self._fresh:
                         self._fresh.discard(path.name)  # what it was fetched for
@@ -227,6 +209,9 @@ class DiskCache:
             place.parent.mkdir(exist_ok=True)
             shutil.rmtree(place, ignore_errors=True)
             copy.rename(place)
+            kept = sorted(place.parent.iterdir(), key=lambda path: path.stat().st_mtime)
+            for old in kept[:-_MAX_QUARANTINED]:
+                shutil.rmtree(old, ignore_errors=True)
         logger.warning("what the store gave for adapter %s is kept in %s", path.name, place)
         raise _Again(
             f"the adapter store {self._source.name} gives other bytes for adapter {path.name} "
@@ -252,7 +237,7 @@ class DiskCache:
         return gone > 0
 
     def _evict(self, path: Path) -> bool:
-        with self._try_lock(path.name) as is_mine:
+        with self._locks.alone_now(path.name) as is_mine:
             if not is_mine:
                 return False
             trash = self.root / f"{_TRASH}{path.name}-{time.time_ns()}"
@@ -263,7 +248,7 @@ class DiskCache:
             self._counter.evicted()
             self._sizes = {name: size for name, size in self._sizes.items() if name != path.name}
             shutil.rmtree(trash, ignore_errors=True)
-            (self.root / _LOCKS / path.name).unlink(missing_ok=True)
+            self._locks.remove(path.name)
             return True
 
     def _rescan(self) -> list[tuple[float, int, Path]]:
@@ -286,32 +271,6 @@ class DiskCache:
             ):
                 shutil.rmtree(entry.path, ignore_errors=True)
 
-    @contextlib.contextmanager
-    def _locked(self, content_hash: str, *, alone: bool) -> Iterator[None]:
-        """Wait for the adapter's lock."""
-        while True:
-            with self._lock_file(content_hash) as file:
-                fcntl.flock(file, fcntl.LOCK_EX if alone else fcntl.LOCK_SH)
-                if _is_at(file, self.root / _LOCKS / content_hash):
-                    yield
-                    return
-
-    @contextlib.contextmanager
-    def _try_lock(self, content_hash: str) -> Iterator[bool]:
-        """The adapter's lock alone; False where somebody has it."""
-        with self._lock_file(content_hash) as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                yield False
-            else:
-                yield _is_at(file, self.root / _LOCKS / content_hash)
-
-    def _lock_file(self, content_hash: str) -> TextIO:
-        path = self.root / _LOCKS / content_hash
-        path.parent.mkdir(parents=True, exist_ok=True)
-        return path.open("w")
-
 
 class _Again(Exception):
     """An attempt failed in a way that may pass; ``is_wrong``: with other bytes."""
@@ -319,14 +278,6 @@ class _Again(Exception):
     def __init__(self, message: str, *, is_wrong: bool) -> None:
         super().__init__(message)
         self.is_wrong = is_wrong
-
-
-def _is_at(file: TextIO, path: Path) -> bool:
-    """Whether ``path`` is still this file: an eviction takes the lock's file away with it."""
-    try:
-        return os.path.samestat(os.fstat(file.fileno()), path.stat())
-    except FileNotFoundError:
-        return False
 
 
 def _size_of(directory: Path) -> int:

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 from openlora.adapters.adapter_config import CONFIG_FILE
-from openlora.adapters.disk_cache import Cancelled
+from openlora.adapters.adapter_source import Cancelled
 from openlora.adapters.peft_files import TOKENIZER_FILES
 from openlora.adapters.peft_format import AdapterInfo, AdapterLayout
 from openlora.adapters.sources import copy_files, open_url

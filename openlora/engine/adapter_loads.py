@@ -17,7 +17,7 @@ from typing import Any, Protocol
 
 import torch
 
-from openlora.adapters.disk_cache import Cancelled
+from openlora.adapters.adapter_source import Cancelled
 from openlora.adapters.extras import AdapterExtras
 from openlora.errors import AdapterFailed, InternalError, OpenLoRAError
 

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from openlora.adapters.disk_cache import Cancelled, DiskCache
+from openlora.adapters.adapter_source import Cancelled
+from openlora.adapters.disk_cache import DiskCache
 from openlora.adapters.peft_format import inspect_adapter
 from openlora.errors import AdapterFailed
 from tests.adapters.peft_dirs import write_adapter
@@ -128,6 +129,14 @@ def test_other_bytes_are_retried_then_refused_and_kept_aside(cache, source):
         cache.ensure(cache.path(content))
     assert len(source.fetches) == 3  # not asked for again so soon
     assert left_over(cache) == []
+
+
+def test_few_of_many_wrong_ones_are_kept(cache, source):
+    for content in source.add(*range(1, 9)):
+        (source.root / content / WEIGHTS).write_bytes(b"x")
+        with pytest.raises(AdapterFailed, match="no usable adapter"):
+            cache.ensure(cache.path(content))
+    assert len(list((cache.root / ".quarantine").iterdir())) == 4
 
 
 def test_bytes_that_are_wrong_once_are_right_the_next_time(cache, source):

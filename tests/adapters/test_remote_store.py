@@ -12,7 +12,8 @@ from pathlib import Path
 import fsspec
 import pytest
 
-from openlora.adapters.disk_cache import Cancelled, DiskCache
+from openlora.adapters.adapter_source import Cancelled
+from openlora.adapters.disk_cache import DiskCache
 from openlora.adapters.peft_format import inspect_adapter
 from openlora.adapters.remote_store import RemoteStore
 from openlora.adapters.store import AdapterStore

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from openlora.adapters.disk_cache import Cancelled
+from openlora.adapters.adapter_source import Cancelled
 from openlora.adapters.lora_set import LoRASet
 from openlora.engine.adapter_loads import MAX_FETCHES
 from openlora.engine.scheduler import Wait
