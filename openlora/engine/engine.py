@@ -10,24 +10,25 @@ that turns out to have ended then had one token too many computed, which is drop
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Callable, Collection
 from collections.abc import Sequence as Items
-from dataclasses import dataclass
 from pathlib import Path
 
 from openlora.engine.adapter_files import AdapterFiles, disk_cache
 from openlora.engine.adapter_manager import AdapterManager
 from openlora.engine.adapter_names import AdapterNames
+from openlora.engine.batch_pace import BatchPace
 from openlora.engine.build import EngineParts, build_parts
 from openlora.engine.config import EngineConfig
 from openlora.engine.generation import generate, load_tokenizer
 from openlora.engine.kv_blocks import BlockManager
 from openlora.engine.request import Completion, Request, TokenOutput
-from openlora.engine.scheduler import ScheduledRow, Scheduler
+from openlora.engine.scheduler import Scheduler
 from openlora.engine.sequence import Sequence, Status
 from openlora.engine.stats import EngineStats, ModelInfo
-from openlora.engine.step import PendingStep
+from openlora.engine.step_budget import LaunchedStep, ScheduledRow
 from openlora.engine.step_rows import step_row
 from openlora.engine.unfinished import UnfinishedRequests
 from openlora.engine.validation import check_request
@@ -36,13 +37,6 @@ from openlora.errors import OpenLoRAError
 _PRELOAD = 0
 """Stands for ``load_adapter`` among the users of an adapter; requests count from 1."""
 _PRELOAD_WAIT_S = 1.0
-
-
-@dataclass(frozen=True, slots=True)
-class _Launched:
-    number: int
-    rows: list[ScheduledRow]
-    pending: PendingStep
 
 
 class Engine:
@@ -97,7 +91,8 @@ class Engine:
             max_num_batched_tokens=config.max_num_batched_tokens,
         )
         self._requests = UnfinishedRequests(self._scheduler, self._adapters, self.model_info)
-        self._in_flight: deque[_Launched] = deque()
+        self._in_flight: deque[LaunchedStep] = deque()
+        self._pace = BatchPace()
         self._num_added = 0
         self._num_steps = 0
 
@@ -133,9 +128,11 @@ class Engine:
         Returns at once, with an empty list, where nothing can run yet.
         """
         self._take_loads()
-        rows = self._scheduler.schedule(self._num_steps + 1)
+        rows = self._scheduler.schedule(self._num_steps + 1, self._pace.tokens)
         if rows:
             self._launch(rows)
+        else:
+            self._pace.skip()
         if self._in_flight and (len(self._in_flight) > self._steps_ahead or not rows):
             self._postprocess(self._in_flight.popleft())
         return self._requests.drain()
@@ -276,14 +273,16 @@ class Engine:
 
     def _launch(self, rows: list[ScheduledRow]) -> None:
         self._num_steps += 1
+        began_s = time.monotonic()
         pending = self._runner.launch([step_row(row, self._blocks.block_size) for row in rows])
         for row in rows:
             row.sequence.last_step = self._num_steps
             row.sequence.num_pending_tokens += row.samples
-        self._in_flight.append(_Launched(self._num_steps, rows, pending))
+        self._in_flight.append(LaunchedStep(self._num_steps, rows, pending, began_s))
 
-    def _postprocess(self, launched: _Launched) -> None:
+    def _postprocess(self, launched: LaunchedStep) -> None:
         tokens = launched.pending.wait()
+        self._pace.take(launched.rows, launched.began_s, time.monotonic())
         self._adapters.complete(launched.number)
         for row, token in zip(launched.rows, tokens, strict=True):
             sequence = row.sequence

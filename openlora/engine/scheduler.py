@@ -7,6 +7,8 @@ Order within the one token budget of a step:
 2. prefill chunks of sequences that run already;
 3. new sequences from the queue.
 
+In 2 and 3 batch sequences have a smaller budget of their own (see batch_pace.py).
+
 A step that computes an interactive prompt leaves running batch sequences out, at most every second
 step, so that its first token comes as on an empty system. They give up seats and blocks for it.
 
@@ -23,7 +25,6 @@ so that popular adapters cannot keep rare ones out for ever.
 from __future__ import annotations
 
 from bisect import bisect_left, insort
-from dataclasses import dataclass
 from enum import Enum, auto
 from typing import Protocol
 
@@ -31,6 +32,7 @@ from openlora.adapters.lora_set import LoRASet
 from openlora.engine.kv_blocks import BlockManager
 from openlora.engine.request import Priority
 from openlora.engine.sequence import Sequence, Status
+from openlora.engine.step_budget import ScheduledRow, StepBudget
 from openlora.engine.waiting import WaitingSequences
 
 BATCH_PATIENCE_STEPS = 7
@@ -56,19 +58,6 @@ class Residency(Protocol):
 
     def release(self, sequence: Sequence) -> None:
         """The sequence no longer runs."""
-
-
-@dataclass(frozen=True, slots=True)
-class ScheduledRow:
-    """``num_tokens`` tokens of ``sequence`` from position ``start`` on.
-
-    ``samples``: the last of them is the sequence's last, so that a new token is drawn.
-    """
-
-    sequence: Sequence
-    start: int
-    num_tokens: int
-    samples: bool
 
 
 def _yields(sequence: Sequence) -> bool:
@@ -135,30 +124,33 @@ class Scheduler:
         """``adapter`` was loaded or failed: its waiters queue again, and are returned by age."""
         return self._waiting.wake_loaded(adapter)
 
-    def schedule(self, step: int) -> list[ScheduledRow]:
-        """Choose the rows of step number ``step`` and count their tokens as computed."""
+    def schedule(self, step: int, batch_tokens: int | None = None) -> list[ScheduledRow]:
+        """Choose the rows of step number ``step`` and count their tokens as computed.
+
+        ``batch_tokens``: most prompt tokens of batch sequences; None: as many as fit.
+        """
         self._waiting.wake_for_room(self._residency.room_epoch)
         rows: list[ScheduledRow] = []
-        budget = self._max_num_batched_tokens
-        if self._is_urgent() and not self._batch_sat_out:
-            budget = self._schedule_decodes(rows, budget, batch=False)
+        tokens = self._max_num_batched_tokens
+        budget = StepBudget(tokens, tokens if batch_tokens is None else batch_tokens)
+        is_urgent = self._is_urgent() and not self._batch_sat_out
+        self._schedule_decodes(rows, budget, batch=False)
+        if is_urgent:
             num_decodes = len(rows)
-            budget = self._schedule_prefills(rows, budget, "interactive")
+            self._schedule_prefills(rows, budget, "interactive")
             self._admit(rows, budget, ("interactive",), step, make_room=True)
             if len(rows) > num_decodes:
                 self._batch_sat_out = True
                 self._count_patience(rows[num_decodes:])
                 return rows
-        else:
-            budget = self._schedule_decodes(rows, budget, batch=False)
         self._batch_sat_out = False
-        budget = self._schedule_decodes(rows, budget, batch=True)
+        self._schedule_decodes(rows, budget, batch=True)
         num_decodes = len(rows)
         order: tuple[Priority, ...] = ("interactive", "batch")
         if self._batch_passed_over >= BATCH_PATIENCE_STEPS:
             order = ("batch", "interactive")
         for priority in order:
-            budget = self._schedule_prefills(rows, budget, priority)
+            self._schedule_prefills(rows, budget, priority)
         self._admit(rows, budget, order, step)
         self._count_patience(rows[num_decodes:])
         return rows
@@ -179,7 +171,9 @@ class Scheduler:
             s.priority == "interactive" and s.num_uncomputed_tokens > 1 for s in self.running
         )
 
-    def _schedule_decodes(self, rows: list[ScheduledRow], budget: int, *, batch: bool) -> int:
+    def _schedule_decodes(
+        self, rows: list[ScheduledRow], budget: StepBudget, *, batch: bool
+    ) -> None:
         """Those of batch sequences, which are behind all others in ``running``, or the others'."""
         i = bisect_left(self.running, batch, key=_yields)
         while i < len(self.running):
@@ -189,10 +183,8 @@ class Scheduler:
             if sequence.num_uncomputed_tokens != 1 or not sequence.is_ready:
                 i += 1
             elif self._grow(sequence):
-                rows.append(_take(sequence, 1))
-                budget -= 1
+                rows.append(budget.take_decode(sequence))
                 i += 1
-        return budget
 
     def _grow(self, sequence: Sequence) -> bool:
         """Make room for a decode; False where the sequence itself had to give up its blocks."""
@@ -204,19 +196,19 @@ class Scheduler:
                 return False
         return True
 
-    def _schedule_prefills(self, rows: list[ScheduledRow], budget: int, priority: Priority) -> int:
+    def _schedule_prefills(
+        self, rows: list[ScheduledRow], budget: StepBudget, priority: Priority
+    ) -> None:
         for sequence in self.running:
-            if not budget:
+            if not budget.left(priority):
                 break
             if sequence.priority == priority and sequence.num_uncomputed_tokens > 1:
-                rows.append(_take(sequence, min(sequence.num_uncomputed_tokens, budget)))
-                budget -= rows[-1].num_tokens
-        return budget
+                rows.append(budget.take_chunk(sequence))
 
     def _admit(
         self,
         rows: list[ScheduledRow],
-        budget: int,
+        budget: StepBudget,
         order: tuple[Priority, ...],
         step: int,
         *,
@@ -224,7 +216,7 @@ class Scheduler:
     ) -> None:
         """``make_room``: batch sequences, which have no rows yet, give up seats and blocks."""
         for priority in order:
-            while budget and (make_room or len(self.running) < self._max_num_seqs):
+            while budget.left(priority) and (make_room or len(self.running) < self._max_num_seqs):
                 sequence = self._waiting.first(priority)
                 if sequence is None:
                     break
@@ -242,8 +234,7 @@ class Scheduler:
                     self._residency.release(sequence)
                     return
                 self._start_running(sequence)
-                rows.append(_take(sequence, min(sequence.num_uncomputed_tokens, budget)))
-                budget -= rows[-1].num_tokens
+                rows.append(budget.take_chunk(sequence))
 
     def _place(self, sequence: Sequence, *, make_room: bool) -> bool:
         """Give a sequence a seat and its first blocks; False where there is none of either."""
@@ -292,9 +283,3 @@ class Scheduler:
             self._batch_passed_over = 0
         elif rows:
             self._batch_passed_over += 1
-
-
-def _take(sequence: Sequence, num_tokens: int) -> ScheduledRow:
-    start = sequence.num_computed_tokens
-    sequence.num_computed_tokens += num_tokens
-    return ScheduledRow(sequence, start, num_tokens, samples=not sequence.num_uncomputed_tokens)

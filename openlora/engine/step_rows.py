@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from openlora.engine.scheduler import ScheduledRow
 from openlora.engine.step import PENDING_TOKEN, RowSampling, StepRow
+from openlora.engine.step_budget import ScheduledRow
 
 
 def step_row(row: ScheduledRow, block_size: int) -> StepRow:

@@ -46,6 +46,7 @@ class Bench:
         self.scheduler = Scheduler(
             self.blocks, self.slots, max_num_seqs=seqs, max_num_batched_tokens=budget
         )
+        self.batch_tokens: int | None = None
         self.number = 0
         self.step_number = 0
         self.finished: list[int] = []
@@ -62,7 +63,7 @@ class Bench:
     def step(self) -> list[tuple[int, int]]:
         """Run one step; (sequence, tokens) of each row."""
         self.step_number += 1
-        rows = self.scheduler.schedule(self.step_number)
+        rows = self.scheduler.schedule(self.step_number, self.batch_tokens)
         self.scheduler.check_integrity()
         assert sum(row.num_tokens for row in rows) <= self.scheduler._max_num_batched_tokens
         assert len(self.scheduler.running) <= self.scheduler._max_num_seqs

@@ -36,6 +36,21 @@ def test_interactive_comes_before_batch_in_every_phase():
     assert bench.step() == [(2, 4)]
 
 
+def test_batch_prompts_have_a_smaller_budget_and_go_on_in_chunks():
+    bench = Bench(budget=32, seqs=8)
+    bench.add(2, n=40)
+    bench.step()
+    bench.batch_tokens = 6
+    bench.add(10, priority="batch")
+    bench.add(5, priority="batch")
+    assert bench.step() == [(1, 1), (2, 6)]
+    bench.add(20)
+    assert bench.step() == [(1, 1), (4, 20)], "which is no limit of interactive ones"
+    assert bench.step() == [(1, 1), (4, 1), (2, 4), (3, 2)]
+    bench.batch_tokens = 0
+    assert bench.step() == [(1, 1), (4, 1), (2, 1)], "and none of decodes"
+
+
 def test_batch_decodes_sit_out_a_step_for_an_interactive_prompt_and_never_two():
     bench = Bench(budget=16, seqs=8)
     for _ in range(3):
