@@ -53,6 +53,10 @@ class Recorder:
         self._ops.append(op)
         self._tensors.append(tensors)
 
+    def __len__(self) -> int:
+        """Operations so far."""
+        return len(self._ops)
+
     def recorded(self) -> ctypes.Array[Op]:
         """All operations so far, as ``NativeKernels.run_all`` takes them."""
         return (Op * len(self._ops))(*self._ops)

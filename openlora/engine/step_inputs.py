@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -97,6 +97,19 @@ def mixed_inputs(
         context_lens=starts + counts,
         block_tables=block_tables,
         sampled=(ends - 1)[[row.sampling is not None for row in rows]],
+    )
+
+
+def by_token(inputs: StepInputs) -> StepInputs:
+    """The same step with each token as a row of its own, with the context that it sees."""
+    counts = inputs.spans[:, 1]
+    owners = np.repeat(np.arange(len(counts), dtype=np.int32), counts)
+    at = np.arange(len(owners), dtype=np.int32)
+    return replace(
+        inputs,
+        spans=np.stack([at, np.ones_like(at), inputs.positions], axis=1),
+        context_lens=inputs.positions + 1,
+        block_tables=inputs.block_tables[owners],
     )
 
 

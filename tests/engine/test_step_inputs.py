@@ -9,7 +9,7 @@ import pytest
 
 from openlora.adapters.lora_set import LoRASet
 from openlora.engine.step import PENDING_TOKEN, RowSampling, StepRow
-from openlora.engine.step_inputs import decode_inputs, mixed_inputs, query_tiles
+from openlora.engine.step_inputs import by_token, decode_inputs, mixed_inputs, query_tiles
 from openlora.sampling_params import SamplingParams
 
 BLOCK_SIZE = 4
@@ -44,6 +44,16 @@ def test_decodes_and_chunks_lie_behind_each_other() -> None:
     assert inputs.sampled.tolist() == [0, 1, 6]
     assert query_tiles(inputs.spans, 2, 2).tolist() == [[2, 0], [2, 2], [3, 0]]
     assert query_tiles(inputs.spans[:2], 2, 2).shape == (0, 2)
+
+
+def test_a_step_by_token_has_a_row_for_each_with_the_context_that_it_sees() -> None:
+    rows = [row(7, [20], 5, [9, 3]), row(9, [30, 31, 32], 3, [5, 6], None), row(4, [40], 0, [1])]
+    inputs = by_token(mixed_inputs(rows, {}, BLOCK_SIZE))
+    assert inputs.token_ids.tolist() == [20, 30, 31, 32, 40]
+    assert inputs.context_lens.tolist() == [6, 4, 5, 6, 1]
+    assert inputs.block_tables.tolist() == [[9, 3], [5, 6], [5, 6], [5, 6], [1, 0]]
+    assert inputs.spans.tolist() == [[0, 1, 5], [1, 1, 3], [2, 1, 4], [3, 1, 5], [4, 1, 0]]
+    assert inputs.sampled.tolist() == [0, 4]
 
 
 @pytest.mark.parametrize("num_rows", [1, 5, 64])

@@ -148,10 +148,10 @@ class NativeKernels:
         """Run one operation on ``step``."""
         self._run(ctypes.addressof(op), 1, ctypes.addressof(step), torch.get_num_threads())
 
-    def run_all(self, ops: ctypes.Array[Op], step: Step, *, skip_last: bool = False) -> None:
-        """Run ``ops`` in order on ``step``, with or without the last of them."""
-        count, threads = len(ops) - skip_last, torch.get_num_threads()
-        self._run(ctypes.addressof(ops), count, ctypes.addressof(step), threads)
+    def run_all(self, ops: ctypes.Array[Op], step: Step, first: int, end: int) -> None:
+        """Run ``ops[first:end]`` in order on ``step``."""
+        address = ctypes.addressof(ops) + first * ctypes.sizeof(Op)
+        self._run(address, end - first, ctypes.addressof(step), torch.get_num_threads())
 
     def fill_pages(self, fills: Sequence[PageFill]) -> bool:
         """Fill zeroed pages, on this thread alone and without the interpreter's lock.
