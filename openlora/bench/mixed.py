@@ -2,7 +2,8 @@
 
 Three runs on the same model and machine:
   engine       the batch's lines on the bare engine, all known at once: the limit
-  batch        the same lines as a batch through a whole `openlora up`, nothing else to do
+  batch        the same lines as a batch through a whole `openlora up`, nothing else to do, from
+               the upload of the file to the last result
   interactive  requests one after the other, first on the empty system, then while a batch runs
 
 Goals: a batch alone reaches 95 % of the bare engine; with a batch running, the first token comes
@@ -13,13 +14,9 @@ from __future__ import annotations
 
 import argparse
 import os
-import subprocess
-import sys
 import tempfile
 import time
-from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -28,19 +25,15 @@ from rich.console import Console
 from rich.table import Table
 
 from openlora.bench.mixed_load import Client, Workload
-from openlora.errors import SetupError
-from openlora.local import free_port
-from openlora.local.process import die_with_parent
+from openlora.bench.mixed_system import running_system, shares
 
-READY_TIMEOUT_S = 300.0
-STOP_TIMEOUT_S = 60.0
 GOAL_SHARE = 0.95
 CHAT_TOKENS = 8
 CHAT_PAUSE_S = 0.2
 
 
 class MixedRow(msgspec.Struct, frozen=True):
-    """One line of ``--out``."""
+    """One line of ``--out``. ``batch_cores``: what each process took during the batch alone."""
 
     model: str
     device: str
@@ -55,6 +48,7 @@ class MixedRow(msgspec.Struct, frozen=True):
     first_batch_p50_ms: float
     first_batch_p99_ms: float
     step_ms: float
+    batch_cores: dict[str, float]
     case: str = "mixed"
 
 
@@ -62,7 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The benchmark's flags."""
     parser.add_argument("--model", metavar="M", help="model directory; default: the demo model")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
-    parser.add_argument("--lines", type=int, default=256, help="lines of the batch")
+    parser.add_argument("--lines", type=int, default=512, help="lines of the batch")
     parser.add_argument("--tokens", type=int, default=32, help="tokens for each of them")
     parser.add_argument("--requests", type=int, default=40, help="interactive requests of a run")
     parser.add_argument("--out", metavar="FILE", help="append the result as one JSON line")
@@ -81,11 +75,13 @@ def run(args: argparse.Namespace) -> int:
         engine_tok_s = pool.submit(run_engine, model, args.device, load, dirs).result()
     with (
         tempfile.TemporaryDirectory(prefix="openlora-bench-") as name,
-        running_system(Path(name), args.model, args.device) as url,
+        running_system(Path(name), args.model, args.device) as system,
     ):
-        client = Client(url)
+        client = Client(system.url)
         client.run_batch(Workload(8, 8, load.adapters).batch_file())  # loads the adapters
+        before = system.cpu_seconds()
         batch, seconds = client.run_batch(load.batch_file())
+        cores = shares(before, system.cpu_seconds(), seconds)
         batch_tok_s = batch["progress"]["completion_tokens"] / seconds
         client.ask(3, CHAT_TOKENS, 0)
         empty = client.ask(args.requests, CHAT_TOKENS, CHAT_PAUSE_S)
@@ -109,6 +105,7 @@ def run(args: argparse.Namespace) -> int:
         first_batch_p50_ms=round(busy.first(50), 1),
         first_batch_p99_ms=round(busy.first(99), 1),
         step_ms=round(busy.step_ms, 1),
+        batch_cores=cores,
     )
     print_table(row)
     if args.out:
@@ -143,38 +140,6 @@ def run_engine(model: str, device: str, load: Workload, adapters: list[Path]) ->
     return sum(len(done.token_ids) for done in completions) / (time.perf_counter() - began)
 
 
-@contextmanager
-def running_system(directory: Path, model: str | None, device: str) -> Iterator[str]:
-    """`openlora up` with folders of its own; → its URL, once it is ready."""
-    port = free_port()
-    argv = [sys.executable, "-m", "openlora", "up", "--port", str(port), "--device", device]
-    argv += ["--model", model] if model else []
-    environ = {
-        **os.environ,
-        "XDG_STATE_HOME": str(directory / "state"),
-        "OPENLORA_STORE": str(directory / "store"),
-    }
-    log_path = directory / "up.log"
-    with log_path.open("wb") as log:
-        child = subprocess.Popen(
-            argv, env=environ, stdout=log, stderr=log, preexec_fn=die_with_parent()
-        )
-    try:
-        deadline = time.monotonic() + READY_TIMEOUT_S
-        while "Ready:" not in log_path.read_text(encoding="utf-8"):
-            if child.poll() is not None or time.monotonic() > deadline:
-                raise SetupError(f"`openlora up` did not start: {log_path.read_text()[-500:]}")
-            time.sleep(0.2)
-        yield f"http://127.0.0.1:{port}"
-    finally:
-        child.terminate()
-        try:
-            child.wait(STOP_TIMEOUT_S)
-        except subprocess.TimeoutExpired:
-            child.kill()
-            child.wait()
-
-
 def print_table(row: MixedRow) -> None:
     """What was measured beside what is aimed at."""
     table = Table(box=None, pad_edge=False)
@@ -184,6 +149,8 @@ def print_table(row: MixedRow) -> None:
     table.add_row("batch through the system, tok/s", f"{row.batch_tok_s:,.0f}", "")
     table.add_row("share of the engine", f"{row.share_of_engine:.0%}", f"≥ {GOAL_SHARE:.0%}")
     table.add_row("engine step beside a batch, ms", f"{row.step_ms:,.0f}", "")
+    for role, cores in row.batch_cores.items():
+        table.add_row(f"{role} during the batch, cores", f"{cores:.2f}", "")
     for name, empty, busy, steps in (
         ("p50", row.first_empty_p50_ms, row.first_batch_p50_ms, 1),
         ("p99", row.first_empty_p99_ms, row.first_batch_p99_ms, 2),

@@ -14,7 +14,8 @@ from websockets.sync.client import ClientConnection, connect
 
 from openlora.errors import SetupError
 
-POLL_S = 0.1
+POLL_S = 0.25
+"""Each look takes CPU time from what is measured."""
 TIMEOUT_S = 300.0
 _OVER = ("completed", "failed", "cancelled", "expired")
 

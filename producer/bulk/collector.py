@@ -29,8 +29,10 @@ from producer.bulk.results import Result, answered, write_segment
 from producer.bulk.state import BatchStates, Mark
 
 FLUSH_S = 0.5
+"""From one flush to the next at least: each writes a file and syncs it."""
 FLUSH_BYTES = 16 << 20
-POLL_MS = 100
+POLL_MS = 250
+"""What a fetch waits for answers; going through an empty one takes 2 ms of a core."""
 _RETRY_S = 1.0
 _CONNECT_TIMEOUT_MS = 10_000
 
@@ -62,7 +64,7 @@ class Collector:
         self._store = store
         self._pending: dict[TopicPartition, list[Any]] = {}
         self._bytes = 0
-        self._first_at = 0.0
+        self._flushed_at = 0.0
 
     def run(self, stopping: threading.Event) -> None:
         """Collect until ``stopping`` is set; what came until then is written.
@@ -95,7 +97,7 @@ class Collector:
                 group_id=COLLECTOR_GROUP,
                 enable_auto_commit=False,
                 auto_offset_reset="earliest",
-                fetch_max_wait_ms=100,
+                fetch_max_wait_ms=POLL_MS,
                 fetch_max_bytes=FLUSH_BYTES,
                 session_timeout_ms=6000,
                 heartbeat_interval_ms=1000,
@@ -112,15 +114,13 @@ class Collector:
 
     def _hold(self, records: dict[TopicPartition, list[Any]]) -> None:
         for partition, messages in records.items():
-            if not self._pending:
-                self._first_at = time.monotonic()
             self._pending.setdefault(partition, []).extend(messages)
             self._bytes += sum(len(message.value or b"") for message in messages)
 
     def _is_due(self) -> bool:
         if not self._pending:
             return False
-        return self._bytes >= FLUSH_BYTES or time.monotonic() - self._first_at >= FLUSH_S
+        return self._bytes >= FLUSH_BYTES or time.monotonic() - self._flushed_at >= FLUSH_S
 
     def _flush(self, consumer: Any, stopping: threading.Event) -> None:
         """Write, mark, commit, in this order; Redis or the disk being away is waited out."""
@@ -137,7 +137,7 @@ class Collector:
             partition: OffsetAndMetadata(messages[-1].offset + 1, "", -1)
             for partition, messages in self._pending.items()
         }
-        self._pending, self._bytes = {}, 0
+        self._pending, self._bytes, self._flushed_at = {}, 0, time.monotonic()
         try:
             consumer.commit(offsets)
         except KafkaError as error:
