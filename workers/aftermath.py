@@ -22,10 +22,11 @@ from openlora.errors import Overloaded
 from openlora.joblog import JobLog
 from openlora.joblog.crashes import CrashLog, Suspicion
 from openlora.protocol.crashes import Crash
+from openlora.protocol.jobs import AdapterRef
 from openlora.protocol.names import JOBS_TOPIC
 from workers.assembly import Parts
 from workers.offsets import Partition
-from workers.run import Run, now_ms
+from workers.run import now_ms
 
 PUBLISH_TIMEOUT_S = 2.0
 _FROM_OUTSIDE = frozenset(
@@ -76,15 +77,24 @@ class Aftermath:
         for run, suspicion in zip(inside, suspicions, strict=True):
             if suspicion.is_deadly:
                 loop.condemn(run, suspicion)
-                self._accuse_adapters(run, suspicion)
+                self._accuse_adapters(run.job.job_id, run.job.adapters, suspicion)
+        for bundle, lines in self._parts.bulk.inside().items():
+            # Whoever runs the bundle next knows from it what to run alone, and what not at all.
+            found = self._crashes.lines_crashed(bundle.batch_id, lines, crash)
+            for line, suspicion in found.items():
+                if suspicion.is_deadly:
+                    adapters = bundle.message.group.adapters
+                    self._accuse_adapters(bundle.job_id(line), adapters, suspicion)
 
-    def _accuse_adapters(self, run: Run, suspicion: Suspicion) -> None:
-        for adapter in run.job.adapters:
+    def _accuse_adapters(
+        self, job_id: str, adapters: Sequence[AdapterRef], suspicion: Suspicion
+    ) -> None:
+        for adapter in adapters:
             reason = (
                 f"adapter {adapter.id!r} version {adapter.version} is quarantined: different jobs "
                 f"with it ended the engine ({suspicion.story[-1].how}); register a mended one"
             )
-            if self._crashes.adapter_died(adapter.hash, run.job.job_id, reason):
+            if self._crashes.adapter_died(adapter.hash, job_id, reason):
                 logger.warning("event=adapter_quarantined adapter=%s", adapter.id)
 
     def _hand_over(self) -> None:

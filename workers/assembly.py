@@ -9,11 +9,13 @@ from dataclasses import dataclass
 from openlora.adapters.stores import open_store
 from openlora.joblog import JobLog, redis_client
 from openlora.joblog.crashes import CrashLog
+from openlora.protocol.bulk import BulkMessage
 from workers.adapter_tokenizers import AdapterTokenizers
 from workers.admission import Admission
 from workers.backlog import Fetched
 from workers.budgets import Budgets
 from workers.bulk import BulkLane
+from workers.bulk_opening import BundleOpener, HeldAgainst
 from workers.bulk_outlet import BulkOutlet
 from workers.config import WorkerConfig
 from workers.consumer import JobConsumer
@@ -96,15 +98,26 @@ def assemble(
     loop = WorkerLoop(engine, sink, consumer, job_log.retire)
     dead_letters = DeadLetters(config.kafka, config.worker_id, on_dead_letter_written)
     bulk = BulkLane(
-        config.worker_id,
         engine,
+        BundleOpener(
+            worker_id=config.worker_id,
+            engine=engine,
+            adapters=open_store(config.store, config.adapter_cache),
+            dead_letters=dead_letters,
+            end_position=lambda position: consumer.end(position, None),
+            held_against=lambda message: sink.patiently(lambda: _held_against(crash_log, message)),
+            brings_tokens=lambda path: bulk.brings_tokens(path),
+        ),
         BulkOutlet(config.kafka, redis_client(config.redis)),
-        dead_letters,
-        open_store(config.store, config.adapter_cache),
         budget=config.batch_budget,
         owns=consumer.owns,
-        end_position=lambda position: consumer.end(position, None),
         next_ticket=loop.next_ticket,
+        others_inside=lambda: bool(loop.runs_in_engine()),
     )
     loop.set_bulk(bulk)
     return Parts(config, engine, job_log, crash_log, sink, consumer, loop, dead_letters, bulk)
+
+
+def _held_against(crash_log: CrashLog, message: BulkMessage) -> HeldAgainst:
+    suspicions = crash_log.lines_suspected(message.batch_id, [line.line for line in message.lines])
+    return suspicions, crash_log.quarantined([a.hash for a in message.group.adapters])

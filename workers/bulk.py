@@ -7,60 +7,36 @@ answers, and run again where its worker died before.
 
 from __future__ import annotations
 
-import logging
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from pathlib import Path
 
-from openlora.adapters.stores import Store
-from openlora.errors import DeadlineExceeded, InvalidRequest, OpenLoRAError, PromptTooLong
-from openlora.protocol.bulk import (
-    BULK_PREFIX,
-    BulkAnswer,
-    BulkLine,
-    BulkMessage,
-    decode_bulk_message,
-    line_job_id,
-    seed_of,
-)
+from openlora.errors import OpenLoRAError
+from openlora.protocol.bulk import BulkAnswer, BulkLine
 from openlora.protocol.events import Failure, FinishReason
+from workers.adapter_tokenizers import AdapterTokenizers
 from workers.backlog import Fetched
+from workers.bulk_bundles import Bundle, is_bundle, prompt_of
 from workers.bulk_lines import LineRun, answer_messages
+from workers.bulk_opening import BundleOpener
 from workers.bulk_outlet import BulkOutlet
-from workers.bulk_pace import Pace
-from workers.dead_letters import DeadLetters
+from workers.bulk_suspects import LineSuspects
 from workers.engine_client import EngineClient
-from workers.messages import ModelFacts, Output, Start, StepOutputs
+from workers.messages import ModelFacts, Output, StepOutputs
 from workers.offsets import Position
-from workers.run import failure_of, now_ms
 from workers.tokenizer import PromptTokenizer
 
-ADMIT_AT_ONCE = 128
+ADMIT_AT_ONCE = 32
 ADMIT_BESIDE_INTERACTIVE = 8
-"""Lines admitted in one turn of the loop: each keeps the tokens of others waiting for 0.1 ms."""
+"""Lines admitted in one turn of the loop: each keeps the tokens of others waiting for 0.1 ms. How
+many of their prompts are computed in a step is the engine's affair (engine/batch_pace.py)."""
 ABOUT_S = 30.0
 """Interactive work counts as being about for so long after it was last there."""
 SPARE_SEATS = 8
 """One seat of the engine in so many stays free for interactive jobs while they are about; while
 none is, as many lines wait at the engine for a seat, so that none is empty for a step."""
 UPKEEP_S = 1.0
-
-logger = logging.getLogger("workers.bulk")
-
-
-def is_bundle(fetched: Fetched) -> bool:
-    """Whether a message of the batch topic is a bundle; else it is a single job."""
-    return fetched.value.startswith(BULK_PREFIX)
-
-
-@dataclass(slots=True, eq=False)
-class _Bundle:
-    fetched: Fetched
-    message: BulkMessage
-    answers: list[BulkAnswer] = field(default_factory=list)
-    failure: OpenLoRAError | None = None  # of its adapters, and so of every line
-    dropped: bool = False
 
 
 class BulkLane:
@@ -69,49 +45,56 @@ class BulkLane:
     Args:
         budget: about as many lines are in the engine at once; fewer where it has fewer seats.
         owns: whether a message's partition is still ours.
-        end_position: the message needs nothing more; may be called by any thread.
         next_ticket: a number never used before.
+        others_inside: whether the engine has anything but lines.
     """
 
     def __init__(
         self,
-        worker_id: str,
         engine: EngineClient,
+        opener: BundleOpener,
         outlet: BulkOutlet,
-        dead_letters: DeadLetters,
-        adapters: Store,
         *,
         budget: int,
         owns: Callable[[Position], bool],
-        end_position: Callable[[Position], None],
         next_ticket: Callable[[], int],
+        others_inside: Callable[[], bool],
     ) -> None:
         self.outlet = outlet
-        self._worker_id = worker_id
         self._engine = engine
-        self._dead_letters = dead_letters
-        self._adapters = adapters
+        self._opener = opener
         self._budget = budget
         self._spare = 0
         self._owns = owns
-        self._end_position = end_position
         self._next_ticket = next_ticket
+        self._others_inside = others_inside
+        self._suspects = LineSuspects()
         self._inbox: deque[Fetched] = deque()
-        self._bundles: set[_Bundle] = set()
-        self._waiting: deque[tuple[_Bundle, BulkLine]] = deque()
-        self._runs: dict[int, tuple[_Bundle, LineRun]] = {}
+        self._bundles: set[Bundle] = set()
+        self._waiting: deque[tuple[Bundle, BulkLine]] = deque()
+        self._runs: dict[int, tuple[Bundle, LineRun]] = {}
         self._upkeep_due = 0.0
         self._interactive_until = 0.0
-        self._pace = Pace()
         self._tokenizer: PromptTokenizer | None = None
+        self._tokenizers: AdapterTokenizers | None = None
         self._facts: ModelFacts | None = None
         self.tokens_made = 0
 
     def prepare(self, tokenizer: PromptTokenizer, facts: ModelFacts) -> None:
         """Model and tokenizer are loaded; once, before the first turn."""
         self._tokenizer, self._facts = tokenizer, facts
+        self._tokenizers = AdapterTokenizers(tokenizer)
         self._spare = min(self._budget, facts.max_num_seqs) // SPARE_SEATS
         self._budget = min(self._budget, facts.max_num_seqs)
+
+    def brings_tokens(self, adapter: Path) -> bool:
+        """Whether the adapter of this directory has other tokens than the model.
+
+        Raises:
+            AdapterFailed: its tokenizer cannot be read.
+        """
+        assert self._tokenizers is not None
+        return self._tokenizers.of((adapter,)).prompt is not self._tokenizer
 
     @property
     def lines_in_engine(self) -> int:
@@ -125,11 +108,31 @@ class BulkLane:
 
     def could_admit(self, interactive: int) -> bool:
         """Whether lines wait and there is room for one."""
+        if self._suspects:
+            return not (self._runs or self._others_inside())
         return bool(self._waiting or self._inbox) and self._has_room(interactive)
 
-    def deliver(self, bundles: Iterable[Fetched]) -> None:
-        """Bundles to run. Thread-safe."""
-        self._inbox.extend(bundles)
+    @property
+    def is_on_trial(self) -> bool:
+        """Whether nothing else may be in the engine, for the sake of a suspected line."""
+        return self._suspects.is_on_trial
+
+    def inside(self) -> dict[Bundle, list[int]]:
+        """The lines that the engine has now, or had when it died."""
+        found: dict[Bundle, list[int]] = {}
+        for bundle, run in self._runs.values():
+            found.setdefault(bundle, []).append(run.line.line)
+        return found
+
+    def deliver(self, messages: Iterable[Fetched]) -> list[Fetched]:
+        """Take the bundles among these to run; returns the others. Thread-safe."""
+        others = []
+        for fetched in messages:
+            if is_bundle(fetched):
+                self._inbox.append(fetched)
+            else:
+                others.append(fetched)
+        return others
 
     def drop_all(self) -> None:
         """Leave everything to the next owner: its offsets stay open."""
@@ -139,7 +142,6 @@ class BulkLane:
 
     def take(self, steps: Sequence[StepOutputs]) -> None:
         """The engine's news; of interactive runs' nothing is done here."""
-        self._pace.step(len(steps), time.monotonic())
         runs = self._runs
         for step in steps:
             for output in step.outputs:
@@ -152,9 +154,10 @@ class BulkLane:
         if interactive:
             self._interactive_until = time.monotonic() + ABOUT_S
         for _ in range(ADMIT_BESIDE_INTERACTIVE if interactive else ADMIT_AT_ONCE):
-            if not self._has_room(interactive):
+            if not self._has_room(interactive) or not self._is_line_there():
                 break
-            if not self._waiting and not self._open_next():
+            if self._suspects:
+                self._try_suspect()
                 break
             bundle, line = self._waiting.popleft()
             if not bundle.dropped:
@@ -163,91 +166,71 @@ class BulkLane:
             self._upkeep()
 
     def _has_room(self, interactive: int) -> bool:
-        if self._pace.room <= 0 and self._runs:
-            return False
         if time.monotonic() >= self._interactive_until:
             return len(self._runs) < self._budget + self._spare
         return len(self._runs) < self._budget - self._spare - interactive
 
-    def _open_next(self) -> bool:
-        """Open bundles until one has lines to run; False where none is left."""
-        while self._inbox:
-            fetched = self._inbox.popleft()
-            try:
-                message = decode_bulk_message(fetched.value)
-            except InvalidRequest as error:
-                self._dead_letters.write(fetched, error.code, error.message)
-                continue
-            if message.batch_id in self.outlet.stopped or not message.lines:
-                self._end_position(fetched.position)
-                continue
-            bundle = _Bundle(fetched, message)
-            self._register_adapters(bundle)
-            self._bundles.add(bundle)
-            self._waiting.extend((bundle, line) for line in message.lines)
-            return True
-        return False
+    def _is_line_there(self) -> bool:
+        while not (self._waiting or self._suspects):
+            if not self._inbox:
+                return False
+            self._open(self._inbox.popleft())
+        return True
 
-    def _register_adapters(self, bundle: _Bundle) -> None:
-        try:
-            for adapter in bundle.message.group.adapters:
-                self._engine.register(adapter.hash, str(self._adapters.path(adapter.hash)))
-        except OpenLoRAError as error:
-            bundle.failure = error
+    def _open(self, fetched: Fetched) -> None:
+        opened = self._opener.open(fetched, self.outlet.stopped)
+        if opened is None:
+            return
+        bundle = opened.bundle
+        self._bundles.add(bundle)
+        self._waiting.extend((bundle, line) for line in opened.lines)
+        for line, suspicion in opened.suspects:
+            self._suspects.add(bundle, line, suspicion)
+        for answer in opened.answers:
+            self._add(bundle, answer)
 
-    def _start(self, bundle: _Bundle, line: BulkLine) -> None:
+    def _try_suspect(self) -> None:
+        """Start the next suspected line once the engine is empty."""
+        if self._runs or self._others_inside():
+            return
+        found = self._suspects.next()
+        if found is not None:
+            bundle, line, suspicion = found
+            ticket = self._start(bundle, line)
+            if ticket is not None:
+                self._suspects.begin(ticket, bundle, line, suspicion)
+
+    def _start(self, bundle: Bundle, line: BulkLine) -> int | None:
+        """The line's ticket; None where it could not be started, and has its answer."""
         assert self._tokenizer is not None
         assert self._facts is not None
-        message = bundle.message
-        prompt_tokens = 0
         try:
-            if now_ms() >= message.deadline_ms:
-                raise DeadlineExceeded("the batch expired before the line was run")
-            token_ids = self._tokenizer.encode(line)
-            prompt_tokens = len(token_ids)
-            if prompt_tokens >= self._facts.max_model_len:
-                raise PromptTooLong(
-                    f"the prompt has {prompt_tokens} tokens and the model's context holds "
-                    f"{self._facts.max_model_len}; shorten it"
-                )
-            seed = seed_of(line_job_id(message.batch_id, message.input_hash, line.line))
-            params = line.params.sampling(seed)
-            if bundle.failure is not None:
-                raise bundle.failure
+            token_ids = prompt_of(bundle, line, self._tokenizer, self._facts)
         except OpenLoRAError as error:
-            failure = failure_of(error)
-            answer = BulkAnswer(
-                line.line, line.custom_id, prompt_tokens=prompt_tokens, failure=failure
-            )
-            self._add(bundle, answer)
-            return
-        self._pace.join(prompt_tokens)
+            self._add(bundle, bundle.refusal(line, error))
+            return None
         ticket = self._next_ticket()
-        run = LineRun(line, prompt_tokens, self._tokenizer.backend, self._facts.eos_token_ids)
+        run = LineRun(line, len(token_ids), self._tokenizer.backend, self._facts.eos_token_ids)
         self._runs[ticket] = (bundle, run)
-        self._engine.start(
-            Start(
-                ticket=ticket,
-                prompt_token_ids=tuple(token_ids),
-                params=params,
-                adapters=_weights(message),
-                priority="batch",
-            )
-        )
+        self._engine.start(bundle.start(ticket, line, token_ids))
+        return ticket
 
-    def _take(self, bundle: _Bundle, run: LineRun, output: Output) -> None:
+    def _take(self, bundle: Bundle, run: LineRun, output: Output) -> None:
         reason: FinishReason | None = None
+        is_cleared = False
         if output.token_id is not None:
             self.tokens_made += 1
-            reason = run.take(output.token_id)
+            reason = run.take(output)
+            is_cleared = self._suspects.take_token(output.ticket)
         in_engine = output.finish_reason is None and output.fault is None
-        if reason is None and in_engine:
+        if reason is None and in_engine and not is_cleared:
             return
         if in_engine:
             self._engine.abort(output.ticket)
-        del self._runs[output.ticket]
-        if not self._runs:
-            self._pace.rest()
+        self._forget(output.ticket)
+        if is_cleared and reason is None and in_engine:
+            self._waiting.append((bundle, run.line))
+            return
         assert self._tokenizer is not None
         assert self._facts is not None
         fault = output.fault
@@ -256,17 +239,22 @@ class BulkLane:
         tokenizer, eos_token_ids = self._tokenizer.backend, self._facts.eos_token_ids
         self._add(bundle, run.answer(reason, failure, tokenizer, eos_token_ids))
 
-    def _add(self, bundle: _Bundle, answer: BulkAnswer) -> None:
+    def _forget(self, ticket: int) -> None:
+        del self._runs[ticket]
+        self._suspects.leave(ticket)
+
+    def _add(self, bundle: Bundle, answer: BulkAnswer) -> None:
         bundle.answers.append(answer)
-        if len(bundle.answers) < len(bundle.message.lines):
+        if not bundle.is_complete:
             return
         self._bundles.discard(bundle)
         if not self._bundles:
             self.outlet.watched = frozenset()
         position = bundle.fetched.position
         self.outlet.write(
-            answer_messages(bundle.message, bundle.answers, self._worker_id),
-            lambda: self._end_position(position),
+            answer_messages(bundle.message, bundle.answers, self._opener.worker_id),
+            bundle.letters,
+            lambda: self._opener.end_position(position),
         )
 
     def _upkeep(self) -> None:
@@ -278,24 +266,14 @@ class BulkLane:
         for bundle in list(self._bundles):
             if bundle.message.batch_id in self.outlet.stopped:
                 self._drop(bundle)
-                self._end_position(bundle.fetched.position)
+                self._opener.end_position(bundle.fetched.position)
             elif not self._owns(bundle.fetched.position):
                 self._drop(bundle)
 
-    def _drop(self, bundle: _Bundle) -> None:
+    def _drop(self, bundle: Bundle) -> None:
         bundle.dropped = True
         self._bundles.discard(bundle)
         for ticket, (owner, _) in list(self._runs.items()):
             if owner is bundle:
                 self._engine.abort(ticket)
-                del self._runs[ticket]
-        if not self._runs:
-            self._pace.rest()
-
-
-def _weights(message: BulkMessage) -> tuple[tuple[str, float], ...]:
-    """(content hash, weight); two adapters of equal content are one with the sum of weights."""
-    weights: dict[str, float] = {}
-    for adapter in message.group.adapters:
-        weights[adapter.hash] = weights.get(adapter.hash, 0.0) + adapter.weight
-    return tuple(weights.items())
+                self._forget(ticket)

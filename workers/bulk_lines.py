@@ -9,13 +9,17 @@ from openlora.engine.detokenizer import Detokenizer
 from openlora.engine.stop_checker import StopChecker
 from openlora.protocol.bulk import BulkAnswer, BulkAnswers, BulkLine, BulkMessage
 from openlora.protocol.codec import encode
-from openlora.protocol.events import Failure, FinishReason
+from openlora.protocol.events import Candidate, Failure, FinishReason, Token
+from workers.messages import Output
 
 if TYPE_CHECKING:
     import tokenizers
 
 ANSWERS_BYTES = 900_000
 """Most bytes of one message of answers; brokers take 1 MiB by default."""
+
+_Logprobs = tuple[float, tuple[tuple[int, float], ...]]
+"""A token's own logprob; (token ID, logprob) of the alternatives."""
 
 
 class LineRun:
@@ -25,7 +29,10 @@ class LineRun:
     end, and the text is decoded once.
     """
 
-    __slots__ = ("_checker", "_detokenizer", "_texts", "_token_ids", "line", "prompt_tokens")
+    __slots__ = (
+        *("_checker", "_detokenizer", "_logprobs", "_texts", "_token_ids"),
+        *("line", "prompt_tokens"),
+    )
 
     def __init__(
         self,
@@ -38,14 +45,20 @@ class LineRun:
         self.prompt_tokens = prompt_tokens
         self._token_ids: list[int] = []
         self._texts: list[str] = []
+        self._logprobs: list[_Logprobs] = []  # of each token, where the line asked
         self._checker = self._detokenizer = None
         if line.params.stop:
             self._checker = StopChecker(line.params.sampling(), eos_token_ids)
             self._detokenizer = Detokenizer(tokenizer, eos_token_ids)
 
-    def take(self, token_id: int) -> FinishReason | None:
-        """Add a token; why the line is finished, where a stop string says so."""
+    def take(self, output: Output) -> FinishReason | None:
+        """Add the output's token; why the line is finished, where a stop string says so."""
+        token_id = output.token_id
+        assert token_id is not None
         self._token_ids.append(token_id)
+        if output.logprob is not None:
+            top = () if self.line.chosen_only else output.top_logprobs
+            self._logprobs.append((output.logprob, top))
         if self._checker is None or self._detokenizer is None:
             return None
         text, reason = self._checker.feed(token_id, self._detokenizer.feed(token_id))
@@ -75,6 +88,27 @@ class LineRun:
             self.prompt_tokens,
             len(self._token_ids),
             failure,
+            self._tokens(tokenizer, eos_token_ids) if failure is None else None,
+        )
+
+    def _tokens(
+        self, tokenizer: tokenizers.Tokenizer, eos_token_ids: tuple[int, ...]
+    ) -> tuple[Token, ...] | None:
+        if not self.line.params.logprobs:
+            return None
+
+        def text_of(token_id: int) -> str:
+            return tokenizer.decode([token_id], skip_special_tokens=False)
+
+        return tuple(
+            Token(
+                token_id,
+                text_of(token_id),
+                logprob,
+                tuple(Candidate(other, text_of(other), value) for other, value in top),
+            )
+            for token_id, (logprob, top) in zip(self._token_ids, self._logprobs, strict=True)
+            if token_id not in eos_token_ids
         )
 
 
@@ -93,7 +127,7 @@ def answer_messages(
         return [whole]
     if len(answers) == 1:
         failure = Failure(
-            "payload_too_large", "the answer is longer than a message; lower max_tokens"
+            "payload_too_large", "the answer is longer than a message; lower max_tokens or logprobs"
         )
         answer = answers[0]
         return [encoded([BulkAnswer(answer.line, answer.custom_id, failure=failure)])]

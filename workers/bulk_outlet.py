@@ -18,6 +18,7 @@ from kafka import KafkaProducer
 from kafka.errors import KafkaError
 
 from openlora.protocol.bulk import RESULTS_TOPIC, stop_key
+from openlora.protocol.names import DEAD_TOPIC
 
 RETRY_S = 0.5
 STOP_CHECK_S = 1.0
@@ -26,7 +27,7 @@ SEND_AT_ONCE = 64
 
 logger = logging.getLogger("workers.bulk_outlet")
 
-_Entry = tuple[Sequence[bytes], Callable[[], None]]
+_Entry = tuple[list[tuple[str, bytes]], Callable[[], None]]
 
 
 class BulkOutlet:
@@ -49,9 +50,17 @@ class BulkOutlet:
         self._check_due = 0.0
         self._producer: Any = None
 
-    def write(self, messages: Sequence[bytes], on_written: Callable[[], None]) -> None:
-        """Queue the answers of one bundle. The thread begins with the first."""
-        self._queue.put((messages, on_written))
+    def write(
+        self,
+        messages: Sequence[bytes],
+        letters: Sequence[bytes],
+        on_written: Callable[[], None],
+    ) -> None:
+        """Queue the answers of one bundle, and the dead letters of its lines. The thread begins
+        with the first."""
+        entry = [(RESULTS_TOPIC, message) for message in messages]
+        entry += [(DEAD_TOPIC, letter) for letter in letters]
+        self._queue.put((entry, on_written))
         self.start()
 
     def start(self) -> None:
@@ -96,7 +105,7 @@ class BulkOutlet:
     def _send(self, entries: list[_Entry]) -> None:
         producer = self._connected()
         sent = [
-            (on_written, [producer.send(RESULTS_TOPIC, message) for message in messages])
+            (on_written, [producer.send(topic, message) for topic, message in messages])
             for messages, on_written in entries
         ]
         for on_written, futures in sent:

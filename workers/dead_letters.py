@@ -51,6 +51,37 @@ def unrunnable(end: End | None) -> Failure | None:
     return end.failure
 
 
+def letter_of(
+    fetched: Fetched,
+    worker_id: str,
+    code: str,
+    reason: str,
+    job_id: str | None = None,
+    story: tuple[Crash, ...] = (),
+) -> bytes:
+    """A letter as it is written to the topic."""
+    topic, partition = fetched.position.partition
+    logger.warning(
+        "event=dead_letter topic=%s partition=%d offset=%d code=%s reason=%r next=skip",
+        *(topic, partition, fetched.position.offset, code, reason),
+    )
+    return encode(
+        DeadLetter(
+            topic=topic,
+            partition=partition,
+            offset=fetched.position.offset,
+            code=code,
+            reason=reason,
+            value=base64.b64encode(fetched.value[:MAX_VALUE_BYTES]).decode(),
+            value_bytes=len(fetched.value),
+            worker_id=worker_id,
+            written_ms=time.time_ns() // 1_000_000,
+            job_id=job_id,
+            story=story,
+        )
+    )
+
+
 class DeadLetters:
     """Writes dead letters in a thread of its own, started with the first one.
 
@@ -77,25 +108,8 @@ class DeadLetters:
         story: tuple[Crash, ...] = (),
     ) -> None:
         """Queue one letter."""
-        topic, partition = fetched.position.partition
-        logger.warning(
-            "event=dead_letter topic=%s partition=%d offset=%d code=%s reason=%r next=skip",
-            *(topic, partition, fetched.position.offset, code, reason),
-        )
-        letter = DeadLetter(
-            topic=topic,
-            partition=partition,
-            offset=fetched.position.offset,
-            code=code,
-            reason=reason,
-            value=base64.b64encode(fetched.value[:MAX_VALUE_BYTES]).decode(),
-            value_bytes=len(fetched.value),
-            worker_id=self._worker_id,
-            written_ms=time.time_ns() // 1_000_000,
-            job_id=job_id,
-            story=story,
-        )
-        self._queue.put((fetched, encode(letter)))
+        letter = letter_of(fetched, self._worker_id, code, reason, job_id, story)
+        self._queue.put((fetched, letter))
         if self._thread.ident is None:
             self._thread.start()
 

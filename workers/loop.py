@@ -21,7 +21,7 @@ from openlora.protocol.codec import encode
 from openlora.protocol.names import JOBS_TOPIC
 from workers.admission import Admission
 from workers.backlog import Fetched
-from workers.bulk import BulkLane, is_bundle
+from workers.bulk import BulkLane
 from workers.consumer import JobConsumer
 from workers.dead_letters import condemned, unrunnable
 from workers.deadlines import Deadlines
@@ -37,8 +37,7 @@ ADMIT_AT_ONCE = 16
 EMIT_AT_ONCE = 100
 PROBE_INTERVAL_S = 0.5
 """A run that has nothing to say asks its log this often whether it was cancelled, lost its lease
-or moved. Asking covers all three, and what happened while Redis was away; the control channel
-would tell of cancels alone."""
+or moved, maybe while Redis was away; the control channel would tell of cancels alone."""
 
 logger = logging.getLogger("workers.loop")
 
@@ -81,6 +80,7 @@ class WorkerLoop:
             rename=self._rename,
             is_open=lambda run: run.end is None and self._by_job.get(run.job.job_id) is run,
             others_inside=lambda: self.bulk_lines_in_engine > 0,
+            line_on_trial=lambda: self._bulk is not None and self._bulk.is_on_trial,
         )
 
     def _rename(self, run: Run, ticket: int) -> None:
@@ -131,11 +131,7 @@ class WorkerLoop:
 
     def deliver(self, batch: Iterable[Fetched]) -> None:
         """Messages to admit. Thread-safe."""
-        for fetched in batch:
-            if self._bulk is not None and is_bundle(fetched):
-                self._bulk.deliver((fetched,))
-            else:
-                self._inbox.append(fetched)
+        self._inbox.extend(batch if self._bulk is None else self._bulk.deliver(batch))
         self.wake()
 
     def retire(self, job_ids: list[str]) -> None:
@@ -164,7 +160,8 @@ class WorkerLoop:
         """
         bulk = self._bulk
         # The bulk lane waits while a suspect runs: it has nothing to do before the engine speaks.
-        has_lines = bulk is not None and self._ward.is_idle and bulk.could_admit(self.open_runs)
+        is_free = not self._ward.has_suspects
+        has_lines = is_free and bulk is not None and bulk.could_admit(self.open_runs)
         due_s = min(timeout_s, PROBE_INTERVAL_S, self._deadlines.next_in_s(now_ms()))
         self._wait(0.0 if self._inbox or has_lines else due_s)
         steps = self._engine.receive()
@@ -174,7 +171,7 @@ class WorkerLoop:
                 bulk.take(steps)
         if self._inbox:
             self._admit()
-        elif bulk is not None and not bulk.is_idle and self._ward.is_idle:
+        elif bulk is not None and not bulk.is_idle and not self._ward.has_suspects:
             bulk.refill(self.open_runs)
         if not self._ward.is_idle:
             self._ward.turn(self._runs.values())

@@ -38,6 +38,7 @@ class Ward:
         rename: the run's ticket was changed to this one.
         is_open: whether the run is still ours and has not ended.
         others_inside: whether the engine holds something that is no run of the loop.
+        line_on_trial: whether a line of a bundle needs the engine for itself.
     """
 
     def __init__(
@@ -48,12 +49,14 @@ class Ward:
         rename: Callable[[Run, int], None],
         is_open: Callable[[Run], bool],
         others_inside: Callable[[], bool],
+        line_on_trial: Callable[[], bool],
     ) -> None:
         self._engine = engine
         self._next_ticket = next_ticket
         self._rename = rename
         self._is_open = is_open
         self._others_inside = others_inside
+        self._line_on_trial = line_on_trial
         self._suspects: deque[Run] = deque()
         self._held: list[Run] = []
         self._trial: Run | None = None
@@ -61,14 +64,19 @@ class Ward:
 
     @property
     def is_idle(self) -> bool:
-        """Whether nobody is suspected or held."""
-        return not (self._suspects or self._held or self._trial)
+        """Whether there is nothing to do: nobody is suspected, held, or to be held."""
+        return not (self.has_suspects or self._held or self._line_on_trial())
+
+    @property
+    def has_suspects(self) -> bool:
+        """Whether a job is suspected: nothing but jobs begins before all of those were tried."""
+        return bool(self._suspects) or self._trial is not None
 
     def begin(self, run: Run) -> None:
         """A new run: into the engine, unless it is suspected or somebody who is runs now."""
         if run.suspicion.crashes:
             self._suspects.append(run)
-        elif self._suspects or self._trial is not None:
+        elif self.has_suspects or self._line_on_trial():
             self._held.append(run)
         else:
             self._start(run)
@@ -84,6 +92,9 @@ class Ward:
             self._hold(list(runs))
             if not self._others_inside():
                 self._try(self._suspects.popleft())
+            return
+        if self._line_on_trial():
+            self._hold(list(runs))
             return
         held, self._held = self._held, []
         for run in held:

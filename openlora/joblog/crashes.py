@@ -2,6 +2,7 @@
 
 Fields added to a job's hash: ``crashes`` (engines that crashed with it inside), ``alone`` (those in
 which it was the only one) and ``story`` (one ``Crash`` as JSON a line, oldest first).
+Lines of batches have no hash of their own: a batch's suspected lines share one, line → story.
 """
 
 from __future__ import annotations
@@ -36,6 +37,20 @@ end
 local f = redis.call('HMGET', KEYS[1], 'crashes', 'alone')
 return {tonumber(f[1] or 0), tonumber(f[2] or 0), story}
 """
+
+
+# ARGV: record, time to live, then the lines
+_LINES_CRASHED = """
+for i = 3, #ARGV do
+    local story = redis.call('HGET', KEYS[1], ARGV[i]) or ''
+    if string.sub(story, -#ARGV[1]) ~= ARGV[1] then
+        redis.call('HSET', KEYS[1], ARGV[i], story .. ARGV[1])
+    end
+end
+redis.call('EXPIRE', KEYS[1], ARGV[2])
+return redis.call('HMGET', KEYS[1], unpack(ARGV, 3))
+"""
+_LINES_TTL_S = 7 * 24 * 3600
 
 
 class Suspicion(msgspec.Struct, frozen=True):
@@ -76,6 +91,27 @@ class CrashLog:
                 pipeline.hmget(names.job_key(job_id), "crashes", "alone", "story")
             return [_suspicion(*fields) for fields in pipeline.execute()]
 
+    def lines_crashed(
+        self, batch_id: str, lines: Sequence[int], crash: Crash
+    ) -> dict[int, Suspicion]:
+        """An engine crashed with these lines of a batch inside; what is held against each."""
+        if not lines:
+            return {}
+        key, record = names.line_crashes_key(batch_id), codec.encode(crash) + b"\n"
+        with redis_errors(self._redis):
+            stories = self._redis.eval(_LINES_CRASHED, 1, key, record, _LINES_TTL_S, *lines)
+        return {line: _of_story(story) for line, story in zip(lines, stories, strict=True)}
+
+    def lines_suspected(self, batch_id: str, lines: Sequence[int]) -> dict[int, Suspicion]:
+        """Those of the lines against which something is held."""
+        with redis_errors(self._redis):
+            stories = self._redis.hmget(names.line_crashes_key(batch_id), lines) if lines else ()
+        return {
+            line: _of_story(story)
+            for line, story in zip(lines, stories, strict=True)
+            if story is not None
+        }
+
     def acquit(self, job_id: str) -> None:
         """Hold nothing against the job any more: an operator wants it tried again."""
         with redis_errors(self._redis):
@@ -115,3 +151,8 @@ class CrashLog:
 def _suspicion(crashes: Any, alone: Any, story: bytes | None) -> Suspicion:
     lines = (story or b"").splitlines()
     return Suspicion(int(crashes or 0), int(alone or 0), tuple(map(decode_crash, lines)))
+
+
+def _of_story(story: bytes) -> Suspicion:
+    crashes = tuple(map(decode_crash, story.splitlines()))
+    return Suspicion(len(crashes), sum(crash.jobs == 1 for crash in crashes), crashes)

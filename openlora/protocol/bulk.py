@@ -13,7 +13,7 @@ from typing import Literal
 import msgspec
 
 from openlora.protocol.codec import checked_decoder
-from openlora.protocol.events import Failure, FinishReason
+from openlora.protocol.events import Failure, FinishReason, Token
 from openlora.protocol.jobs import AdapterRef, Message
 from openlora.protocol.names import JOB_ID_LENGTH
 from openlora.sampling_params import SEED_LIMIT, SamplingParams
@@ -42,6 +42,7 @@ class LineParams(msgspec.Struct, frozen=True, omit_defaults=True, forbid_unknown
     repetition_penalty: float = 1.0
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
+    logprobs: int = 0
 
     def sampling(self, default_seed: int | None = None) -> SamplingParams:
         """The checked settings, with ``default_seed`` where the line names none.
@@ -61,17 +62,22 @@ class LineParams(msgspec.Struct, frozen=True, omit_defaults=True, forbid_unknown
             repetition_penalty=self.repetition_penalty,
             presence_penalty=self.presence_penalty,
             frequency_penalty=self.frequency_penalty,
+            logprobs=self.logprobs,
         )
 
 
 class BulkLine(msgspec.Struct, frozen=True, omit_defaults=True):
-    """One line to run, numbered from 1 as editors do, with exactly one of prompt and messages."""
+    """One line to run, numbered from 1 as editors do, with exactly one of prompt and messages.
+
+    ``chosen_only``: of its logprobs those of the tokens themselves are told, no alternatives.
+    """
 
     line: int
     custom_id: str | None = None
     prompt: str | None = None
     messages: tuple[Message, ...] | None = None
     params: LineParams = LineParams()
+    chosen_only: bool = False
 
 
 class BulkGroup(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -93,7 +99,10 @@ class BulkMessage(msgspec.Struct, frozen=True, tag="bulk", omit_defaults=True):
 
 
 class BulkAnswer(msgspec.Struct, frozen=True, omit_defaults=True):
-    """What became of one line: a text with its ``finish_reason``, or a ``failure``."""
+    """What became of one line: a text with its ``finish_reason``, or a ``failure``.
+
+    ``tokens``: where the line asked for logprobs; each one's text is that of its ID alone.
+    """
 
     line: int
     custom_id: str | None = None
@@ -102,6 +111,7 @@ class BulkAnswer(msgspec.Struct, frozen=True, omit_defaults=True):
     prompt_tokens: int = 0
     completion_tokens: int = 0
     failure: Failure | None = None
+    tokens: tuple[Token, ...] | None = None
 
 
 class BulkAnswers(msgspec.Struct, frozen=True, tag="answers", omit_defaults=True):

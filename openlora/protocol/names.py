@@ -96,6 +96,11 @@ def adapter_deaths_key(content_hash: str) -> str:
     return f"openlora:adapter-deaths:{content_hash}"
 
 
+def line_crashes_key(batch_id: str) -> str:
+    """Hash, 7 days: line of a batch that was in engines when they crashed → its crashes."""
+    return f"openlora:{{{batch_id}}}:crashes"
+
+
 def tenant_jobs_key(tenant: str) -> str:
     """Sorted set: the tenant's open jobs (and some that have ended), by time accepted."""
     return f"openlora:in-flight:tenant:{tenant}"

@@ -23,6 +23,8 @@ from producer.bulk.openai_body import CHAT_URL, TEXT_URL, ChatBody, TextBody
 from producer.bulk.reader import MAX_LINE_BYTES, RawLine
 
 MAX_CUSTOM_ID_CHARS = 512
+MAX_TOLD = 10_000
+"""Most log-probabilities of one answer: each takes about 60 bytes, a message holds 900,000."""
 
 
 class PlainLine(LineParams, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -126,7 +128,7 @@ def shape_of(raw: RawLine, rules: Rules) -> Shape:
 
 def _plain(number: int, plain: PlainLine, rules: Rules) -> Parsed:
     params = _plain_params(plain)
-    params.sampling()
+    _check_params(params)
     if (plain.prompt is None) == (plain.messages is None):
         both = "both" if plain.prompt is not None else "neither"
         raise InvalidRequest(f"{both} of prompt and messages given; give exactly one")
@@ -169,10 +171,11 @@ def _openai(number: int, line: OpenAILine, rules: Rules) -> Parsed:
         shape, body = "text", _decode_text(line.body)
         messages, prompt = None, body.prompt
     params = body.params()
-    params.sampling()
+    _check_params(params)
     _check_input(prompt, messages)
     group = BulkGroup(shape, body.model, _of_model(body.model, rules))
-    return Parsed(group, BulkLine(number, line.custom_id, prompt, messages, params))
+    chosen_only = body.alternatives == 0
+    return Parsed(group, BulkLine(number, line.custom_id, prompt, messages, params, chosen_only))
 
 
 def _of_model(model: str, rules: Rules) -> tuple[AdapterRef, ...]:
@@ -209,6 +212,16 @@ def _resolved(
             )
         refs[record.id] = AdapterRef(record.id, record.version, record.hash, choice.weight)
     return tuple(refs.values())
+
+
+def _check_params(params: LineParams) -> None:
+    params.sampling()
+    told = params.max_tokens * (1 + params.logprobs)
+    if params.logprobs and told > MAX_TOLD:
+        raise InvalidRequest(
+            f"max_tokens {params.max_tokens} with {params.logprobs} alternatives a token makes an "
+            f"answer that no message holds; together they may be {MAX_TOLD}, so lower one"
+        )
 
 
 def _check_input(prompt: str | None, messages: tuple[Message, ...] | None) -> None:

@@ -13,6 +13,7 @@ import msgspec
 from openlora.errors import InvalidRequest
 from openlora.protocol.bulk import LineParams
 from openlora.protocol.jobs import Message
+from openlora.sampling_params import MAX_LOGPROBS
 
 CHAT_URL = "/v1/chat/completions"
 TEXT_URL = "/v1/completions"
@@ -62,8 +63,11 @@ class OpenAIBody(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
     repetition_penalty: float | None = None
     ignore_eos: bool | None = None
 
-    def params(self) -> LineParams:
-        """The sampling settings. Raises InvalidRequest for what a batch line cannot ask."""
+    def _params(self, alternatives: int | None) -> LineParams:
+        """The sampling settings. Raises InvalidRequest for what a batch line cannot ask.
+
+        ``alternatives``: to tell of each token; 0: its own logprob alone; None: not even that.
+        """
         if self.n not in (None, 1):
             raise InvalidRequest(f"n is {self.n}; a batch line gives one answer, so send n lines")
         if self.stream:
@@ -81,6 +85,7 @@ class OpenAIBody(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
             "repetition_penalty": self.repetition_penalty,
             "presence_penalty": self.presence_penalty,
             "frequency_penalty": self.frequency_penalty,
+            "logprobs": None if alternatives is None else max(1, alternatives),
         }
         return LineParams(**{name: value for name, value in given.items() if value is not None})
 
@@ -90,10 +95,25 @@ class ChatBody(OpenAIBody, frozen=True, forbid_unknown_fields=True, kw_only=True
 
     messages: tuple[ChatMessage, ...]
     max_completion_tokens: int | None = None
+    logprobs: bool | None = None
+    top_logprobs: int | None = None
+
+    @property
+    def alternatives(self) -> int | None:
+        """Alternatives to tell of each token; 0: its own logprob alone; None: not even that."""
+        return (self.top_logprobs or 0) if self.logprobs else None
 
     def params(self) -> LineParams:
-        """As ``OpenAIBody.params``; ``max_completion_tokens`` is the newer name of max_tokens."""
-        params = super().params()
+        """The sampling settings; ``max_completion_tokens`` is the newer name of max_tokens.
+
+        Raises:
+            InvalidRequest: for what a batch line cannot ask.
+        """
+        if self.top_logprobs is not None:
+            if not self.logprobs:
+                raise InvalidRequest("top_logprobs needs logprobs: true beside it")
+            _check_alternatives("top_logprobs", self.top_logprobs)
+        params = self._params(self.alternatives)
         if self.max_completion_tokens is None:
             return params
         if self.max_tokens is not None:
@@ -105,10 +125,33 @@ class TextBody(OpenAIBody, frozen=True, forbid_unknown_fields=True, kw_only=True
     """Body of ``/v1/completions``."""
 
     prompt: str
+    logprobs: int | None = None
+
+    @property
+    def alternatives(self) -> int | None:
+        """As ``ChatBody.alternatives``."""
+        return self.logprobs
+
+    def params(self) -> LineParams:
+        """The sampling settings. Raises InvalidRequest for what a batch line cannot ask."""
+        if self.logprobs is not None:
+            _check_alternatives("logprobs", self.logprobs)
+        return self._params(self.logprobs)
+
+
+def _check_alternatives(name: str, value: int) -> None:
+    if not 0 <= value <= MAX_LOGPROBS:
+        raise InvalidRequest(f"{name} is {value}; it must be in [0, {MAX_LOGPROBS}]")
 
 
 def chat_answer(
-    job_id: str, created_s: int, model: str, text: str, reason: str, usage: dict[str, int]
+    job_id: str,
+    created_s: int,
+    model: str,
+    text: str,
+    reason: str,
+    usage: dict[str, int],
+    logprobs: dict[str, object] | None,
 ) -> dict[str, object]:
     """A chat completion object."""
     message = {"role": "assistant", "content": text}
@@ -117,13 +160,21 @@ def chat_answer(
         "object": "chat.completion",
         "created": created_s,
         "model": model,
-        "choices": [{"index": 0, "message": message, "logprobs": None, "finish_reason": reason}],
+        "choices": [
+            {"index": 0, "message": message, "logprobs": logprobs, "finish_reason": reason}
+        ],
         "usage": usage,
     }
 
 
 def text_answer(
-    job_id: str, created_s: int, model: str, text: str, reason: str, usage: dict[str, int]
+    job_id: str,
+    created_s: int,
+    model: str,
+    text: str,
+    reason: str,
+    usage: dict[str, int],
+    logprobs: dict[str, object] | None,
 ) -> dict[str, object]:
     """A text completion object."""
     return {
@@ -131,6 +182,6 @@ def text_answer(
         "object": "text_completion",
         "created": created_s,
         "model": model,
-        "choices": [{"index": 0, "text": text, "logprobs": None, "finish_reason": reason}],
+        "choices": [{"index": 0, "text": text, "logprobs": logprobs, "finish_reason": reason}],
         "usage": usage,
     }

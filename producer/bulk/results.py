@@ -8,20 +8,25 @@ Of several results for one line the first counts, segments taken by name: what a
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import msgspec
 
 from openlora.errors import OpenLoRAError
 from openlora.protocol.bulk import BulkAnswer, BulkAnswers, BulkGroup, Shape, line_job_id
 from openlora.protocol.codec import encode
+from openlora.protocol.events import Token
 from producer.bulk.blocks import Block, read_index, write_blocks
+from producer.bulk.logprobs import chat_logprobs, plain_logprobs, text_logprobs
 from producer.bulk.openai_body import chat_answer, text_answer
 from producer.bulk.records import RANGE_LINES
 
 MAX_MESSAGE_CHARS = 1000
+
+T = TypeVar("T")
 
 
 class PlainResult(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -33,6 +38,7 @@ class PlainResult(msgspec.Struct, frozen=True, omit_defaults=True):
     text: str | None = None
     finish_reason: str | None = None
     usage: dict[str, int] | None = None
+    logprobs: list[dict[str, object]] | None = None
     error: dict[str, str] | None = None
 
 
@@ -90,9 +96,12 @@ def _answered(bundle: BulkAnswers, answer: BulkAnswer, created_s: int) -> Result
         return Result(answer.line, encode(_plain(group, answer, usage, error)))
     response = None
     if error is None:
-        make = chat_answer if group.shape == "chat" else text_answer
         reason = answer.finish_reason or "stop"
-        body = make(job_id, created_s, group.model, answer.text, reason, usage)
+        fields = (job_id, created_s, group.model, answer.text, reason, usage)
+        if group.shape == "chat":
+            body = chat_answer(*fields, _told(answer, chat_logprobs))
+        else:
+            body = text_answer(*fields, _told(answer, text_logprobs))
         response = {"status_code": 200, "request_id": job_id, "body": body}
     result = OpenAIResult(f"batch_req_{job_id}", answer.custom_id, response, error)
     return Result(answer.line, encode(result))
@@ -105,8 +114,18 @@ def _plain(
     if error is not None:
         return PlainResult(answer.line, answer.custom_id, adapter, error=error)
     return PlainResult(
-        answer.line, answer.custom_id, adapter, answer.text, answer.finish_reason, usage
+        answer.line,
+        answer.custom_id,
+        adapter,
+        answer.text,
+        answer.finish_reason,
+        usage,
+        _told(answer, plain_logprobs),
     )
+
+
+def _told(answer: BulkAnswer, shaped: Callable[[Sequence[Token]], T]) -> T | None:
+    return None if answer.tokens is None else shaped(answer.tokens)
 
 
 def write_segment(folder: Path, name: str, results: Iterable[Result]) -> None:

@@ -6,6 +6,7 @@ import pytest
 
 from openlora.joblog import JobLog, core, redis_client
 from openlora.joblog.crashes import ADAPTER_LIMIT, CrashLog, Suspicion
+from openlora.protocol import names
 from openlora.protocol.crashes import Crash
 from tests.joblog.jobs import a_chunk, a_job
 
@@ -67,3 +68,18 @@ def test_an_adapter_is_quarantined_for_different_jobs_not_for_one(client):
     log.release("ab")
     assert log.quarantined(["ab"]) == {}
     assert not log.adapter_died("ab", "job 3", "why")
+
+
+def test_lines_of_a_batch_are_suspected_by_number(client):
+    log = CrashLog(client)
+    assert log.lines_suspected("batch_x", [1, 2]) == {}
+    assert log.lines_crashed("batch_x", [], AMONG) == {}
+    for _ in range(2):  # sent again after a lost reply
+        assert set(log.lines_crashed("batch_x", [1, 2], AMONG)) == {1, 2}
+    assert log.lines_crashed("batch_x", [2], ALONE) == {2: Suspicion(2, 1, (AMONG, ALONE))}
+    assert log.lines_suspected("batch_x", [1, 2, 3]) == {
+        1: Suspicion(1, 0, (AMONG,)),
+        2: Suspicion(2, 1, (AMONG, ALONE)),
+    }
+    assert log.lines_crashed("batch_x", [2], Crash(4, "w", "SIGABRT", 1))[2].is_deadly
+    assert client.ttl(names.line_crashes_key("batch_x")) > 0

@@ -1,116 +1,20 @@
-"""The bulk lane alone: room, answers, what it lets go. The engine and Kafka are lists here."""
+"""The bulk lane alone: room, answers, what it lets go."""
 
 from __future__ import annotations
 
-import itertools
-
 import pytest
 
-from openlora.adapters.store import AdapterStore
 from openlora.bench.pipeline_model import write_tokenizer
-from openlora.protocol.bulk import (
-    BulkAnswers,
-    BulkGroup,
-    BulkLine,
-    BulkMessage,
-    LineParams,
-    decode_bulk_answers,
-)
+from openlora.protocol.bulk import BulkAnswers
 from openlora.protocol.codec import encode
+from openlora.protocol.events import Candidate, Token
 from openlora.protocol.jobs import AdapterRef
+from tests.workers.bulk_bench import Bench, bundle, line
 from workers.backlog import Fetched
-from workers.bulk import BulkLane, is_bundle
-from workers.bulk_pace import FIRST_TOKENS
-from workers.messages import Fault, ModelFacts, Output, StepOutputs
+from workers.bulk_bundles import is_bundle
+from workers.messages import Fault
 from workers.offsets import Position
 from workers.tokenizer import PromptTokenizer
-
-FACTS = ModelFacts(1, "cpu", "f32", 200, 32_768, (0,), 0, 0, "none", max_num_seqs=16)
-SOON = 1 << 60
-
-
-class Engine:
-    """Keeps what it is told; ``registered`` as workers do it."""
-
-    def __init__(self) -> None:
-        self.started = {}
-        self.aborted = []
-        self.registered = []
-
-    def register(self, name, path):
-        self.registered.append(name)
-
-    def start(self, start):
-        self.started[start.ticket] = start
-
-    def abort(self, ticket):
-        self.aborted.append(ticket)
-
-
-class Outlet:
-    """Holds answers until ``acknowledge``."""
-
-    def __init__(self) -> None:
-        self.stopped = frozenset()
-        self.watched = frozenset()
-        self.messages = []
-        self.waiting = []
-
-    def start(self):
-        pass
-
-    def write(self, messages, on_written):
-        self.messages += [decode_bulk_answers(message) for message in messages]
-        self.waiting.append(on_written)
-
-    def acknowledge(self):
-        for on_written in self.waiting:
-            on_written()
-        self.waiting.clear()
-
-
-class Letters:
-    def __init__(self) -> None:
-        self.codes = []
-
-    def write(self, fetched, code, reason):
-        self.codes.append(code)
-
-
-class Bench:
-    def __init__(self, tokenizer, store, budget=256) -> None:
-        self.engine, self.outlet, self.letters = Engine(), Outlet(), Letters()
-        self.ended = []
-        self.owned = True
-        self.lane = BulkLane(
-            "w",
-            self.engine,
-            self.outlet,
-            self.letters,
-            AdapterStore(store),
-            budget=budget,
-            owns=lambda position: self.owned,
-            end_position=self.ended.append,
-            next_ticket=itertools.count().__next__,
-        )
-        self.lane.prepare(tokenizer, FACTS)
-
-    def deliver(self, value, offset=0):
-        position = Position(("openlora.batch", 0), offset, 1)
-        fetched = Fetched(position, None, value if isinstance(value, bytes) else encode(value))
-        self.lane.deliver([fetched])
-        return position
-
-    def say(self, ticket, token=500, **fields):
-        self.lane.take([StepOutputs((Output(ticket, 0, token, **fields),))])
-
-    def upkeep(self):
-        self.lane._upkeep_due = 0.0
-        self.lane.refill(0)
-
-    @property
-    def answers(self):
-        return [answer for bundle in self.outlet.messages for answer in bundle.answers]
 
 
 @pytest.fixture(scope="module")
@@ -121,14 +25,6 @@ def tokenizer(tmp_path_factory):
 @pytest.fixture
 def bench(tokenizer, tmp_path):
     return Bench(tokenizer, tmp_path)
-
-
-def bundle(*lines, adapters=(), batch_id="batch_1", deadline_ms=SOON):
-    return BulkMessage(batch_id, "hash", deadline_ms, BulkGroup("plain", "", adapters), lines)
-
-
-def line(number, prompt="hello", **params):
-    return BulkLine(number, f"c{number}", prompt=prompt, params=LineParams(**params))
 
 
 def test_a_bundles_answers_leave_together_and_end_it_once_they_are_taken(bench):
@@ -163,6 +59,18 @@ def test_a_stop_string_ends_a_line_in_the_engine(bench):
     ]
     bench.say(ticket, 602)  # was on its way
     assert len(bench.answers) == 1
+
+
+def test_a_line_that_asked_is_told_its_logprobs(bench):
+    bench.deliver(bundle(line(1, logprobs=2), line(2, logprobs=1), line(3)))
+    bench.lane.refill(0)
+    for ticket in bench.engine.started:
+        bench.say(ticket, 600, logprob=-0.5, top_logprobs=((600, -0.5), (601, -1.0)))
+        bench.say(ticket, 0, logprob=-0.1, finish_reason="stop")  # the end of the text is no text
+    tokens = {answer.line: answer.tokens for answer in bench.answers}
+    top = (Candidate(600, " w600", -0.5), Candidate(601, " w601", -1.0))
+    assert tokens[1] == (Token(600, " w600", -0.5, top),)
+    assert tokens[3] is None
 
 
 def test_what_cannot_be_run_is_answered_and_the_rest_goes_on(bench):
@@ -200,22 +108,6 @@ def test_interactive_work_takes_seats_and_leaves_one_in_eight_free(bench):
     assert len(bench.engine.started) == 16 - 2 - 4
     bench.lane.refill(0)  # the interactive jobs have just ended, others may follow
     assert len(bench.engine.started) == 16 - 2
-
-
-def test_prompt_tokens_join_step_by_step(bench):
-    prompt = "x" * (FIRST_TOKENS // 2)
-    bench.deliver(bundle(*(line(n, prompt) for n in range(1, 9))))
-    bench.lane.refill(0)
-    bench.lane.refill(0)
-    assert len(bench.engine.started) == 2
-    assert not bench.lane.could_admit(0)
-    bench.lane.take([StepOutputs()])
-    bench.lane.refill(0)
-    assert len(bench.engine.started) == 4
-    for ticket in range(4):
-        bench.say(ticket, finish_reason="stop")
-    bench.lane.refill(0)
-    assert len(bench.engine.started) == 6, "without lines in the engine nobody waits for a step"
 
 
 def test_a_stopped_batch_is_dropped(bench):

@@ -36,6 +36,7 @@ class Bench:
         self.tickets = itertools.count()
         self.runs = {}
         self.others = 0
+        self.line_on_trial = False
         self.tokenizer = tokenizer
         self.ward = Ward(
             self.engine,
@@ -43,6 +44,7 @@ class Bench:
             rename=self.rename,
             is_open=lambda run: run.ticket in self.runs,
             others_inside=lambda: self.others > 0,
+            line_on_trial=lambda: self.line_on_trial,
         )
 
     def rename(self, run, ticket):
@@ -134,6 +136,21 @@ def test_a_held_run_that_ended_meanwhile_is_not_started_again(bench):
     del bench.runs[first.ticket]
     bench.end(suspect)
     assert bench.is_inside(second)
+
+
+def test_runs_are_held_while_a_line_of_a_bundle_is_tried(bench):
+    run = bench.admit()
+    bench.line_on_trial = True
+    assert not bench.ward.is_idle
+    assert not bench.ward.has_suspects
+    bench.turn()
+    late = bench.admit()
+    bench.turn()
+    assert bench.is_inside()
+    bench.line_on_trial = False
+    bench.turn()
+    assert bench.is_inside(run, late)
+    assert bench.ward.is_idle
 
 
 def test_lines_of_bundles_are_waited_for(bench):

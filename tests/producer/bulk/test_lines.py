@@ -29,6 +29,10 @@ def chat(**body):
     }
 
 
+def text(**body):
+    return {**chat(), "url": TEXT_URL, "body": {"model": "a", "prompt": "p", **body}}
+
+
 def test_a_plain_line():
     parsed = parse_line(raw({"prompt": "p", "adapter": "a", "max_tokens": 5, "seed": 4}), RULES)
     assert parsed.group.adapters == (AdapterRef("a", 3, "aaaa"),)
@@ -76,6 +80,30 @@ def test_openai_lines():
 
 
 @pytest.mark.parametrize(
+    ("line", "logprobs", "chosen_only"),
+    [
+        ({"prompt": "p", "logprobs": 3}, 3, False),
+        (chat(logprobs=True), 1, True),
+        (chat(logprobs=True, top_logprobs=5), 5, False),
+        (chat(logprobs=False), 0, False),
+        (
+            {**chat(), "url": TEXT_URL, "body": {"model": "a", "prompt": "p", "logprobs": 0}},
+            1,
+            True,
+        ),
+        (
+            {**chat(), "url": TEXT_URL, "body": {"model": "a", "prompt": "p", "logprobs": 2}},
+            2,
+            False,
+        ),
+    ],
+)
+def test_logprobs(line, logprobs, chosen_only):
+    found = parse_line(raw(line), RULES).line
+    assert (found.params.logprobs, found.chosen_only) == (logprobs, chosen_only)
+
+
+@pytest.mark.parametrize(
     ("line", "words"),
     [
         (b'{"prompt": ', "truncated"),
@@ -100,6 +128,9 @@ def test_openai_lines():
         (chat(stream=True), "stream"),
         (chat(tools=[]), "tools"),
         (chat(max_tokens=1, max_completion_tokens=1), "both of max_tokens"),
+        (chat(top_logprobs=2), "needs logprobs: true"),
+        (chat(logprobs=True, top_logprobs=21), "top_logprobs is 21"),
+        ({"prompt": "p", "logprobs": 20, "max_tokens": 4096}, "lower one"),
         ({**chat(), "method": "GET"}, "method"),
         ({**chat(), "url": "/v1/embeddings"}, "url"),
         ({**chat(), "extra": 1}, "extra"),

@@ -2,7 +2,7 @@ import json
 
 from openlora.errors import InvalidRequest
 from openlora.protocol.bulk import BulkAnswer, BulkAnswers, BulkGroup
-from openlora.protocol.events import Failure
+from openlora.protocol.events import Candidate, Failure, Token
 from openlora.protocol.jobs import AdapterRef
 from producer.bulk.files import is_failed
 from producer.bulk.records import RANGE_LINES
@@ -40,6 +40,39 @@ def test_openai_results_have_openais_shape():
     assert body["usage"] == {"prompt_tokens": 3, "completion_tokens": 2, "total_tokens": 5}
     [other] = answered(BulkAnswers("batch_2", "hash", BulkGroup("chat"), (answer,)), 5)
     assert json.loads(other.data)["id"] != fields["id"]
+
+
+def test_logprobs_have_the_shape_of_their_api():
+    tokens = (
+        Token(5, " hé", -0.5, (Candidate(5, " hé", -0.5), Candidate(6, "\ufffd", -1.5))),
+        Token(7, "y", -0.25),
+    )
+    answer = BulkAnswer(4, "c", " héy", "stop", 3, 2, tokens=tokens)
+
+    def told(shape):
+        [result] = answered(bundle(shape, answer), 5)
+        fields = json.loads(result.data)
+        return fields["response"]["body"]["choices"][0]["logprobs"] if shape != "plain" else fields
+
+    first, second = told("chat")["content"]
+    assert first["bytes"] == [32, 104, 195, 169]
+    assert [(other["token"], other["bytes"]) for other in first["top_logprobs"]] == [
+        (" hé", [32, 104, 195, 169]),
+        ("\ufffd", None),
+    ]
+    assert (second["token"], second["logprob"], second["top_logprobs"]) == ("y", -0.25, [])
+    assert told("text") == {
+        "tokens": [" hé", "y"],
+        "token_logprobs": [-0.5, -0.25],
+        "top_logprobs": [{" hé": -0.5, "\ufffd": -1.5}, {}],
+        "text_offset": [0, 3],
+    }
+    assert told("plain")["logprobs"][1] == {
+        "token_id": 7,
+        "text": "y",
+        "logprob": -0.25,
+        "top_logprobs": [],
+    }
 
 
 def test_segments_give_each_line_once_in_order(tmp_path):
