@@ -1,4 +1,4 @@
-"""Deletes adapter content that nothing names any more: no version, and no job that is under way."""
+"""Deletes adapter content that nothing names any more: no version, no job or batch under way."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from openlora.joblog import AsyncJobLog
 from openlora.protocol.jobs import AdapterRef
 from openlora.protocol.names import job_key
 from openlora.registry import AsyncAdapterRegistry
+from producer.bulk.state import OPEN_KEY, contents_key
 
 PERIOD_S = 30.0
 GRACE_MS = 60_000
@@ -82,8 +83,8 @@ class AdapterCollector:
         return deleted
 
     async def _in_use(self) -> set[str]:
-        """Hashes that open jobs name."""
-        found: set[str] = set()
+        """Hashes that open jobs and batches name."""
+        found = await self._of_batches()
         async for page in self._job_log.open_jobs(0):
             if not page:
                 continue
@@ -95,3 +96,10 @@ class AdapterCollector:
                         job_adapters = msgspec.json.decode(value, type=_JobAdapters)
                         found |= {adapter.hash for adapter in job_adapters.adapters}
         return found
+
+    async def _of_batches(self) -> set[str]:
+        batches = await self._redis.smembers(OPEN_KEY)
+        async with self._redis.pipeline(transaction=False) as pipe:
+            for batch_id in batches:
+                pipe.smembers(contents_key(batch_id.decode()))
+            return {content.decode() for contents in await pipe.execute() for content in contents}

@@ -37,6 +37,9 @@ def read(tools: Tools, state: BatchState, number: int) -> Fields:
                 ) from error
             refusals.append(Refusal(raw.number, shape_of(raw, rules), custom_id_of(raw), error))
     folder = tools.folder(state)
+    # Before the lines count as read: from then on nobody looks whether their adapters still exist.
+    hashes = {adapter.hash for line in parsed for adapter in line.group.adapters}
+    tools.states.hold_contents(state.id, hashes)
     write_chunk(folder.chunk(number), parsed)
     ids = [(p.line.custom_id, p.line.line) for p in parsed if p.line.custom_id is not None]
     write_ids(folder.ids(number), ids)

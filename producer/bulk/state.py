@@ -200,6 +200,13 @@ class BatchStates:
             counts = self._redis.hgetall(_adapters(batch_id))
         return {name.decode(): int(count) for name, count in counts.items()}
 
+    def hold_contents(self, batch_id: str, hashes: Iterable[str]) -> None:
+        """Keep the content of these adapters until the batch is over, whatever becomes of them."""
+        found = sorted(hashes)
+        if found:
+            with redis_errors(self._redis):
+                self._redis.sadd(contents_key(batch_id), *found)
+
     def add_error(self, batch_id: str, errors: Iterable[LineError]) -> None:
         """Keep the first ``MAX_ERRORS`` errors to show with the batch."""
         with redis_errors(self._redis), self._redis.pipeline() as pipeline:
@@ -220,6 +227,7 @@ class BatchStates:
             pipeline.srem(OPEN_KEY, state.id)
             pipeline.srem(_tenant_open_key(state.record.tenant), state.id)
             pipeline.delete(_bits(state.id))
+            pipeline.delete(contents_key(state.id))
             pipeline.execute()
 
 
@@ -256,6 +264,11 @@ def _hash(batch_id: str) -> str:
 
 def _bits(batch_id: str) -> str:
     return f"openlora:{{{batch_id}}}:done"
+
+
+def contents_key(batch_id: str) -> str:
+    """Set: content hashes of the adapters that an open batch's lines name."""
+    return f"openlora:{{{batch_id}}}:contents"
 
 
 def _adapters(batch_id: str) -> str:

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import asyncio
 import io
 import json
 import time
+from pathlib import Path
 
 import httpx
 import openai
 import pytest
 
+from gateway.adapter_collector import AdapterCollector
+from openlora.adapters.store import AdapterStore
+from openlora.joblog import AsyncJobLog, async_redis_client
+from openlora.registry import AsyncAdapterRegistry
+from tests.gateway.peft_dirs import write_adapter
 from tests.producer.bulk.running import MODEL, BulkSystem
 
 pytestmark = pytest.mark.services
@@ -202,3 +209,32 @@ def test_celerys_own_tools_see_the_producer(bulk: BulkSystem) -> None:
     replies = app.control.inspect(timeout=5).registered()
     [tasks] = replies.values()
     assert "openlora.batch.publish" in tasks
+
+
+def test_the_content_of_a_removed_adapter_stays_until_its_batch_is_over(
+    bulk: BulkSystem, tmp_path: Path
+) -> None:
+    """By the collector's own steps, without its minute of grace."""
+    store = AdapterStore(bulk.directory / "store")
+
+    async def collect() -> list[str]:
+        client = async_redis_client(bulk.system.redis_url)
+        try:
+            registry, job_log = AsyncAdapterRegistry(client), AsyncJobLog(client)
+            return await AdapterCollector(registry, job_log, client, store).collect(0)
+        finally:
+            await client.aclose()
+
+    source = write_adapter(tmp_path / "one", fill=3)
+    with httpx.Client(base_url=bulk.gateway.url) as http:
+        record = http.post("/v1/adapters", json={"id": "gone", "source": str(source)}).json()
+        line = {"prompt": "p", "adapter": "gone", "max_tokens": 5000, "ignore_eos": True}
+        batch_id = bulk.submit(jsonl(line))
+        while bulk.state(batch_id).phase != "running":
+            time.sleep(0.02)
+        assert http.delete("/v1/adapters/gone").status_code == 204
+        assert asyncio.run(collect()) == []
+        assert store.path(record["hash"]).is_dir()
+        assert http.post(f"/v1/batches/{batch_id}/cancel").status_code == 200
+    bulk.wait_over(batch_id)
+    assert asyncio.run(collect()) == [record["hash"]]
