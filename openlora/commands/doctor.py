@@ -113,9 +113,36 @@ def _backends() -> list[Finding]:
 
     if not torch.cuda.is_available():
         return [_cpu_kernels()]
-    triton = "missing" if missing_packages(["triton"]) else "ok"
-    detail = "pip install triton" if triton == "missing" else "Triton kernels of this project"
-    return [Finding("lora", triton, detail), Finding("attention", triton, detail)]
+    if missing_packages(["triton"]):
+        return [Finding("GPU kernels", "missing", "pip install triton")]
+    return _gpu_kernels()
+
+
+def _gpu_kernels() -> list[Finding]:
+    """Compiles them all, as an engine's start does; seconds where it was done before."""
+    import torch
+
+    from openlora.engine.kernel_check import check_kernels
+    from openlora.models.dummy import DUMMY_CONFIGS
+
+    config = DUMMY_CONFIGS["1b"]
+    try:
+        count = check_kernels(
+            config,
+            torch.bfloat16,
+            lora=True,
+            block_size=16,
+            max_num_seqs=64,
+            max_model_len=config.max_model_len,
+        )
+    except SetupError as error:
+        return [Finding("GPU kernels", "missing", error.message)]
+    major, minor = torch.cuda.get_device_capability()
+    return [
+        Finding("GPU kernels", "ok", f"{count} compile for compute {major}.{minor}"),
+        Finding("attention", "ok", "Triton kernels of this project"),
+        Finding("lora", "ok", "Triton kernels of this project (SGMV)"),
+    ]
 
 
 def _cpu_kernels() -> Finding:

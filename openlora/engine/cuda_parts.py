@@ -10,9 +10,11 @@ from openlora.adapters.pages import PagePool
 from openlora.engine.adapter_supply import MAX_STAGED
 from openlora.engine.build import EngineParts
 from openlora.engine.config import EngineConfig
+from openlora.engine.cpu_kernels import loading_kernels
 from openlora.engine.cuda_runner import CudaRunner
 from openlora.engine.host_memory import available_memory
 from openlora.engine.host_tier import HostMemory, HostTier
+from openlora.engine.kernel_check import check_kernels
 from openlora.engine.kv_cache import KVCache
 from openlora.engine.page_uploads import PageUploads
 from openlora.engine.stats import ModelInfo
@@ -32,12 +34,29 @@ def cuda_parts(
     kv_cache: KVCache,
     info: ModelInfo,
 ) -> EngineParts:
-    """The parts around a loaded model and its pools."""
-    uploads = PageUploads(pages, model.device)
+    """The parts around a loaded model and its pools.
+
+    Raises:
+        SetupError: a kernel does not compile for this GPU.
+    """
     num_pages = tuple(site.a.shape[0] for site in pages.sites)
+    check_kernels(
+        model.config,
+        model.dtype,
+        lora=any(num_pages),
+        block_size=kv_cache.block_size,
+        max_num_seqs=config.max_num_seqs,
+        max_model_len=info.max_model_len,
+    )
+    uploads = PageUploads(pages, model.device)
+    native = loading_kernels()
     memory = HostMemory(_host_bytes(config, num_pages), pin=True)
     tier: HostTier[LoadedAdapter] = HostTier(
-        lambda path, zeros: load_adapter(path, model.config, model.dtype, zeros), memory
+        lambda path, zeros: load_adapter(
+            path, model.config, model.dtype, zeros, base=model.base_weight, native=native
+        ),
+        memory,
+        lambda loaded: 0 if loaded.extras is None else loaded.extras.size_bytes,
     )
     usual_bytes = sum(page_bytes(model.config, model.dtype))
     return EngineParts(
