@@ -49,8 +49,7 @@ class ExtraLoader:
     ) -> None:
         if base is None:
             raise AdapterFailed(
-                f"it has {words(layout.extras)}, which needs device 'cpu' and a base model in "
-                "safetensors files"
+                f"it has {words(layout.extras)}, which needs a base model in safetensors files"
             )
         self._layout = layout
         self._shapes = tuple(shapes)

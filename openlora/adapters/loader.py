@@ -10,7 +10,6 @@ from pathlib import Path
 
 import torch
 
-from openlora.adapters.extra_format import words
 from openlora.adapters.extra_loader import BaseWeight, ExtraLoader
 from openlora.adapters.extras import AdapterExtras
 from openlora.adapters.page_fill import SiteWeights, load_site
@@ -83,7 +82,7 @@ def load_adapter(
     """
     layout = read_layout(directory)
     shapes = site_shapes(model)
-    check_modules(layout, shapes, model, takes_extras=True)
+    check_modules(layout, shapes, model)
     # Extras may keep what was read; pages never do.
     tensors = FileTensors(directory, layout, reuse_memory=not layout.extras)
     if _HASH.fullmatch(directory.name) and tensors.hash != directory.name:
@@ -171,22 +170,8 @@ class FileTensors:
         return self._files[entry.file].data_ptr() + entry.start, entry.dtype
 
 
-def check_modules(
-    layout: AdapterLayout,
-    shapes: Sequence[SiteShape],
-    model: ModelShape,
-    *,
-    takes_extras: bool = False,
-) -> None:
-    """Every module exists in the model in this shape, and none that is targeted is missing.
-
-    A caller that loads pages alone does not ``takes_extras``: adapters that have any are refused.
-    """
-    if layout.extras and not takes_extras:
-        raise AdapterFailed(
-            f"it has {words(layout.extras)}, which is not supported on this device; "
-            "use device 'cpu'"
-        )
+def check_modules(layout: AdapterLayout, shapes: Sequence[SiteShape], model: ModelShape) -> None:
+    """Every module exists in the model in this shape, and none that is targeted is missing."""
     expected = {
         module.path: (shape.in_features, module.out_features)
         for shape in shapes
