@@ -21,15 +21,17 @@ def check_fit(adapters: Collection[Adapter], resident: ResidentAdapters) -> Adap
             f"most {resident.extras_bytes} are kept"
         )
     counts = tuple(map(sum, zip(*(a.page_counts for a in adapters), strict=True)))
-    if not counts or resident.fits(counts):
+    room = resident.room_for([adapter.key for adapter in adapters])
+    if all(count <= have for count, have in zip(counts, room, strict=False)):
         return None
+    is_pinned = tuple(room) != tuple(resident.num_pages)
     needs = ", ".join(
-        f"{site}: {count} of {have}"
-        for site, count, have in zip(SITES, counts, resident.num_pages, strict=True)
+        f"{site}: {count} of {have}" for site, count, have in zip(SITES, counts, room, strict=True)
     )
     return AdapterFailed(
-        f"adapter {names} takes more pages than the pool has ({needs}); "
-        "give the engine a larger adapter budget or use a smaller rank"
+        f"adapter {names} takes more pages than the pool has"
+        f"{' beside pinned adapters' if is_pinned else ''} ({needs}); give the engine a larger "
+        f"adapter budget{', unpin some' if is_pinned else ''} or use a smaller rank"
     )
 
 

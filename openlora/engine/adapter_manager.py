@@ -20,7 +20,7 @@ from threading import Event
 from openlora.adapters.lora_set import LoRASet
 from openlora.adapters.pages import PagePool, SitePages
 from openlora.adapters.tier_stats import TierStats
-from openlora.engine.adapter_entry import Adapter, State, unknown_adapter
+from openlora.engine.adapter_entry import PIN, Adapter, State, unknown_adapter
 from openlora.engine.adapter_fit import check_exact, check_fit, check_tokens
 from openlora.engine.adapter_loads import Loaded
 from openlora.engine.adapter_pins import AdapterPins
@@ -37,15 +37,8 @@ class AdapterManager:
 
     Args:
         pool: the page pool's book-keeper.
-        load: reads and checks an adapter directory; called in background threads; raises
-            ``OpenLoRAError``.
         write: copies a loaded adapter into its pages; called on the engine thread.
-        num_threads: loads that run at a time.
-        cached: what ``load`` would return, where that takes no reading; called on the engine
-            thread.
-        max_staged: adapters loaded ahead of their pages, as many as host memory has room for.
-        is_missing: whether a path must be fetched before it can be loaded; None: none must.
-        fetch: does that, in a background thread.
+        load, num_threads, cached, max_staged, is_missing, fetch: as ``AdapterSupply`` takes them.
         page_bytes: of one page of each site, for the statistics.
         vocab_size: of the base model.
     """
@@ -79,7 +72,7 @@ class AdapterManager:
         self._by_name: dict[str, Adapter] = {}
         self._by_key: dict[str, Adapter] = {}
         self._num_registered = 0
-        self._pins = AdapterPins(self._resident, self._want, self.make_resident)
+        self._pins = AdapterPins(self._resident, self._want, self.make_resident, self._misfits)
         self._sets = LoRASets(self._resident)
 
     @property
@@ -158,8 +151,8 @@ class AdapterManager:
         Names that are not registered are left out. Those that failed are tried again.
         """
         gone = self._pins.set(self._by_name[name] for name in names if name in self._by_name)
-        self._supply.start()
-        self._discard_unused(adapter.key for adapter in gone + self._pins.place())
+        self._discard_unused(adapter.key for adapter in gone)
+        self._place_pins()
 
     def poll(self, timeout_s: float = 0) -> list[tuple[str, OpenLoRAError | None]]:
         """Loads that ended since the last call: (key, None or why it failed).
@@ -170,7 +163,7 @@ class AdapterManager:
         for adapter, error in self._supply.poll(timeout_s):
             self._discard_if_unused(adapter)
             results.append((adapter.key, error))
-        self._discard_unused(adapter.key for adapter in self._pins.place())
+        self._place_pins()
         return results
 
     def misfit(self, sequence: Sequence) -> OpenLoRAError | None:
@@ -272,6 +265,14 @@ class AdapterManager:
         assert all(key in self._by_key for key in self._resident.keys)
         assert all(a.key in self._by_key for a in self._by_name.values())
         assert {a.key for a in self._by_key.values() if a.is_pinned} == set(self._pins.keys)
+
+    def _place_pins(self) -> None:
+        self._discard_unused(adapter.key for adapter in self._pins.place())
+        self._supply.start()
+
+    def _misfits(self) -> bool:
+        wanted = (a for a in self._by_key.values() if a.users - {PIN} and a.page_counts)
+        return any(check_fit([adapter], self._resident) is not None for adapter in wanted)
 
     def _has_pages(self, adapter: Adapter) -> bool:
         return adapter.key in self._resident

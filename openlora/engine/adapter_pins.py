@@ -18,6 +18,7 @@ class AdapterPins:
         resident: whose pages they take.
         want: has an adapter loaded.
         make_resident: puts one that is staged into pages; False where there is no room.
+        misfits: whether requests wait for adapters that would not fit beside what is held.
     """
 
     def __init__(
@@ -25,11 +26,14 @@ class AdapterPins:
         resident: ResidentAdapters,
         want: Callable[[Adapter], None],
         make_resident: Callable[[str], bool],
+        misfits: Callable[[], bool],
     ) -> None:
         self._resident = resident
         self._want = want
         self._make_resident = make_resident
+        self._misfits = misfits
         self._pinned: dict[str, Adapter] = {}
+        self._unheld: set[str] = set()
 
     @property
     def keys(self) -> Iterable[str]:
@@ -62,9 +66,19 @@ class AdapterPins:
         for key, adapter in list(self._pinned.items()):
             if self._resident.is_held(key):
                 continue
+            if key in self._unheld and key not in self._resident:
+                # It had to go for one that would not have fitted beside it.
+                self._unheld.discard(key)
+                self._want(adapter)
             if adapter.state is not State.STAGED and key not in self._resident:
                 continue
-            if self._make_resident(key) and not self._resident.hold(key):
+            if not self._make_resident(key):
+                continue
+            is_held = self._resident.hold(key)
+            if is_held and self._misfits():
+                self._resident.unhold(key)  # held once they have ended
+                self._unheld.add(key)
+            elif not is_held:
                 logger.warning(
                     "adapter %s is not pinned: the pins would take more than half of the pages; "
                     "unpin others, or give the engine a larger adapter budget",
@@ -77,5 +91,6 @@ class AdapterPins:
     def drop(self, adapter: Adapter) -> None:
         """Pin an adapter no more, if it was."""
         if self._pinned.pop(adapter.key, None) is not None:
+            self._unheld.discard(adapter.key)
             adapter.users.discard(PIN)
             self._resident.unhold(adapter.key)

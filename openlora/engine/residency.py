@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 
 from openlora.adapters.extras import AdapterExtras
 from openlora.adapters.pages import PagePool, SitePages
@@ -70,9 +70,13 @@ class ResidentAdapters:
         """What an adapter that is resident has beside its pages."""
         return self._extras.get(key)
 
-    def fits(self, counts: Sequence[int]) -> bool:
-        """Whether ``counts`` pages of each site could be had if nobody had any."""
-        return self._pool.fits(counts)
+    def room_for(self, keys: Collection[str]) -> Sequence[int]:
+        """Pages of each site that these adapters could have together: all but what others hold."""
+        room = list(self.num_pages)
+        for key in self._held:
+            if key not in keys:
+                room = [n - len(p) for n, p in zip(room, self._pool.pages(key), strict=True)]
+        return room
 
     def pages(self, key: str) -> SitePages:
         """The pages of an adapter that is resident."""
@@ -86,7 +90,7 @@ class ResidentAdapters:
         """Whether any pages are in use."""
         return any(self._pool.pins(key) for key in self._lru)
 
-    def stats(self, names: tuple[str, ...]) -> TierStats:
+    def stats(self, names: Iterable[str]) -> TierStats:
         """The device tier; ``names`` of what is in it."""
         pool = self._pool
         used = [have - free for have, free in zip(pool.num_pages, pool.num_free, strict=True)]
@@ -95,7 +99,7 @@ class ResidentAdapters:
             adapters=len(self._lru),
             bytes_used=self._bytes_of(used) + sum(map(_size, self._extras.values())),
             bytes_limit=self._bytes_of(pool.num_pages),
-            names=names,
+            names=tuple(names),
         )
 
     def hold(self, key: str) -> bool:

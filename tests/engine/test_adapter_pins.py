@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from openlora.adapters.lora_set import LoRASet
-from openlora.engine.scheduler import Wait
 from tests.engine.manager_bench import Bench
 
 
@@ -48,9 +47,28 @@ def test_a_pinned_adapter_waits_for_pages_that_are_in_use():
     bench.end(running)
     bench.manager.poll()
     assert bench.manager.resident == ("a",)
-    waiting = bench.want(b=1.0)
+    bench.want(b=1.0)
+    (error,) = bench.load_all()
+    assert "beside pinned adapters" in error.message
+
+
+def test_what_does_not_fit_beside_pins_is_refused_and_what_waits_already_goes_first():
+    bench = Bench(pages=(4,) * 4)
+    bench.register("a-2-2-2-2", "big-3-3-3-3")
+    waiting = bench.want(big=1.0)
     bench.load_all()
-    assert bench.acquire(waiting) is Wait.NO_ROOM
+    pinned(bench, "a")
+    assert isinstance(bench.acquire(waiting), LoRASet)
+    bench.end(waiting)
+    bench.manager.poll()
+    bench.load_all()
+    assert bench.manager.resident == ("a",)
+    later = bench.want(big=1.0)
+    error = bench.manager.misfit(later)
+    assert "more pages than the pool has beside pinned adapters (qkv: 3 of 2" in error.message
+    assert "unpin some" in error.message
+    bench.manager.set_pins(())
+    assert bench.manager.misfit(later) is None
 
 
 def test_one_that_fails_is_said_and_tried_again(caplog):
