@@ -54,8 +54,8 @@ def test_jobs_that_ended_make_room_although_nobody_said_so(redis_url):
         jobs = [await accept(log, in_flight, tenant="acme") for _ in range(3)]
         with redis_client(redis_url) as client:
             worker = JobLog(client)
-            worker.claim([jobs[1].job_id], "w")
-            worker.append([a_chunk(jobs[1].job_id, 1, 0, 1, end=True)])
+            (claim,) = worker.claim([jobs[1].job_id], "w")
+            worker.append([a_chunk(jobs[1].job_id, claim.epoch, 0, 1, end=True)])
         await log.discard(jobs[2].job_id)
         await accept(log, in_flight, tenant="acme")
         await accept(log, in_flight, tenant="acme")
