@@ -89,7 +89,7 @@ class RemoteStore:
                     self._writable()
                     self._make_folder(_HOLDS, info.hash)
                     self._system.pipe_file(self._at(_HOLDS, info.hash, holder), b"")
-                if not self._has(info.hash):
+                if not self._is_whole(local.path(info.hash)):
                     self._upload(local.path(info.hash), info.hash)
         return info
 
@@ -157,8 +157,16 @@ class RemoteStore:
             return open_url(f"{self.url}/{content_hash}/{name}")
         return cast(BinaryIO, self._system.open(self._at(content_hash, name), "rb"))
 
-    def _has(self, content_hash: str) -> bool:
-        return bool(self._system.exists(self._at(content_hash, CONFIG_FILE)))
+    def _is_whole(self, directory: Path) -> bool:
+        """Whether all files of ``directory`` are in the store, in their sizes."""
+        for path in directory.iterdir():
+            try:
+                found = self._system.info(self._at(directory.name, path.name))
+            except FileNotFoundError:
+                return False
+            if found["size"] != path.stat().st_size:
+                return False
+        return True
 
     def _upload(self, directory: Path, content_hash: str) -> None:
         self._make_folder(content_hash)

@@ -83,6 +83,16 @@ def test_an_upload_that_was_cut_off_is_made_whole_by_the_next(store, tmp_path):
     cached(store).ensure(store.path(content))
 
 
+def test_adding_again_mends_a_file_that_was_cut(store, tmp_path):
+    adapter = write_adapter(tmp_path / "a")
+    content = store.put(adapter).hash
+    store._system.pipe_file(store._at(content, WEIGHTS), b"short")
+    with pytest.raises(AdapterFailed, match="gives other bytes"):
+        cached(store).ensure(store.path(content))
+    store.put(adapter)
+    cached(store).ensure(store.path(content))
+
+
 class Handler(http.server.SimpleHTTPRequestHandler):
     wait_s = 0.0
     status = 0
