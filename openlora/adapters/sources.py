@@ -108,7 +108,10 @@ def copy_files(opened: Open, directory: Path) -> None:
 
 def _copy_tokenizer(opened: Open, directory: Path, weights: Sequence[str]) -> None:
     """Those of an adapter that may have tokens of its own belong to it."""
-    names = [name for file in weights for name in read_header(directory / file)]
+    try:
+        names = [name for file in weights for name in read_header(directory / file)]
+    except AdapterFailed:
+        return  # what is wrong with the weights is for whoever reads them to say
     if has_tables(extra for name in names if (extra := parse_extra(name)) is not None):
         for name in TOKENIZER_FILES:
             _copy_one(opened, name, directory, MAX_TOKENIZER_BYTES)
