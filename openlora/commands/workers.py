@@ -44,7 +44,7 @@ def run(args: argparse.Namespace) -> int:
                 len(worker["partitions"]),
                 worker["running"],
                 worker["waiting"],
-                len(worker["resident_adapters"]),
+                ", ".join(f"{tier['count']} {tier['tier']}" for tier in worker["tiers"]),
                 round(worker["tokens_per_s"], 1),
             )
             for worker in workers

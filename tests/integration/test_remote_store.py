@@ -96,6 +96,16 @@ def answer(gateway: RunningGateway, adapter: str, key: str = "root") -> list[dic
     return frames
 
 
+def command(gateway: RunningGateway, *argv: str) -> str:
+    """What the command line prints."""
+    return subprocess.run(
+        [sys.executable, "-m", "openlora", *argv, "--url", gateway.url],
+        env={**os.environ, "OPENLORA_API_KEY": "root"},
+        capture_output=True,
+        text=True,
+    ).stdout
+
+
 def lives_in(http: httpx.Client, adapter: str) -> dict[str, list[str]]:
     tiers: dict[str, list[str]] = http.get(f"/v1/adapters/{adapter}").json()["tiers"]
     return tiers
@@ -117,13 +127,8 @@ def test_an_adapter_is_fetched_when_it_is_wanted_and_shown_where_it_is(
     tiers = {tier["tier"]: tier for tier in worker["tiers"]}
     assert all(tiers[name]["adapters"] == ["one"] for name in everywhere)
     assert tiers["disk"]["loads"] == 1
-    shown = subprocess.run(
-        [sys.executable, "-m", "openlora", "adapters", "list", "--url", gateway.url],
-        env={**os.environ, "OPENLORA_API_KEY": "root"},
-        capture_output=True,
-        text=True,
-    ).stdout
-    assert "device: w" in shown
+    assert "device: w" in command(gateway, "adapters", "list")
+    assert "1 device, 1 host, 1 disk" in command(gateway, "workers")
 
 
 def test_a_pinned_adapter_is_there_before_anybody_asks(
@@ -134,7 +139,7 @@ def test_a_pinned_adapter_is_there_before_anybody_asks(
         f"{gateway.url}/v1/adapters/two/pin", headers={"Authorization": "Bearer one"}
     )
     assert refused.status_code == 403
-    assert http.post("/v1/adapters/two/pin").json()["pinned"] is True
+    assert command(gateway, "adapters", "pin", "two") == "two version 1 is pinned\n"
     wait_until(lambda: lives_in(http, "two").get("device") == ["w"], 5)
     assert http.delete("/v1/adapters/two/pin").json()["pinned"] is False
     assert http.get("/v1/adapters/two").json()["pinned"] is False
