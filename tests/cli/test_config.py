@@ -36,6 +36,12 @@ def test_defaults_are_the_demo_on_port_8000_with_embedded_servers():
     assert (config.device, config.dtype) == ("auto", "auto")
 
 
+def test_a_url_in_the_environment_is_the_adapter_store_and_no_folder():
+    assert up(OPENLORA_ADAPTERS="s3://bucket/adapters").adapters is None
+    with pytest.raises(SetupError, match="must be an existing folder"):
+        up("--adapters", "s3://bucket/adapters")
+
+
 def test_flags_go_before_the_environment():
     config = up("--port", "9000", OPENLORA_PORT="9001", OPENLORA_WORKERS="3")
     assert (config.port, config.workers) == (9000, 3)
