@@ -144,7 +144,7 @@ class Admission:
             run.prompt_tokens = len(prompt_token_ids)
             if reason is not None:
                 run.finish(reason)
-            elif claim.cancelled:
+            elif self.sink.is_cancelled(claim):
                 run.finish("cancelled")
             elif unreadable is not None:
                 raise unreadable

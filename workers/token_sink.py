@@ -7,6 +7,7 @@ is dropped, the loop stands still, so the engine's socket fills and the engine w
 from __future__ import annotations
 
 import logging
+import math
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -14,7 +15,7 @@ from enum import Enum, auto
 from typing import TypeVar
 
 from openlora.errors import Overloaded
-from openlora.joblog import ASK, AppendResult, JobLog
+from openlora.joblog import ASK, AppendResult, Claim, JobLog
 from workers.run import Run
 
 T = TypeVar("T")
@@ -24,6 +25,8 @@ LAST_BACKOFF_S = 1.0
 ASK_INTERVAL_S = 0.5
 """How old a log's answer about a job, in which its lease was looked at, may become."""
 
+LENIENT_S = 3.0
+"""How long nothing is cancelled after Redis was away: leases ran out that gateways now renew."""
 NOBODY = "nobody"
 """In place of a worker's ID."""
 
@@ -65,6 +68,7 @@ class TokenSink:
         self._worker_id = worker_id
         self._stop_now = stop_now
         self._owns = owns
+        self._lenient_until = -math.inf
         self.tokens_logged = 0
 
     def append(self, runs: Sequence[Run]) -> list[tuple[Run, Verdict]]:
@@ -107,13 +111,21 @@ class TokenSink:
         backoff_s = FIRST_BACKOFF_S
         while True:
             try:
-                return call()
+                answer = call()
             except Overloaded as error:
                 if backoff_s == FIRST_BACKOFF_S:
                     logger.warning("event=redis_away error=%r next=hold_and_retry", error.message)
+            else:
+                if backoff_s > FIRST_BACKOFF_S:
+                    self._lenient_until = time.monotonic() + LENIENT_S
+                return answer
             if self._stop_now.wait(backoff_s):
                 raise Stopped
             backoff_s = min(2 * backoff_s, LAST_BACKOFF_S)
+
+    def is_cancelled(self, answer: AppendResult | Claim) -> bool:
+        """Whether the log says so, and not because Redis was away a moment ago."""
+        return answer.cancelled and time.monotonic() >= self._lenient_until
 
     def disown(self, run: Run) -> None:
         """Claim the job for nobody: the sweeper finds it and publishes it again."""
@@ -126,7 +138,7 @@ class TokenSink:
             run.logged = len(run.tokens)
             if run.end is not None:
                 return Verdict.ENDED
-            return Verdict.CANCEL if result.cancelled else Verdict.GOES_ON
+            return Verdict.CANCEL if self.is_cancelled(result) else Verdict.GOES_ON
         if result.status == "fenced":
             logger.info("event=fenced job=%s next=drop_run", run.job.job_id)
             return Verdict.MOVED
@@ -135,8 +147,8 @@ class TokenSink:
             logger.warning("event=log_shorter job=%s length=%d", run.job.job_id, result.length)
             run.logged = result.length
             return None
-        if not self._owns(run):
-            logger.info("event=log_%s job=%s next=left_to_owner", result.status, run.job.job_id)
+        if result.status == "gone" and not self._owns(run):
+            logger.info("event=log_gone job=%s next=left_to_partition_owner", run.job.job_id)
             return Verdict.MOVED
         return Verdict.ANEW if result.status == "gap" else self._restore(run, result.status)
 

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from contextlib import suppress
 
 from openlora.bench.chaos_proxy import Proxy
+from openlora.bench.chaos_redis import RedisMoment
 from openlora.bench.chaos_system import ChaosSystem, Process
 
 Fault = Callable[[ChaosSystem, random.Random], None]
@@ -20,6 +21,8 @@ RESTART_AFTER_S = 0.5
 ZOMBIE_S = 11.0
 """Longer than the session timeout and a rebalance: others have the zombie's partitions by then."""
 OUTAGE_S = 2.0
+LAST_MOMENTS_S = 1.5
+"""What Redis may lose of what it acknowledged, with ``appendfsync everysec``: up to two seconds."""
 DELAY_S = 0.15
 
 
@@ -76,6 +79,29 @@ def redis_restarts(system: ChaosSystem, chance: random.Random) -> None:
     system.redis.kill()
     time.sleep(OUTAGE_S)
     system.redis.start()
+
+
+def redis_falls_back(system: ChaosSystem, chance: random.Random) -> None:
+    """kill -9 Redis; it comes back without the last of what it had acknowledged."""
+    moment = RedisMoment.of(system.redis)
+    time.sleep(LAST_MOMENTS_S)
+    system.redis.kill()
+    moment.fall_back()
+    time.sleep(OUTAGE_S)
+    system.redis.start()
+
+
+def redis_falls_back_without_worker(system: ChaosSystem, chance: random.Random) -> None:
+    """The same, and with it dies a worker that still had what Redis lost."""
+    worker = chance.choice(system.workers)
+    moment = RedisMoment.of(system.redis)
+    time.sleep(LAST_MOMENTS_S)
+    worker.signal(signal.SIGKILL)
+    system.redis.kill()
+    moment.fall_back()
+    time.sleep(OUTAGE_S)
+    system.redis.start()
+    _restart_when_gone(system, worker)
 
 
 def redis_loses_data(system: ChaosSystem, chance: random.Random) -> None:
@@ -141,6 +167,8 @@ FAULTS: dict[str, Fault] = {
     "zombie (SIGSTOP, SIGCONT)": zombie,
     "kill -9 gateway": kill_gateway,
     "Redis killed, data kept": redis_restarts,
+    "Redis killed, last moments lost": redis_falls_back,
+    "Redis and worker killed, last moments lost": redis_falls_back_without_worker,
     "Redis killed, data lost": redis_loses_data,
     "Kafka killed": broker_restarts,
     "connections cut": cut_connections,

@@ -8,48 +8,80 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-Chunk = tuple[int, int, int, bool, bool]
-"""(epoch, first index, tokens, is the end, restarted)."""
+Text = tuple[int, ...]
+"""The first tokens of an answer, each named by the epoch whose worker made it."""
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """What a worker of ``epoch`` says: the text's tokens from ``first`` to ``stop``."""
+
+    epoch: int
+    first: int
+    text: Text
+    is_end: bool = False
+    restarted: bool = False
+
+    @property
+    def count(self) -> int:
+        return len(self.text) - self.first
 
 
 @dataclass(frozen=True)
 class LogModel:
-    """``epoch`` None: Redis has no such job. ``chunks``: as appended."""
+    """``epoch`` None: Redis has no such job. ``by``: the worker of the newest claim. ``chunks``: as
+    appended."""
 
     epoch: int | None = 0
     base: int = 0
     ended: bool = False
+    by: int | None = None
     chunks: tuple[Chunk, ...] = ()
 
     @property
-    def length(self) -> int:
-        return sum(chunk[2] for chunk in self.chunks)
+    def text(self) -> Text:
+        return tuple(token for chunk in self.chunks for token in chunk.text[chunk.first :])
 
-    def claim(self, above: int = 0) -> tuple[LogModel, str]:
-        """→ what the worker hears: claimed, ended, missing."""
+    @property
+    def length(self) -> int:
+        return sum(chunk.count for chunk in self.chunks)
+
+    def claim(self, now: int, by: int | None = None) -> tuple[LogModel, str]:
+        """→ what the worker hears: claimed, ended, missing. ``now``: Redis's clock."""
         if self.epoch is None:
             return self, "missing"
         if self.ended:
             return self, "ended"
-        return replace(self, epoch=max(self.epoch, above) + 1, base=self.length), "claimed"
+        epoch = max(self.epoch + 1, now)
+        return replace(self, epoch=epoch, base=self.length, by=by), "claimed"
 
-    def recreate(self, above: int) -> tuple[LogModel, str]:
+    def recreate(self, now: int, by: int | None = None) -> tuple[LogModel, str]:
         """A claim, of a log that is opened where there is none."""
         if self.epoch is None:
-            return LogModel(epoch=above + 1), "claimed"
-        return self.claim(above)
+            return LogModel(epoch=now, by=by), "claimed"
+        return self.claim(now, by)
+
+    def restore(self, epoch: int, by: int | None = None) -> tuple[LogModel, str]:
+        """A claim that was lost is put back: claimed, ended, fenced."""
+        if self.epoch is None:
+            return LogModel(epoch=epoch, by=by), "claimed"
+        if self.ended:
+            return self, "ended"
+        if self.epoch >= epoch:
+            return self, "claimed" if self.epoch == epoch else "fenced"
+        return replace(self, epoch=epoch, base=self.length, by=by), "claimed"
 
     def append(self, chunk: Chunk) -> tuple[LogModel, str]:
-        """→ taken, fenced, gone, gap."""
-        epoch, first, count, is_end, is_restart = chunk
+        """→ taken, fenced, unclaimed, gone, gap."""
+        first, stop = chunk.first, len(chunk.text)
         if self.epoch is None:
             return self, "gone"
-        if self.epoch != epoch:
-            return self, "fenced"
-        if count == 0 and not is_end and not is_restart:
+        if self.epoch != chunk.epoch:
+            return self, "fenced" if self.epoch > chunk.epoch else "unclaimed"
+        if first == stop and not chunk.is_end and not chunk.restarted:
             return self, "taken"
         if not self.ended and first == self.length:
-            return replace(self, chunks=(*self.chunks, chunk), ended=is_end), "taken"
-        if self.base <= first and first + count <= self.length and (not is_end or self.ended):
+            return replace(self, chunks=(*self.chunks, chunk), ended=chunk.is_end), "taken"
+        if self.base <= first and stop <= self.length and (not chunk.is_end or self.ended):
             return self, "taken"
         return self, "gap"

@@ -46,6 +46,17 @@ def test_redis_comes_back_with_its_data(storm):
     assert row.restarted == 0
 
 
+def test_redis_comes_back_without_its_last_moments(storm):
+    row = storm.strike("redis fell back", faults.redis_falls_back)
+    check(row, stall_s=faults.OUTAGE_S + 4)
+    assert row.restarted == 0
+
+
+def test_redis_comes_back_without_its_last_moments_and_the_worker_that_had_them(storm):
+    row = storm.strike("redis fell back", faults.redis_falls_back_without_worker)
+    check(row)
+
+
 def test_an_in_memory_broker_is_killed(storm):
     row = storm.strike("broker", faults.broker_restarts)
     check(row)
