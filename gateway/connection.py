@@ -196,6 +196,8 @@ class Connection:
 
     async def _cancel(self, request_id: str, job_id: str) -> None:
         """Marks the job; while Redis is away, again and again for as long as the request lives."""
+        if request_id in self._followers:
+            self._followers[request_id].cancelled = True
         while True:
             try:
                 await self._log.cancel(job_id)

@@ -130,6 +130,7 @@ class Follower:
 
     Attributes:
         finish: called by the relay when the last frame is in the outbox.
+        cancelled: its client asked to cancel the job.
         leased: the job lives as long as somebody follows it.
         missed: an event was dropped since the log was last read.
         log_lost_at: since when there has been no log (monotonic); None while there is one.
@@ -139,6 +140,7 @@ class Follower:
         "_held",
         "_metrics",
         "_state",
+        "cancelled",
         "finish",
         "leased",
         "log_lost_at",
@@ -157,6 +159,7 @@ class Follower:
         self.stream = stream
         self.finish = finish
         self.outbox = outbox
+        self.cancelled = False
         self.leased = False
         self.missed = False
         self.log_lost_at: float | None = None

@@ -7,10 +7,12 @@ it accepts, and others for as long as somebody resumes a job there.
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
 import math
 import time
 from collections.abc import Iterable
+from contextlib import suppress
 
 from gateway.follower import Follower, Outbox
 from gateway.metrics import Metrics
@@ -48,6 +50,7 @@ class Relay:
         self._filled: set[Outbox] = set()
         self._shards: set[int] = set()
         self._reconnected_at = -math.inf
+        self._renewal_due = asyncio.Event()
 
     @property
     def logs_may_return(self) -> bool:
@@ -63,6 +66,7 @@ class Relay:
                 self._metrics.reconnects.inc()
                 log.warning("event subscription re-established; all streams read their logs")
                 self._all_lag()
+                self._renewal_due.set()
             else:
                 self.dispatch(chunks)
 
@@ -159,15 +163,30 @@ class Relay:
         return True
 
     async def renew_leases(self) -> None:
-        """Renews the leases of all followed jobs, three times per lease, until cancelled."""
+        """Renews the leases of all followed jobs, three times per lease, until cancelled.
+
+        At once behind a reconnect: leases run on while Redis is away. Cancels are marked again
+        with them, in case Redis lost the mark.
+        """
         while True:
-            await asyncio.sleep(self._lease_ms / 3000)
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self._renewal_due.wait(), self._lease_ms / 3000)
+            self._renewal_due.clear()
+            await self._cancel_again()
             await self.renew(
                 job_id
                 for job_id, followers in self._followers.items()
                 if any(follower.leased for follower in followers)
             )
             await self._leave_idle_shards()
+
+    async def _cancel_again(self) -> None:
+        followers = itertools.chain.from_iterable(self._followers.values())
+        for job_id in {f.stream.job_id for f in followers if f.cancelled}:
+            try:
+                await self._log.cancel(job_id)
+            except Overloaded as error:
+                log.warning("job %s: cancel not marked yet: %s", job_id, error.message)
 
     async def renew(self, job_ids: Iterable[str]) -> None:
         """Gives ``job_ids`` a full lease from now on."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
+import math
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
@@ -28,6 +29,9 @@ MIN_AGE_MS = 5000
 PERIOD_S = 2.0
 FIRST_WAIT_S = 4.0
 LAST_WAIT_S = 64.0
+CALM_S = 10.0
+"""How long nothing is cancelled after Redis was away: leases ran out, and so did the heartbeats of
+workers that run the jobs."""
 _LEAD_MS = 10_000  # a gateway that died is replaced after this
 
 _logger = logging.getLogger(__name__)
@@ -191,6 +195,7 @@ class Sweeper:
         self._owner = owner
         self._lost: frozenset[str] = frozenset()
         self._patience = Patience()
+        self._calm_until = -math.inf
 
     async def run(self) -> None:
         """Until cancelled. What fails is logged and tried again in the next sweep."""
@@ -201,8 +206,13 @@ class Sweeper:
                 else:
                     self._lost = frozenset()
             except OpenLoRAError as error:
+                self.stay_calm()
                 _logger.warning("sweep failed, the next is in %g s: %s", PERIOD_S, error.message)
             await asyncio.sleep(PERIOD_S)
+
+    def stay_calm(self) -> None:
+        """Cancel nothing for a while: what is known of leases and workers is out of date."""
+        self._calm_until = time.monotonic() + CALM_S
 
     async def sweep(self) -> Decision:
         """Once: look at all open jobs and act. Returns what was decided.
@@ -229,7 +239,8 @@ class Sweeper:
             if job_id not in total.passed | total.orphans or self._patience.allows(job_id, now)
         ]
         self._lost = frozenset(total.lost)
-        await self._end(total.cancelled, None)
+        if now >= self._calm_until:
+            await self._end(total.cancelled, None)
         await self._end(total.expired, Failure("deadline_exceeded", "the deadline passed"))
         await self._republish(total.republish, total.orphans, heartbeats)
         return total

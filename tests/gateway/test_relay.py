@@ -37,6 +37,8 @@ class CrossingLog:
         self.length = len(LOG)
         self.is_lost = False
         self.reconnects = 0
+        self.renewed: list[str] = []
+        self.cancelled: list[str] = []
         self.subscribed: set[int] = set()
         self.meanwhile: Callable[[], None] = lambda: None
 
@@ -69,7 +71,12 @@ class CrossingLog:
         return JobView(JOB, 1, chunks, chunks[-1].end, False)
 
     async def renew_leases(self, job_ids: Iterable[str], lease_ms: int) -> None:
+        self.renewed += job_ids
         self.meanwhile()
+
+    async def cancel(self, job_id: str) -> bool:
+        self.cancelled.append(job_id)
+        return True
 
 
 def test_an_end_published_while_a_resume_reads_the_log_is_not_missed() -> None:
@@ -199,6 +206,31 @@ async def _follow_while_shards_are_left() -> None:
     await asyncio.gather(*again.values())
     assert again.keys() <= log.subscribed
     assert again
+
+
+def test_behind_a_reconnect_leases_are_renewed_and_cancels_marked_again_at_once() -> None:
+    asyncio.run(_reconnect_with_followers())
+
+
+async def _reconnect_with_followers() -> None:
+    log = CrossingLog()
+    relay = Relay(cast("AsyncJobLog", log), 0, 3_600_000, Metrics())
+    followers = [_follower(shard) for shard in range(1, 4)]
+    watched, unwanted, batch = followers
+    watched.leased = unwanted.leased = unwanted.cancelled = True
+    for follower in followers:
+        await relay.follow(follower)
+    renewing = asyncio.create_task(relay.renew_leases())
+    await asyncio.sleep(0.01)
+    assert not log.renewed
+    log.reconnects = 1
+    await relay.run()
+    while not log.renewed:
+        await asyncio.sleep(0)
+    renewing.cancel()
+    assert log.renewed == [watched.stream.job_id, unwanted.stream.job_id]
+    assert log.cancelled == [unwanted.stream.job_id]
+    assert batch.stream.job_id not in log.renewed
 
 
 def _follower(shard: int) -> Follower:

@@ -225,10 +225,16 @@ def test_jobs_that_nobody_wants_any_more_are_ended(
             for job in (unreadable, left, late):
                 await log.store(job, 60_000)
             await client.hset(job_key(unreadable.job_id), "job", b"of another version")
-            worker.claim([left.job_id], "dead")
-            worker.append([a_chunk(left.job_id, 1, 0, 2)])
+            epoch = worker.claim([left.job_id], "dead")[0].epoch
+            worker.append([a_chunk(left.job_id, epoch, 0, 2)])
             await log.renew_leases([left.job_id], -1)
-            await Sweeper(log, publisher, TopicsOf(keeper), "g1").sweep()
+            sweeper = Sweeper(log, publisher, TopicsOf(keeper), "g1")
+            sweeper.stay_calm()  # as behind an outage: leases and heartbeats ran out in it
+            await sweeper.sweep()
+            assert (await log.read(left.job_id)).end is None
+            monkeypatch.setattr(sweeper_module, "CALM_S", 0.0)
+            sweeper.stay_calm()
+            await sweeper.sweep()
             end = (await log.read(left.job_id)).end
             assert (end.finish_reason, end.completion_tokens) == ("cancelled", 2)
             end = (await log.read(late.job_id)).end
