@@ -127,17 +127,21 @@ def key_of(authorization: str | None, subprotocols: Sequence[str] = ()) -> str |
     return None
 
 
-def check_origin(origin: str | None, host: str | None) -> None:
-    """Lets a browser act only from pages of this host; programs send no Origin.
+def check_origin(origin: str | None, host: str | None, allowed: Sequence[str] = ()) -> None:
+    """Lets a browser act only from pages of this host, or of ``allowed`` origins (in lower case);
+    programs send no Origin.
 
     Without it any page a user opens could talk to a gateway on the user's own machine.
 
     Raises:
         Forbidden: the page comes from elsewhere.
     """
-    if origin is not None and _host_of(origin) != (host or "").lower():
+    if origin is None or origin.lower() in allowed:
+        return
+    if _host_of(origin) != (host or "").lower():
         raise Forbidden(
-            f"origin {origin[:200]!r} is not this server ({host}); open the page from here"
+            f"origin {origin[:200]!r} is not this server ({host}); open the page from here, or "
+            "have the operator add its origin to OPENLORA_ORIGINS"
         )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +17,7 @@ from producer.bulk.config import batches_dir
 
 T = TypeVar("T")
 
+_ORIGIN = re.compile(r"https?://[^/\s@*?#]+", re.IGNORECASE)
 LOG_LEVELS = ("debug", "info", "warning", "error")
 
 ENVIRONMENT = {
@@ -26,6 +28,8 @@ ENVIRONMENT = {
     "OPENLORA_PARTITIONS": "partitions of the job topics when they are created (default 32)",
     "OPENLORA_API_KEYS": "keys, `key` or `tenant:key` separated by commas (default: no keys asked)",
     "OPENLORA_API_KEYS_FILE": "file of hashed keys, made by `openlora keys new` (default: none)",
+    "OPENLORA_ORIGINS": "origins of other sites whose pages may call, separated by commas, like "
+    "https://chat.example (default: this host's own pages alone)",
     "OPENLORA_STORE": "content-addressed adapter files: a directory that workers share, or a URL "
     "(s3://, gs://, …; OPENLORA_ADAPTERS names one as well)",
     "OPENLORA_ADAPTER_CACHE": "folder for adapters on their way to a store that is a URL",
@@ -53,6 +57,7 @@ class GatewayConfig:
         kafka: bootstrap servers. redis: URL, its password included, so it is not shown.
         partitions: number of partitions of job topics this gateway has to create.
         api_keys: who may call; empty asks for no key.
+        origins: of other sites whose pages may call.
         store: root of the content-addressed store, a directory or a URL.
         adapter_cache: directory for what is on its way to a remote store.
         remote_adapters: URL prefixes that requests may name adapters by.
@@ -71,6 +76,7 @@ class GatewayConfig:
     redis: str = field(default="redis://127.0.0.1:6379/0", repr=False)
     partitions: int = 32
     api_keys: ApiKeys = field(default_factory=ApiKeys)
+    origins: tuple[str, ...] = ()
     store: StoreLocation = field(default_factory=lambda: store_setting(None, {}))
     adapter_cache: Path = field(default_factory=lambda: adapter_cache({}))
     remote_adapters: tuple[str, ...] = ()
@@ -97,6 +103,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     flag("--redis", "OPENLORA_REDIS")
     flag("--partitions", "OPENLORA_PARTITIONS")
     flag("--api-keys-file", "OPENLORA_API_KEYS_FILE")
+    flag("--origins", "OPENLORA_ORIGINS")
     flag("--store", "OPENLORA_STORE")
     flag("--adapter-sources", "OPENLORA_ADAPTER_SOURCES")
     flag("--remote-adapters", "OPENLORA_REMOTE_ADAPTERS")
@@ -136,6 +143,7 @@ def config_from(args: argparse.Namespace, environ: Mapping[str, str]) -> Gateway
         api_keys=ApiKeys.parse(environ.get("OPENLORA_API_KEYS", "")).with_entries(
             setting("api_keys_file", lambda name, value: read_key_file(_path(name, value)), [])
         ),
+        origins=setting("origins", _origins, default.origins),
         store=store_setting(getattr(args, "store", None), environ),
         adapter_cache=adapter_cache(environ),
         remote_adapters=setting("remote_adapters", _prefixes, default.remote_adapters),
@@ -170,6 +178,17 @@ def _prefixes(name: str, value: str) -> tuple[str, ...]:
         if "://" not in prefix or not prefix.endswith("/"):
             raise SetupError(f"{name} has {prefix!r}; a prefix looks like hf://acme/")
     return prefixes
+
+
+def _origins(name: str, value: str) -> tuple[str, ...]:
+    origins = tuple(filter(None, map(str.strip, value.split(","))))
+    for origin in origins:
+        if not _ORIGIN.fullmatch(origin):
+            raise SetupError(
+                f"{name} has {origin!r}; an origin is https://host[:port], as browsers send it: "
+                "no path, no pattern"
+            )
+    return tuple(map(str.lower, origins))
 
 
 def _log_level(name: str, value: str) -> str:

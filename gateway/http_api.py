@@ -64,7 +64,8 @@ class HttpApi:
 
         @wraps(handler)
         async def checked(request: Request) -> Response:
-            check_origin(request.headers.get("origin"), request.headers.get("host"))
+            headers, config = request.headers, self._gateway.config
+            check_origin(headers.get("origin"), headers.get("host"), config.origins)
             key = key_of(request.headers.get("authorization"))
             return await handler(request, self._gateway.config.api_keys.tenant_of(key))
 

@@ -67,7 +67,8 @@ class WebsocketDoor:
         headers = Headers(scope=scope)
         offered: list[str] = scope["subprotocols"]
         try:
-            check_origin(headers.get("origin"), headers.get("host"))
+            origins = self._gateway.config.origins
+            check_origin(headers.get("origin"), headers.get("host"), origins)
             key = key_of(headers.get("authorization"), offered)
             tenant, policy = self._gateway.config.api_keys.caller_of(key)
         except OpenLoRAError as error:

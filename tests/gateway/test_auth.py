@@ -50,6 +50,16 @@ def test_a_key_comes_from_the_header_or_a_subprotocol() -> None:
     assert key_of(None) is None
 
 
+def test_pages_of_sites_that_the_operator_named_may_call() -> None:
+    allowed = ("https://chat.example", "http://localhost:3000")
+    check_origin("https://Chat.Example", "127.0.0.1:8000", allowed)
+    check_origin("http://localhost:3000", "127.0.0.1:8000", allowed)
+    check_origin("http://127.0.0.1:8000", "127.0.0.1:8000", allowed)
+    for origin in ("http://chat.example", "https://chat.example:1", "https://a.chat.example"):
+        with pytest.raises(Forbidden, match="OPENLORA_ORIGINS"):
+            check_origin(origin, "127.0.0.1:8000", allowed)
+
+
 def test_pages_of_other_hosts_are_refused() -> None:
     check_origin(None, "127.0.0.1:8000")
     check_origin("http://127.0.0.1:8000", "127.0.0.1:8000")
