@@ -20,6 +20,7 @@ from openlora.protocol.status import Heartbeat
 
 DEFAULT_PARTITIONS = 32
 RESULTS_PARTITIONS = 4
+EMBEDDED_CLUSTER_ID = "tansu_cluster"
 _TIMEOUT_MS = 10_000
 
 _logger = logging.getLogger(__name__)
@@ -50,6 +51,7 @@ class TopicKeeper:
         self._partitions[names.DEAD_TOPIC] = 1
         # Bundles of answers, for whichever collector is there: a few keep several of them busy.
         self._partitions[RESULTS_TOPIC] = RESULTS_PARTITIONS
+        self._seen: dict[str, int] = {}
         self._admin: Any = self._connect()
 
     def __enter__(self) -> TopicKeeper:
@@ -66,7 +68,7 @@ class TopicKeeper:
     def ensure(self) -> dict[str, int]:
         """Create what is missing, wait until it is usable; → partitions by topic, as they are.
 
-        A topic that exists keeps its number of partitions.
+        A topic that exists keeps its number of partitions; one that had more before is made anew.
 
         Raises:
             SetupError: the broker does not answer, or refuses.
@@ -145,11 +147,37 @@ class TopicKeeper:
 
     def _ensure(self) -> dict[str, int]:
         counts = self._counts()
-        missing = {topic: n for topic, n in self._partitions.items() if topic not in counts}
+        shrunk = self._shrunk(counts)
+        if shrunk:
+            _logger.warning("topics with too few partitions are made anew: %s", sorted(shrunk))
+            self._admin.delete_topics(sorted(shrunk), timeout_ms=_TIMEOUT_MS)
+        missing = {
+            topic: n
+            for topic, n in self._partitions.items()
+            if topic not in counts or topic in shrunk
+        }
         if missing:
             self._create(missing)
             counts = self._counts()
+        # Where a client was quicker again, the number that was seen before still counts.
+        self._seen = {t: max(count, self._seen.get(t, 0)) for t, count in counts.items()}
         return counts
+
+    def _shrunk(self, counts: Mapping[str, int]) -> set[str]:
+        """Topics that the embedded broker made by itself, with its own number of partitions.
+
+        It comes back empty, and makes what a client asks for by name, whatever the client says of
+        that. Nothing is lost with them: what was published to them is published again by those who
+        keep it. Topics of other brokers are their operator's.
+        """
+        shrunk = {
+            topic
+            for topic, count in counts.items()
+            if count < min(self._seen.get(topic, 0), self._partitions[topic])
+        }
+        if shrunk and self._admin.describe_cluster().get("cluster_id") != EMBEDDED_CLUSTER_ID:
+            return set()
+        return shrunk
 
     def _create(self, missing: Mapping[str, int]) -> None:
         _logger.info("creating topics: %s", ", ".join(f"{t} ({n})" for t, n in missing.items()))

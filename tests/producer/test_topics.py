@@ -63,6 +63,22 @@ def test_topics_come_back_after_an_in_memory_broker_restarted(fresh_broker: Brok
 
 
 @pytest.mark.services
+def test_topics_that_an_in_memory_broker_made_by_itself_are_made_anew(fresh_broker: Broker) -> None:
+    """With its own number of partitions, for a consumer that was quicker than the keeper."""
+    servers = fresh_broker.bootstrap_servers
+    with TopicKeeper(servers, 8) as keeper:
+        made = keeper.ensure()
+        fresh_broker.server.kill()
+        fresh_broker.server.start()
+        ensure_topics(servers, 3)
+        with TopicKeeper(servers, 8) as stranger:
+            # Who has not seen them before cannot tell: they may be so on purpose.
+            assert stranger.ensure()[JOBS_TOPIC] == 3
+        assert keeper.ensure() == made
+        assert keeper.ensure() == made
+
+
+@pytest.mark.services
 def test_a_broker_that_stays_away_for_long_is_found_again(
     fresh_broker: Broker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
