@@ -17,6 +17,7 @@ from gateway.files_api import Keyed, file_routes, storing
 from openlora.errors import (
     BatchNotFound,
     FileNotFound,
+    Forbidden,
     InvalidRequest,
     PayloadTooLarge,
     RateLimited,
@@ -78,6 +79,11 @@ class BatchesApi:
 
     async def create(self, request: Request, tenant: str) -> Response:
         """Makes a batch of a file that was sent."""
+        if request.state.policy.adapters is not None:
+            raise Forbidden(
+                "this key is limited to some adapters, and a batch's lines may name any; ask the "
+                "operator for a key that is not, or send the lines as requests"
+            )
         body = await request.body()
         if len(body) > MAX_BODY_BYTES:
             raise PayloadTooLarge(f"the body is over {MAX_BODY_BYTES} bytes; send less")

@@ -60,14 +60,18 @@ class HttpApi:
         self._gateway = gateway
 
     def keyed(self, handler: TenantHandler) -> Handler:
-        """``handler`` behind the API key, whose tenant it gets, and the browsers' origin check."""
+        """``handler`` behind the API key, whose tenant it gets, and the browsers' origin check.
+
+        The key's policy is in ``request.state``.
+        """
 
         @wraps(handler)
         async def checked(request: Request) -> Response:
             headers, config = request.headers, self._gateway.config
             check_origin(headers.get("origin"), headers.get("host"), config.origins)
             key = key_of(request.headers.get("authorization"))
-            return await handler(request, self._gateway.config.api_keys.tenant_of(key))
+            tenant, request.state.policy = config.api_keys.caller_of(key)
+            return await handler(request, tenant)
 
         return checked
 

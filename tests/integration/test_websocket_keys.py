@@ -6,6 +6,7 @@ import hashlib
 import json
 from pathlib import Path
 
+import httpx
 import pytest
 from websockets.exceptions import InvalidStatus
 from websockets.sync.client import connect
@@ -37,11 +38,11 @@ def test_adapters_rate_and_origins_are_kept_to(
     ) as gateway:
         elsewhere = {**BEARER, "Origin": "https://evil.example"}
         with (
-            pytest.raises(InvalidStatus) as refused,
+            pytest.raises(InvalidStatus) as rejected,
             connect(gateway.ws_url, additional_headers=elsewhere),
         ):
             pass
-        assert refused.value.response.status_code == 403
+        assert rejected.value.response.status_code == 403
         named = {**BEARER, "Origin": "https://chat.example"}
         with connect(gateway.ws_url, additional_headers=named) as socket:
             generate(socket, "other", "x", adapter="poet")
@@ -61,6 +62,8 @@ def test_adapters_rate_and_origins_are_kept_to(
             # what it has already, it may still read
             send(socket, type="resume", request_id="again", job_id=frames[0]["job_id"], after=-1)
             assert text_of(receive_all(socket, "again")) == "one"
+        refused = httpx.post(f"{gateway.url}/v1/batches", headers=BEARER, json={})
+        assert (refused.status_code, refused.json()["error"]["code"]) == (403, "forbidden")
         theirs = {"Authorization": "Bearer two"}
         with connect(gateway.ws_url, additional_headers=theirs) as socket:
             send(socket, type="resume", request_id="r", job_id=frames[0]["job_id"], after=-1)
