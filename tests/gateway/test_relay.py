@@ -97,8 +97,8 @@ async def _resume_while_the_end_comes() -> list[dict[str, Any]]:
     return await _resumed(job_log, relay)
 
 
-async def _resumed(job_log: AsyncJobLog, relay: Relay) -> list[dict[str, Any]]:
-    """What a client gets that resumes the job from its start."""
+async def _resumed(job_log: AsyncJobLog, relay: Relay, after: int = -1) -> list[dict[str, Any]]:
+    """What a client gets that resumes the job behind ``after``."""
     received: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
     sent: list[dict[str, Any]] = []
 
@@ -117,7 +117,7 @@ async def _resumed(job_log: AsyncJobLog, relay: Relay) -> list[dict[str, Any]]:
         relay=relay,
         metrics=Metrics(),
     )
-    resume = {"type": "resume", "request_id": "r", "job_id": JOB_ID, "after": -1}
+    resume = {"type": "resume", "request_id": "r", "job_id": JOB_ID, "after": after}
     received.put_nowait({"type": "websocket.receive", "text": json.dumps(resume)})
     await asyncio.wait_for(connection.run(), 5)
     return sent
@@ -152,6 +152,24 @@ async def _resume_of_a_lost_log(*, is_redis_back: bool) -> list[dict[str, Any]]:
 
     log.meanwhile = a_worker_opens_it_anew
     return await _resumed(job_log, relay)
+
+
+def test_a_resume_behind_the_end_of_a_log_without_its_last_moments_begins_again() -> None:
+    frames = asyncio.run(_resume_beyond_the_log(is_redis_back=True))
+    assert [frame["type"] for frame in frames] == ["accepted", "restarted", "token", "done"]
+
+
+def test_a_resume_behind_the_end_of_a_whole_log_is_refused() -> None:
+    [error] = asyncio.run(_resume_beyond_the_log(is_redis_back=False))
+    assert error["code"] == "invalid_request"
+
+
+async def _resume_beyond_the_log(*, is_redis_back: bool) -> list[dict[str, Any]]:
+    log = CrossingLog()
+    relay = Relay(cast("AsyncJobLog", log), 0, 30_000, Metrics())
+    log.reconnects = int(is_redis_back)
+    await relay.run()
+    return await _resumed(cast("AsyncJobLog", log), relay, after=5)
 
 
 def test_a_stream_whose_log_stays_lost_ends(monkeypatch: pytest.MonkeyPatch) -> None:
