@@ -28,7 +28,7 @@ from workers.budgets import Budgets
 from workers.commits import Commits, kafka_offsets
 from workers.group_repair import rebuild_group
 from workers.join_watch import JoinWatch
-from workers.kafka_client import connect_consumer
+from workers.kafka_client import connect_consumer, fetch_kept
 from workers.offsets import SPAN_LIMIT, Offsets, Partition, Position
 from workers.partition_report import beyond_end, report_partitions
 from workers.pauses import Pauses
@@ -170,11 +170,14 @@ class JobConsumer:
                 batch_flows=self._batch_flows,
                 is_idle=is_idle,
             )
-            self._commits.commit_if_due(self._consumer, now)
+            if is_member:  # others are refused
+                self._commits.commit_if_due(self._consumer, now)
             if now >= self._status_due:
                 self._status_due = now + STATUS_INTERVAL_S
                 self._report()
             records = self._consumer.poll(POLL_TIMEOUT_MS, max_records=TAKE_ALL)
+            if not records and not is_member:
+                records = fetch_kept(self._consumer, TAKE_ALL)
         except AuthorizationError:
             raise
         except KafkaError as error:

@@ -17,7 +17,8 @@ FETCH_MAX_WAIT_MS = 20
 """The embedded broker does not wake a waiting fetch, so this is what a job waits there at most."""
 FETCH_MAX_BYTES = 8 << 20
 """What one fetch may bring into memory, beyond the budgets."""
-METADATA_MAX_AGE_MS = 10_000
+METADATA_MAX_AGE_MS = 3_000
+"""Topics that were made anew, or have more partitions, are seen after so long."""
 RECONNECT_BACKOFF_MAX_MS = 1_000
 
 
@@ -52,3 +53,13 @@ def connect_consumer(
             f"no Kafka broker answers at {bootstrap_servers} ({error}); "
             "start one or set --kafka / OPENLORA_KAFKA"
         ) from error
+
+
+def fetch_kept(consumer: Any, max_records: int) -> Any:
+    """What came in from partitions that a member keeps while it joins its group again.
+
+    A cooperative rebalance lets it go on with them, but kafka-python's ``poll`` fetches nothing
+    before the group has answered: 3 s a round on the embedded broker. Without a partition it does
+    nothing; it never waits.
+    """
+    return consumer._fetcher.fetch_records(max_records, timeout_ms=0)[0]

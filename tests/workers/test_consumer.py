@@ -85,6 +85,20 @@ def test_a_full_budget_pauses_batch_and_leaves_interactive(servers, publish):
     jobs.leave()
 
 
+@pytest.mark.long
+def test_a_member_serves_what_it_keeps_while_another_joins(servers, publish):
+    first = Jobs(servers, Budgets(50, 50))
+    publish(JOBS_TOPIC, b"before")
+    wait_until(lambda: first.values() == [b"before"])
+    second = Jobs(servers, Budgets(50, 50))
+    wait_until(lambda: first.consumer._assignor.joining)
+    # It keeps the lower half of what it has. A round of joining takes 3 s on the embedded broker.
+    publish(JOBS_TOPIC, b"meanwhile")
+    wait_until(lambda: first.values() == [b"before", b"meanwhile"], timeout_s=1.5)
+    second.leave()
+    first.leave()
+
+
 def test_the_next_member_reads_from_the_first_open_job(servers, publish):
     first = Jobs(servers, Budgets(50, 50))
     publish(JOBS_TOPIC, b"0", b"1", b"2", b"3")
