@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 
 from openlora.adapters.lora_set import SITES
-from openlora.engine.adapter_entry import Adapter
+from openlora.engine.adapter_entry import PIN, Adapter
 from openlora.engine.residency import ResidentAdapters
 from openlora.engine.sequence import Sequence as TokenSequence
 from openlora.errors import AdapterFailed, InvalidRequest
@@ -15,13 +15,16 @@ def check_fit(adapters: Collection[Adapter], resident: ResidentAdapters) -> Adap
     """Why these can never be in pages at the same time; None where they can."""
     names = " + ".join(repr(adapter.name) for adapter in adapters)
     extras_bytes = sum(adapter.extras_bytes for adapter in adapters)
-    if extras_bytes > resident.extras_bytes:
+    keys = [adapter.key for adapter in adapters]
+    extras_room = resident.extras_room_for(keys)
+    if extras_bytes > extras_room:
+        beside = " beside pinned adapters" if extras_room < resident.extras_bytes else ""
         return AdapterFailed(
             f"weights of adapter {names} that are no low-rank pairs take {extras_bytes} bytes; at "
-            f"most {resident.extras_bytes} are kept"
+            f"most {extras_room} are kept{beside}"
         )
     counts = tuple(map(sum, zip(*(a.page_counts for a in adapters), strict=True)))
-    room = resident.room_for([adapter.key for adapter in adapters])
+    room = resident.room_for(keys)
     if all(count <= have for count, have in zip(counts, room, strict=False)):
         return None
     is_pinned = tuple(room) != tuple(resident.num_pages)
@@ -33,6 +36,17 @@ def check_fit(adapters: Collection[Adapter], resident: ResidentAdapters) -> Adap
         f"{' beside pinned adapters' if is_pinned else ''} ({needs}); give the engine a larger "
         f"adapter budget{', unpin some' if is_pinned else ''} or use a smaller rank"
     )
+
+
+def any_misfit(adapters: Iterable[Adapter], resident: ResidentAdapters) -> bool:
+    """Whether requests have adapters, of those that were loaded before, that can never be in pages
+    at the same time."""
+    by_user: dict[int, list[Adapter]] = {}
+    for adapter in adapters:
+        if adapter.page_counts:
+            for user in adapter.users - {PIN}:
+                by_user.setdefault(user, []).append(adapter)
+    return any(check_fit(found, resident) is not None for found in by_user.values())
 
 
 def check_exact(adapters: Sequence[tuple[Adapter, float]]) -> AdapterFailed | None:

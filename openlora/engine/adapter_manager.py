@@ -20,8 +20,8 @@ from threading import Event
 from openlora.adapters.lora_set import LoRASet
 from openlora.adapters.pages import PagePool, SitePages
 from openlora.adapters.tier_stats import TierStats
-from openlora.engine.adapter_entry import PIN, Adapter, State, unknown_adapter
-from openlora.engine.adapter_fit import check_exact, check_fit, check_tokens
+from openlora.engine.adapter_entry import Adapter, State, unknown_adapter
+from openlora.engine.adapter_fit import any_misfit, check_exact, check_fit, check_tokens
 from openlora.engine.adapter_loads import Loaded
 from openlora.engine.adapter_pins import AdapterPins
 from openlora.engine.adapter_supply import MAX_STAGED, AdapterSupply
@@ -271,8 +271,7 @@ class AdapterManager:
         self._supply.start()
 
     def _misfits(self) -> bool:
-        wanted = (a for a in self._by_key.values() if a.users - {PIN} and a.page_counts)
-        return any(check_fit([adapter], self._resident) is not None for adapter in wanted)
+        return any_misfit(self._by_key.values(), self._resident)
 
     def _has_pages(self, adapter: Adapter) -> bool:
         return adapter.key in self._resident

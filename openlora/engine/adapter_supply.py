@@ -88,7 +88,7 @@ class AdapterSupply:
             self._load(_pop_first(self._wanted))
 
     def poll(self, timeout_s: float = 0) -> list[tuple[Adapter, OpenLoRAError | None]]:
-        """Loads that ended since the last call, and why they failed.
+        """Loads that ended since the last call, and why they failed; fetches that were given up.
 
         Where none has ended, waits for one up to ``timeout_s``.
         """
@@ -106,6 +106,8 @@ class AdapterSupply:
                 elif adapter.users:
                     # Where a fetch was given up and somebody came meanwhile, it begins anew.
                     self.want(adapter)
+                else:
+                    results.append((adapter, None))
             self.start()
             results += self._instant
             self._instant.clear()
@@ -160,14 +162,17 @@ class AdapterSupply:
         return not num_loading and self._may_overfill()
 
     def _stage(self, adapter: Adapter, outcome: Outcome) -> OpenLoRAError | None:
-        if isinstance(outcome, OpenLoRAError):
-            if adapter.is_pinned:
-                logger.warning("pinned adapter %s is not loaded: %s", adapter.name, outcome)
-            return outcome
         assert not isinstance(outcome, Fetch)
-        adapter.learn(outcome)
-        error = self._check(adapter)
-        if error is None and adapter.users:
+        if isinstance(outcome, OpenLoRAError):
+            error: OpenLoRAError | None = outcome
+        else:
+            adapter.learn(outcome)
+            error = self._check(adapter)
+        if error is not None:
+            if adapter.is_pinned:
+                logger.warning("pinned adapter %s is not loaded: %s", adapter.name, error)
+        elif adapter.users:
+            assert not isinstance(outcome, OpenLoRAError)
             adapter.state, adapter.loaded = State.STAGED, outcome
             self._staged[adapter.key] = adapter
         return error

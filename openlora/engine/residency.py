@@ -78,6 +78,11 @@ class ResidentAdapters:
                 room = [n - len(p) for n, p in zip(room, self._pool.pages(key), strict=True)]
         return room
 
+    def extras_room_for(self, keys: Collection[str]) -> int:
+        """Bytes of extras that they could have together: all but what others hold."""
+        held = (self._extras.get(key) for key in self._held if key not in keys)
+        return self.extras_bytes - sum(map(_size, held))
+
     def pages(self, key: str) -> SitePages:
         """The pages of an adapter that is resident."""
         return self._pool.pages(key)

@@ -71,6 +71,28 @@ def test_what_does_not_fit_beside_pins_is_refused_and_what_waits_already_goes_fi
     assert bench.manager.misfit(later) is None
 
 
+def test_an_ensemble_that_waits_already_goes_before_a_pin_that_its_parts_would_fit_beside():
+    bench = Bench(pages=(4,) * 4)
+    bench.register("a-2-2-2-2", "b-2-2-2-2", "c-2-2-2-2")
+    waiting = bench.want(b=1.0, c=1.0)
+    bench.load_all()
+    pinned(bench, "a")
+    assert isinstance(bench.acquire(waiting), LoRASet)
+    bench.end(waiting)
+    bench.manager.poll()
+    bench.load_all()
+    assert bench.manager.pinned == ("a",)
+    assert "beside pinned" in bench.manager.misfit(bench.want(b=1.0, c=1.0)).message
+
+
+def test_a_pinned_one_that_can_never_fit_is_said(caplog):
+    bench = Bench(pages=(2,) * 4)
+    bench.register("big-3-3-3-3")
+    pinned(bench, "big")
+    assert "pinned adapter big is not loaded: adapter 'big' takes more pages" in caplog.text
+    assert bench.manager.pinned == ()
+
+
 def test_one_that_fails_is_said_and_tried_again(caplog):
     bench = Bench()
     bench.register("broken-1-1-1-1", "a-1-1-1-1")

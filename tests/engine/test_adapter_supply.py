@@ -98,6 +98,18 @@ def test_a_fetch_ends_with_the_last_who_wanted_it(bench, far):
     until(lambda: bench.load_all() == [] and isinstance(bench.acquire(third), LoRASet))
 
 
+def test_a_name_that_goes_during_its_fetch_leaves_nothing(bench, far):
+    bench.register("far-1-1-1-1")
+    sequence = bench.want(far=1.0)
+    until(lambda: far.fetched)
+    bench.manager.unregister("far")
+    bench.manager.drop(sequence.sequence_id, sequence.adapters)
+    ((key, error),) = bench.manager.poll(WAIT_S)
+    assert (error, far.cancelled) == (None, ["far-1-1-1-1"])
+    with pytest.raises(KeyError):
+        bench.manager.is_loading(key)
+
+
 def test_one_that_was_queued_is_never_begun(bench, far):
     names = [f"far{i}" for i in range(MAX_FETCHES + 1)]
     bench.register(*(f"{name}-1-1-1-1" for name in names))

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 import torch
 
 from openlora.adapters.extras import AdapterExtras
 from openlora.adapters.pages import PagePool
+from openlora.engine.adapter_entry import Adapter as Entry
+from openlora.engine.adapter_fit import check_fit
 from openlora.engine.residency import ResidentAdapters
 
 
@@ -65,3 +68,13 @@ def test_pages_may_be_what_is_short(resident):
     place(resident, "one", adapter(10, pages=3))
     assert place(resident, "two", adapter(10, pages=2))
     assert resident.keys == ("two",)
+
+
+def test_extras_that_never_fit_beside_held_ones_are_refused_not_left_to_wait(resident):
+    place(resident, "held", adapter(50))
+    assert resident.hold("held")
+    large = Entry("large", "large", Path("large"), page_counts=(1,) * 4, extras_bytes=60)
+    error = check_fit([large], resident)
+    assert "take 60 bytes; at most 50 are kept beside pinned adapters" in error.message
+    resident.unhold("held")
+    assert check_fit([large], resident) is None
