@@ -70,6 +70,8 @@ class AdapterDirectory:
             await self.refresh()
         elif int(revision) == self._revision + 1:
             record = await self.registry.by_key(key)
+            if int(revision) != self._revision + 1:
+                return  # meanwhile a request had everything read, as of this change or a later one
             self._revision += 1
             if record is None:
                 self._records.pop(key, None)
