@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from collections import deque
 from collections.abc import Callable
 from typing import Any
 
@@ -49,7 +50,10 @@ class PinWatch:
         self._engine = engine
         self._wake = wake
         self._stop = threading.Event()
-        self._wanted: tuple[str, ...] | None = None
+        # What was read last, until it was applied; what it was before that matters to nobody.
+        self._wanted: deque[tuple[str, ...]] = deque(maxlen=1)
+        # Outlives a lost connection: pins that went meanwhile must be told as well.
+        self._told: tuple[str, ...] = ()
         self._thread = threading.Thread(target=self._run, name="pins", daemon=True)
 
     def start(self) -> None:
@@ -62,8 +66,9 @@ class PinWatch:
 
     def apply(self) -> None:
         """Tell the engine what is pinned now, if that has changed. Raises EngineGone."""
-        wanted, self._wanted = self._wanted, None
-        if wanted is None:
+        try:
+            wanted = self._wanted.pop()
+        except IndexError:
             return
         known = []
         for content in wanted:
@@ -85,7 +90,6 @@ class PinWatch:
 
     def _watch(self) -> None:
         revision, again_at = -1, 0.0
-        told: tuple[str, ...] = ()
         pubsub: Any = self._client.pubsub()  # type: ignore[no-untyped-call]
         with pubsub:
             pubsub.subscribe(ADAPTERS_CHANNEL)
@@ -93,9 +97,10 @@ class PinWatch:
                 now, is_due = self._registry.revision(), time.monotonic() >= again_at
                 if now != revision or is_due:
                     found = tuple(sorted({r.hash for r in self._registry.pins().values()}))
-                    if found != told or (found and is_due):
-                        self._wanted = found
+                    if found != self._told or (found and is_due):
+                        self._wanted.append(found)
                         self._wake()
+                    if is_due:
                         again_at = time.monotonic() + AGAIN_S
-                    revision, told = now, found
+                    revision, self._told = now, found
                 pubsub.get_message(timeout=CHECK_S)

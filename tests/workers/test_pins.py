@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 
 import pytest
@@ -11,6 +12,7 @@ from openlora.protocol.status import AdapterRecord
 from openlora.registry import AdapterRegistry
 from tests.gateway.peft_dirs import write_adapter
 from tests.workers.running import wait_until
+from workers.pins import PinWatch
 
 pytestmark = pytest.mark.services
 
@@ -42,3 +44,63 @@ def test_what_the_store_lacks_is_said_and_ends_nothing(shared_system):
     wait_until(lambda: "event=pin_failed" in worker.log_text(), 5)
     registry.remove("gone")
     assert worker.process.poll() is None
+
+
+def test_pins_that_go_while_redis_is_away_are_let_go_of(shared_system, tmp_path):
+    system = shared_system
+    store = AdapterStore(system.directory / "store")
+    info = store.put(write_adapter(tmp_path / "a"))
+    registry = AdapterRegistry(system.redis)
+    registry.put(AdapterRecord("brief", 0, info.hash, 4, ("q_proj",), "tiny", 1, "/x", 0))
+    registry.pin("brief", pinned=True)
+    client = FailingRedis(system.redis)
+    engine = ToldEngine()
+    woken = threading.Event()
+    pins = PinWatch(client, store, engine, woken.set)
+    pins.start()
+    try:
+        wait_until(woken.is_set, 5)
+        pins.apply()
+        assert engine.pinned == [(info.hash,)]
+        client.is_away = True
+        wait_until(lambda: client.num_failed, 5)
+        registry.pin("brief", pinned=False)
+        woken.clear()
+        client.is_away = False
+        wait_until(woken.is_set, 5)
+        pins.apply()
+        assert engine.pinned == [(info.hash,), ()]
+        pins.apply()
+        assert len(engine.pinned) == 2
+    finally:
+        pins.stop()
+        registry.remove("brief")
+
+
+class FailingRedis:
+    """A client whose subscriptions fail on demand."""
+
+    def __init__(self, client) -> None:
+        self._client = client
+        self.is_away = False
+        self.num_failed = 0
+
+    def __getattr__(self, name):
+        if self.is_away:
+            self.num_failed += 1
+            raise ConnectionError("away")
+        return getattr(self._client, name)
+
+
+class ToldEngine:
+    """Keeps what it is told to pin."""
+
+    def __init__(self) -> None:
+        self.pinned: list[tuple[str, ...]] = []
+
+    def register(self, name: str, path: str) -> None: ...
+
+    def pin(self, contents: tuple[str, ...]) -> None:
+        self.pinned.append(contents)
+
+    def flush(self) -> None: ...
