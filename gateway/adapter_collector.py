@@ -61,7 +61,8 @@ class AdapterCollector:
     async def collect(self, grace_ms: int) -> list[str]:
         """Releases content that was dropped ``grace_ms`` ago or earlier; the hashes deleted."""
         now_ms = time.time_ns() // 1_000_000
-        dropped = await self._registry.dropped(now_ms - grace_ms)
+        before_ms = now_ms - grace_ms
+        dropped = await self._registry.dropped(before_ms)
         if not dropped:
             return []
         in_use = await self._in_use()
@@ -73,6 +74,8 @@ class AdapterCollector:
             if await self._registry.is_named(content):
                 await self._registry.forget(content)
                 continue
+            if content not in await self._registry.dropped(before_ms):
+                continue  # it was stored again while jobs were looked at: a version is coming
             try:
                 if await asyncio.to_thread(self._store.release, content, holder):
                     deleted.append(content)

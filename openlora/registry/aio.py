@@ -184,8 +184,11 @@ class AsyncAdapterRegistry:
         return bool(await self._redis.hexists(ADAPTERS_CONTENTS_KEY, content_hash))
 
     async def expect(self, content_hash: str) -> None:
-        """Content was stored for a version that may never come: collect it then."""
-        await self._redis.zadd(ADAPTERS_DROPPED_KEY, {content_hash: _now_ms()}, nx=True)
+        """Content was stored for a version that may never come: collect it then.
+
+        Where the content was dropped long ago it counts as dropped now: the version gets its time.
+        """
+        await self._redis.zadd(ADAPTERS_DROPPED_KEY, {content_hash: _now_ms()})
 
     async def forget(self, content_hash: str) -> None:
         """Dropped content was released from the store, or is named again."""

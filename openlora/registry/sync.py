@@ -165,8 +165,11 @@ class AdapterRegistry:
         return bool(self._redis.hexists(ADAPTERS_CONTENTS_KEY, content_hash))
 
     def expect(self, content_hash: str) -> None:
-        """Content was stored for a version that may never come: collect it then."""
-        self._redis.zadd(ADAPTERS_DROPPED_KEY, {content_hash: _now_ms()}, nx=True)
+        """Content was stored for a version that may never come: collect it then.
+
+        Where the content was dropped long ago it counts as dropped now: the version gets its time.
+        """
+        self._redis.zadd(ADAPTERS_DROPPED_KEY, {content_hash: _now_ms()})
 
     def forget(self, content_hash: str) -> None:
         """Dropped content was released from the store."""
