@@ -15,6 +15,7 @@ from openlora.adapters.merge_cache import recipe
 from openlora.adapters.merge_spec import MergeSpec
 from openlora.adapters.stamp import Stamp, stamp
 from openlora.engine.adapter_entry import unknown_adapter
+from openlora.errors import AdapterFailed
 
 MAX_MERGES = 256
 """Merges that stay registered; the one not asked for longest is forgotten."""
@@ -67,6 +68,7 @@ class AdapterNames:
 
         Raises:
             UnknownAdapter: a name is not registered.
+            AdapterFailed: the directory for merges cannot be written.
         """
         if merge.method == "cat" or len(adapters) < 2:
             return adapters
@@ -74,7 +76,12 @@ class AdapterNames:
             if name not in self._known:
                 raise unknown_adapter(name, len(self._known))
         parts = [(self._known[name][0], float(weight)) for name, weight in adapters.items()]
-        directory = recipe(self._root, parts, merge)
+        try:
+            directory = recipe(self._root, parts, merge)
+        except OSError as error:
+            raise AdapterFailed(
+                f"the merge cannot be kept in {self._root}: {error}; free space there"
+            ) from error
         self._manager.register(directory.name, directory)
         self._merges[directory.name] = None
         self._merges.move_to_end(directory.name)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -122,6 +123,15 @@ def test_a_merge_that_cannot_be_made_fails_alone(engine):
         engine.add(Request([5], {"r8": 1.0, "nobody": 1.0}, PARAMS, merge=MergeSpec("svd")))
     with pytest.raises(InvalidRequest, match="merge method is 'mean'"):
         engine.add(Request([5], {"r8": 1.0}, PARAMS, merge=MergeSpec("mean")))
+
+
+def test_a_merge_directory_that_cannot_be_written_fails_the_request_alone(engine, monkeypatch):
+    monkeypatch.setattr(engine._names, "_root", Path("/proc/merges"))
+    mix = {"r8": 1.0, "rs": 0.77}
+    with pytest.raises(AdapterFailed, match="the merge cannot be kept in /proc/merges"):
+        engine.add(Request(prompt(1), mix, PARAMS, merge=MergeSpec("linear")))
+    (done,) = engine.generate([Request(prompt(1), {"r8": 1.0}, PARAMS)])
+    assert done.error is None
 
 
 def test_files_that_changed_in_place_are_loaded_anew(tiny, engine, tmp_path):
