@@ -112,7 +112,7 @@ class BulkOutlet:
             for future in futures:
                 future.get(ACK_TIMEOUT_S)
             on_written()
-        entries.clear()
+            del entries[0]  # where a later one fails, this one does not go again
 
     def _connected(self) -> Any:
         if self._producer is None:
