@@ -114,8 +114,13 @@ class BulkLane:
 
     @property
     def is_on_trial(self) -> bool:
-        """Whether nothing else may be in the engine, for the sake of a suspected line."""
-        return self._suspects.is_on_trial
+        """Whether nothing else may be in the engine, for the sake of a suspected line.
+
+        Jobs are not held before the lines beside it have ended: those make whole answers.
+        """
+        if self._suspects.trial is not None:
+            return True
+        return not self._runs and self._suspects.is_overdue
 
     def inside(self) -> dict[Bundle, list[int]]:
         """The lines that the engine has now, or had when it died."""
@@ -140,6 +145,19 @@ class BulkLane:
         for bundle in list(self._bundles):
             self._drop(bundle)
 
+    def step_aside(self) -> int:
+        """Take all lines out of the engine, to be run from their start later; how many those are.
+
+        Jobs that wait meanwhile are watched by somebody, and a line's answer may take minutes.
+        """
+        inside = list(self._runs.items())
+        for ticket, (bundle, run) in reversed(inside):
+            self._engine.abort(ticket)
+            if not self._suspects.put_back(ticket):
+                self._waiting.appendleft((bundle, run.line))
+            self._forget(ticket)
+        return len(inside)
+
     def take(self, steps: Sequence[StepOutputs]) -> None:
         """The engine's news; of interactive runs' nothing is done here."""
         runs = self._runs
@@ -154,14 +172,13 @@ class BulkLane:
         if interactive:
             self._interactive_until = time.monotonic() + ABOUT_S
         for _ in range(ADMIT_BESIDE_INTERACTIVE if interactive else ADMIT_AT_ONCE):
-            if not self._has_room(interactive) or not self._is_line_there():
+            # A suspect needs no room but the whole engine, which held jobs have left to it.
+            if not (self._suspects or (self._has_room(interactive) and self._is_line_there())):
                 break
             if self._suspects:
                 self._try_suspect()
                 break
-            bundle, line = self._waiting.popleft()
-            if not bundle.dropped:
-                self._start(bundle, line)
+            self._start(*self._waiting.popleft())
         if time.monotonic() >= self._upkeep_due:
             self._upkeep()
 
@@ -247,15 +264,18 @@ class BulkLane:
         bundle.answers.append(answer)
         if not bundle.is_complete:
             return
-        self._bundles.discard(bundle)
-        if not self._bundles:
-            self.outlet.watched = frozenset()
+        self._end(bundle)
         position = bundle.fetched.position
         self.outlet.write(
             answer_messages(bundle.message, bundle.answers, self._opener.worker_id),
             bundle.letters,
             lambda: self._opener.end_position(position),
         )
+
+    def _end(self, bundle: Bundle) -> None:
+        self._bundles.discard(bundle)
+        if not self._bundles:
+            self.outlet.watched = frozenset()
 
     def _upkeep(self) -> None:
         """Once a second: let go what nobody wants, or what another worker has now."""
@@ -271,8 +291,9 @@ class BulkLane:
                 self._drop(bundle)
 
     def _drop(self, bundle: Bundle) -> None:
-        bundle.dropped = True
-        self._bundles.discard(bundle)
+        self._end(bundle)
+        self._waiting = deque(entry for entry in self._waiting if entry[0] is not bundle)
+        self._suspects.drop(bundle)
         for ticket, (owner, _) in list(self._runs.items()):
             if owner is bundle:
                 self._engine.abort(ticket)

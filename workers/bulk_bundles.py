@@ -40,7 +40,6 @@ class Bundle:
     answers: list[BulkAnswer] = field(default_factory=list)
     letters: list[bytes] = field(default_factory=list)
     failure: OpenLoRAError | None = None  # of its adapters, and so of every line
-    dropped: bool = False
 
     @property
     def batch_id(self) -> str:

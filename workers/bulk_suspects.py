@@ -21,6 +21,8 @@ PATIENCE_S = 2.0
 
 logger = logging.getLogger("workers.bulk_suspects")
 
+_Suspect = tuple[Bundle, BulkLine, Suspicion]
+
 
 class LineSuspects:
     """Who is tried next, and how far the trial is; used by the loop's thread alone.
@@ -31,7 +33,8 @@ class LineSuspects:
 
     def __init__(self) -> None:
         self.trial: int | None = None
-        self._waiting: deque[tuple[Bundle, BulkLine, Suspicion]] = deque()
+        self._waiting: deque[_Suspect] = deque()
+        self._tried: _Suspect | None = None
         self._tokens_left: float = 0
         self._waits_since = 0.0
 
@@ -40,11 +43,10 @@ class LineSuspects:
         return self.trial is not None or bool(self._waiting)
 
     @property
-    def is_on_trial(self) -> bool:
-        """Whether nothing else may be in the engine: a trial runs, or has to begin now."""
-        if self.trial is not None:
-            return True
-        return bool(self._waiting) and time.monotonic() - self._waits_since >= PATIENCE_S
+    def is_overdue(self) -> bool:
+        """Whether a trial has to begin now, whoever else is there."""
+        has_waited = time.monotonic() - self._waits_since >= PATIENCE_S
+        return self.trial is None and bool(self._waiting) and has_waited
 
     def add(self, bundle: Bundle, line: BulkLine, suspicion: Suspicion) -> None:
         """A line to be tried."""
@@ -52,17 +54,18 @@ class LineSuspects:
             self._waits_since = time.monotonic()
         self._waiting.append((bundle, line, suspicion))
 
-    def next(self) -> tuple[Bundle, BulkLine, Suspicion] | None:
-        """Who is to be tried now; None where nobody waits any more."""
-        while self._waiting:
-            bundle, line, suspicion = self._waiting.popleft()
-            if not bundle.dropped:
-                return bundle, line, suspicion
-        return None
+    def next(self) -> _Suspect | None:
+        """Who is to be tried now; None where nobody waits."""
+        return self._waiting.popleft() if self._waiting else None
+
+    def drop(self, bundle: Bundle) -> None:
+        """None of the bundle's lines waits any more."""
+        self._waiting = deque(suspect for suspect in self._waiting if suspect[0] is not bundle)
 
     def begin(self, ticket: int, bundle: Bundle, line: BulkLine, suspicion: Suspicion) -> None:
         """The line has been started, alone."""
         self.trial = ticket
+        self._tried = bundle, line, suspicion
         self._tokens_left = trial_tokens(suspicion)
         logger.warning(
             "event=suspect_tried batch=%s line=%d crashes=%d alone=%d next=run_alone",
@@ -76,8 +79,15 @@ class LineSuspects:
         self._tokens_left -= 1
         return self._tokens_left <= 0
 
+    def put_back(self, ticket: int) -> bool:
+        """A line is taken out of the engine; where it was on trial, it is the next to be tried."""
+        if ticket != self.trial or self._tried is None:
+            return False
+        self._waiting.appendleft(self._tried)
+        return True
+
     def leave(self, ticket: int) -> None:
         """A line has left the engine; where it was on trial, that is over."""
         if ticket == self.trial:
-            self.trial = None
+            self.trial = self._tried = None
             self._waits_since = time.monotonic()

@@ -2,21 +2,37 @@
 
 from __future__ import annotations
 
-from heapq import heappop, heappush
+from collections.abc import Container
+from heapq import heapify, heappop, heappush
 
 from openlora.protocol.jobs import Job
 
+TIDY_AT_LEAST = 1024
+
 
 class Deadlines:
-    """The deadlines of jobs, earliest first; a job that ends in time stays until its own passes."""
+    """The deadlines of jobs, earliest first.
+
+    Jobs that ended in time stay for a while: a deadline may be a day away, so from time to time
+    they are thrown out together.
+    """
 
     def __init__(self) -> None:
         self._heap: list[tuple[int, str]] = []
+        self._tidy_at = TIDY_AT_LEAST
 
-    def add(self, job: Job) -> None:
-        """Watch ``job``, if it has a deadline."""
-        if job.deadline_ms is not None:
-            heappush(self._heap, (job.deadline_ms, job.job_id))
+    def __len__(self) -> int:
+        return len(self._heap)
+
+    def add(self, job: Job, running: Container[str]) -> None:
+        """Watch ``job``, if it has a deadline. ``running``: IDs of the jobs that have not ended."""
+        if job.deadline_ms is None:
+            return
+        heappush(self._heap, (job.deadline_ms, job.job_id))
+        if len(self._heap) >= self._tidy_at:
+            self._heap = [entry for entry in self._heap if entry[1] in running]
+            heapify(self._heap)
+            self._tidy_at = max(TIDY_AT_LEAST, 2 * len(self._heap))
 
     def next_in_s(self, now_ms: float) -> float:
         """Seconds until the next one, 0 where it has passed; infinite where there is none."""

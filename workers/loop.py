@@ -79,7 +79,7 @@ class WorkerLoop:
             next_ticket=self.next_ticket,
             rename=self._rename,
             is_open=lambda run: run.end is None and self._by_job.get(run.job.job_id) is run,
-            others_inside=lambda: self.bulk_lines_in_engine > 0,
+            step_aside=lambda: 0 if self._bulk is None else self._bulk.step_aside(),
             line_on_trial=lambda: self._bulk is not None and self._bulk.is_on_trial,
         )
 
@@ -271,7 +271,7 @@ class WorkerLoop:
                 ended.append(run)
                 continue
             self._ward.begin(run)
-            self._deadlines.add(run.job)
+            self._deadlines.add(run.job, self._by_job)
         if ended:
             self._append(ended)
 

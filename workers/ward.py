@@ -37,7 +37,7 @@ class Ward:
         next_ticket: a number no run has had.
         rename: the run's ticket was changed to this one.
         is_open: whether the run is still ours and has not ended.
-        others_inside: whether the engine holds something that is no run of the loop.
+        step_aside: takes out of the engine for now what is no run of the loop; how many that is.
         line_on_trial: whether a line of a bundle needs the engine for itself.
     """
 
@@ -48,14 +48,14 @@ class Ward:
         next_ticket: Callable[[], int],
         rename: Callable[[Run, int], None],
         is_open: Callable[[Run], bool],
-        others_inside: Callable[[], bool],
+        step_aside: Callable[[], int],
         line_on_trial: Callable[[], bool],
     ) -> None:
         self._engine = engine
         self._next_ticket = next_ticket
         self._rename = rename
         self._is_open = is_open
-        self._others_inside = others_inside
+        self._step_aside = step_aside
         self._line_on_trial = line_on_trial
         self._suspects: deque[Run] = deque()
         self._held: list[Run] = []
@@ -90,8 +90,10 @@ class Ward:
             self._suspects.popleft()
         if self._suspects:
             self._hold(list(runs))
-            if not self._others_inside():
-                self._try(self._suspects.popleft())
+            lines = self._step_aside()
+            if lines:
+                logger.info("event=lines_step_aside lines=%d next=run_after_suspects", lines)
+            self._try(self._suspects.popleft())
             return
         if self._line_on_trial():
             self._hold(list(runs))

@@ -126,12 +126,14 @@ def test_a_stopped_batch_is_dropped(bench):
 
 
 def test_bundles_of_partitions_that_moved_are_left_to_their_owner(bench):
-    bench.deliver(bundle(line(1)))
+    bench.deliver(bundle(*(line(n) for n in range(1, 65))))
     bench.lane.refill(0)
     bench.owned = False
     bench.upkeep()
     assert bench.engine.aborted
     assert bench.lane.is_idle
+    assert not bench.lane.could_admit(0), "its other lines must not keep the loop turning"
+    assert not bench.outlet.watched
     assert not bench.ended
 
 

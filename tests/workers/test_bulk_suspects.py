@@ -14,7 +14,7 @@ from openlora.protocol.bulk import (
 )
 from openlora.protocol.crashes import Crash
 from openlora.protocol.jobs import AdapterRef
-from tests.workers.bulk_bench import Bench, bundle, line
+from tests.workers.bulk_bench import FACTS, Bench, bundle, line
 from workers.tokenizer import PromptTokenizer
 from workers.ward import TRIAL_TOKENS
 
@@ -93,10 +93,77 @@ def test_lines_of_a_quarantined_adapter_fail(bench, tmp_path):
     ]
 
 
-def test_a_suspected_line_that_is_dropped_ends_its_trial(bench):
+@pytest.mark.parametrize("is_running", [True, False])
+def test_suspected_lines_that_are_dropped_hold_nobody(bench, monkeypatch, is_running):
+    monkeypatch.setattr("workers.bulk_suspects.PATIENCE_S", 0)
     bench.suspicions = {1: SUSPECTED, 2: SUSPECTED}
-    bench.deliver(bundle(line(1), line(2)))
+    bench.others_inside = not is_running
+    bench.deliver(bundle(line(1), line(2), line(3)))
     bench.lane.refill(0)
-    bench.lane.drop_all()
+    assert bool(bench.engine.started) == is_running
+    assert bench.lane.is_on_trial
+    bench.outlet.stopped = frozenset({"batch_1"})
+    bench.upkeep()
     assert not bench.lane.is_on_trial
+    assert not bench.lane.could_admit(0)
     assert bench.lane.is_idle
+    assert not bench.outlet.watched
+
+
+def test_a_trial_does_not_begin_before_the_lines_in_the_engine_have_ended(bench, monkeypatch):
+    """Jobs are held for a trial: they must not wait for lines that run on as well."""
+    monkeypatch.setattr("workers.bulk_suspects.PATIENCE_S", 0)
+    bench.deliver(bundle(line(1)))
+    bench.lane.refill(0)
+    bench.suspicions = {2: SUSPECTED}
+    bench.deliver(bundle(line(2), line(3)), 1)
+    bench.lane.refill(1)
+    assert list(bench.engine.started) == [0]
+    assert not bench.lane.is_on_trial
+    bench.say(0, finish_reason="length")
+    assert bench.lane.is_on_trial
+    bench.lane.refill(1)
+    assert list(bench.engine.started) == [0, 1]
+
+
+def test_a_trial_begins_where_held_jobs_would_take_all_room(bench, monkeypatch):
+    monkeypatch.setattr("workers.bulk_suspects.PATIENCE_S", 0)
+    bench.suspicions = {1: SUSPECTED}
+    bench.deliver(bundle(line(1)))
+    bench.lane.refill(0)
+    bench.say(0, finish_reason="length")
+    bench.deliver(bundle(line(1), line(2)), 1)
+    bench.others_inside = True
+    bench.lane.refill(0)
+    assert bench.lane.is_on_trial
+    bench.others_inside = False
+    bench.lane.refill(FACTS.max_num_seqs)
+    assert list(bench.engine.started) == [0, 1]
+
+
+def test_lines_step_aside_and_run_from_their_start_afterwards(bench):
+    bench.deliver(bundle(line(1), line(2), line(3)))
+    bench.lane.refill(0)
+    bench.say(0)
+    assert bench.lane.step_aside() == 3
+    assert sorted(bench.engine.aborted) == [0, 1, 2]
+    assert bench.lane.lines_in_engine == 0
+    bench.say(0, finish_reason="length")  # was on its way
+    bench.lane.refill(0)
+    for ticket in (3, 4, 5):
+        bench.say(ticket, finish_reason="length")
+    assert [answer.line for answer in bench.answers] == [1, 2, 3]
+
+
+def test_a_line_on_trial_that_steps_aside_is_tried_again(bench):
+    bench.suspicions = {1: SUSPECTED}
+    bench.deliver(bundle(line(1)))
+    bench.lane.refill(0)
+    bench.say(0)
+    assert bench.lane.step_aside() == 1
+    assert not bench.lane.is_on_trial
+    bench.lane.refill(0)
+    for _ in range(TRIAL_TOKENS[0]):
+        assert bench.engine.aborted == [0]
+        bench.say(1)
+    assert bench.engine.aborted == [0, 1]
