@@ -56,6 +56,15 @@ def test_nothing_to_do_asks_nothing(log: JobLog) -> None:
     log.retire([])
 
 
+def test_a_retired_log_stays_as_long_as_it_is_told(log: JobLog) -> None:
+    keeps_short = JobLog(log._redis, keep_ended_s=7)
+    (job_id,) = _store(log, a_job())
+    epoch = log.claim([job_id], "w")[0].epoch
+    log.append([a_chunk(job_id, epoch, 0, end=True)])
+    keeps_short.retire([job_id])
+    assert 0 < log._redis.ttl(names.job_key(job_id)) <= 7
+
+
 def test_scripts_are_loaded_again_when_the_server_lost_them(log: JobLog) -> None:
     (job_id,) = _store(log, a_job())
     epoch = log.claim([job_id], "w")[0].epoch
@@ -121,6 +130,18 @@ def test_a_claim_after_a_crash_of_redis_fences_one_that_it_lost(
     assert newer > lost
     assert log.append([a_chunk(job.job_id, lost, 0)])[0].status == "fenced"
     assert log.restore(job, lost, "w").status == "fenced"
+
+
+def test_an_epoch_of_many_zeros_names_one_log(log: JobLog) -> None:
+    """Lua writes large round numbers in more than one way."""
+    job = a_job()
+    _store(log, job)
+    epoch = 4_000_000_000_000  # a claim behind it has the next one, until the year 2096
+    assert log.restore(job, epoch, "w").epoch == epoch
+    assert log.append([a_chunk(job.job_id, epoch, 0)])[0].status == "taken"
+    assert log.extend([a_chunk(job.job_id, epoch, 1)], [1]) == {}
+    claim = log.claim([job.job_id], "another")[0]
+    assert (claim.before, claim.epoch, len(claim.chunks)) == (epoch, epoch + 1, 2)
 
 
 def test_heartbeats_show_for_a_few_seconds_and_go_when_removed(log: JobLog) -> None:
