@@ -52,9 +52,12 @@ def kill_worker_io(system: BulkSystem) -> None:
 
 def kill_engine(system: BulkSystem) -> None:
     """A worker's engine; the I/O process leaves the group and ends."""
-    pid = system.workers[-1].engine_pid()
-    if pid is not None:
-        os.kill(pid, signal.SIGKILL)
+    worker = system.workers[-1]
+    system.wait_until(lambda: worker.engine_pid() is not None, 30)
+    pid = worker.engine_pid()
+    assert pid is not None
+    os.kill(pid, signal.SIGKILL)
+    system.wait_until(lambda: not worker.running, 30)
 
 
 def kill_gateway(system: BulkSystem) -> None:
