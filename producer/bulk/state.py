@@ -23,6 +23,8 @@ OPEN_KEY = "openlora:batches:open"
 """Set: IDs of batches that are not over."""
 MAX_ERRORS = 20
 _STOP_TTL_S = 7 * 86_400
+_CONTENTS_TTL_S = 8 * 86_400
+"""A day longer than the longest window of a batch."""
 _MARKS_AT_ONCE = 2000
 
 _BEGIN = """
@@ -204,8 +206,11 @@ class BatchStates:
         """Keep the content of these adapters until the batch is over, whatever becomes of them."""
         found = sorted(hashes)
         if found:
-            with redis_errors(self._redis):
-                self._redis.sadd(contents_key(batch_id), *found)
+            with redis_errors(self._redis), self._redis.pipeline() as pipeline:
+                pipeline.sadd(contents_key(batch_id), *found)
+                # A step that is done twice may come after the batch's end, and nobody after it.
+                pipeline.expire(contents_key(batch_id), _CONTENTS_TTL_S)
+                pipeline.execute()
 
     def add_error(self, batch_id: str, errors: Iterable[LineError]) -> None:
         """Keep the first ``MAX_ERRORS`` errors to show with the batch."""

@@ -20,7 +20,7 @@ from producer.bulk.app import do_step
 from producer.bulk.files import FileStore
 from producer.bulk.records import BatchRecord, Step, StepKind
 from producer.bulk.results import answered, write_segment
-from producer.bulk.state import BatchStates, Mark, now_ms
+from producer.bulk.state import BatchStates, Mark, contents_key, now_ms
 from producer.bulk.steps import Tools
 from producer.bulk.steward import Steward
 from producer.bulk.workers_seen import heartbeats, nothing_pending
@@ -140,6 +140,9 @@ def test_steps_that_run_twice_change_nothing(producer, times, monkeypatch):
     assert [r.get("text") for r in results[:2]] == ["to p0", "to p1"]
     assert not producer.store.folder(batch_id).segments.exists()
     assert producer.states.open_ids() == []
+    assert not producer.client.exists(contents_key(batch_id))
+    producer.states.hold_contents(batch_id, ["a" * 64])  # a step that comes late
+    assert producer.client.ttl(contents_key(batch_id)) > 0
 
 
 def test_an_input_that_changed_fails_the_batch_and_says_where(producer, monkeypatch):
