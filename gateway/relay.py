@@ -186,7 +186,8 @@ class Relay:
             try:
                 await self._log.cancel(job_id)
             except Overloaded as error:
-                log.warning("job %s: cancel not marked yet: %s", job_id, error.message)
+                log.warning("job %s: cancel not marked, tried again: %s", job_id, error.message)
+                return  # nor would the others be, and leases wait behind this
 
     async def renew(self, job_ids: Iterable[str]) -> None:
         """Gives ``job_ids`` a full lease from now on."""

@@ -19,6 +19,7 @@ from gateway.intake import Intake
 from gateway.metrics import Metrics
 from gateway.relay import Relay
 from gateway.stream import TokenStream
+from openlora.errors import Overloaded
 from openlora.joblog import AsyncJobLog, JobView
 from openlora.protocol.events import Chunk, End, Token
 from openlora.protocol.jobs import Job
@@ -39,6 +40,7 @@ class CrossingLog:
         self.reconnects = 0
         self.renewed: list[str] = []
         self.cancelled: list[str] = []
+        self.takes_cancels = True
         self.subscribed: set[int] = set()
         self.meanwhile: Callable[[], None] = lambda: None
 
@@ -76,6 +78,8 @@ class CrossingLog:
 
     async def cancel(self, job_id: str) -> bool:
         self.cancelled.append(job_id)
+        if not self.takes_cancels:
+            raise Overloaded("Redis does not answer", retry_after_ms=1)
         return True
 
 
@@ -249,6 +253,26 @@ async def _reconnect_with_followers() -> None:
     assert log.renewed == [watched.stream.job_id, unwanted.stream.job_id]
     assert log.cancelled == [unwanted.stream.job_id]
     assert batch.stream.job_id not in log.renewed
+
+
+def test_cancels_that_redis_does_not_take_hold_up_no_leases() -> None:
+    asyncio.run(_renew_with_cancels_refused())
+
+
+async def _renew_with_cancels_refused() -> None:
+    log = CrossingLog()
+    log.takes_cancels = False
+    relay = Relay(cast("AsyncJobLog", log), 0, 1, Metrics())
+    for shard in (1, 2):
+        follower = _follower(shard)
+        follower.leased = follower.cancelled = True
+        await relay.follow(follower)
+    renewing = asyncio.create_task(relay.renew_leases())
+    while not log.renewed:
+        await asyncio.sleep(0)
+    renewing.cancel()
+    assert len(log.cancelled) == 1
+    assert len(log.renewed) == 2
 
 
 def _follower(shard: int) -> Follower:
