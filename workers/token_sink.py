@@ -144,13 +144,19 @@ class TokenSink:
             return Verdict.MOVED
         if result.status == "gap" and result.length <= len(run.tokens):
             # Redis came back without its last moments; we still have them.
-            logger.warning("event=log_shorter job=%s length=%d", run.job.job_id, result.length)
+            logger.warning(
+                "event=log_shorter job=%s length=%d next=log_again", run.job.job_id, result.length
+            )
             run.logged = result.length
             return None
         if result.status == "gone" and not self._owns(run):
             logger.info("event=log_gone job=%s next=left_to_partition_owner", run.job.job_id)
             return Verdict.MOVED
-        return Verdict.ANEW if result.status == "gap" else self._restore(run, result.status)
+        return self._anew(run) if result.status == "gap" else self._restore(run, result.status)
+
+    def _anew(self, run: Run) -> Verdict:
+        logger.warning("event=log_differs job=%s next=claim_anew", run.job.job_id)
+        return Verdict.ANEW
 
     def _restore(self, run: Run, status: str) -> Verdict | None:
         """Put back what Redis lost of a run: our claim, or all of the job."""
@@ -159,7 +165,8 @@ class TokenSink:
             lambda: self._job_log.restore(run.job, run.epoch, self._worker_id),
         )
         if claim.status != "claimed":
+            logger.info("event=claim_not_restored job=%s next=drop_run", run.job.job_id)
             return Verdict.MOVED
         # A worker that our lost claim had fenced may have appended meanwhile. Ours may be another
         # text: two of them in one log would be nobody's.
-        return None if run.follows(claim.chunks) else Verdict.ANEW
+        return None if run.follows(claim.chunks) else self._anew(run)
