@@ -16,17 +16,19 @@ class TokenStream:
 
     Attributes:
         next_index: index of the next token to send.
-        epoch: claim whose chunk was taken last; 0 while none was.
+        epoch: the newest claim that is known; 0 while none is.
+        token_epoch: claim by which the token sent last was made; 0 where that is not known.
         end: how the job ended; set once the last frame has been made.
     """
 
-    __slots__ = ("_prefix", "end", "epoch", "job_id", "next_index", "request_id")
+    __slots__ = ("_prefix", "end", "epoch", "job_id", "next_index", "request_id", "token_epoch")
 
     def __init__(self, request_id: str, job_id: str, next_index: int = 0) -> None:
         self.request_id = request_id
         self.job_id = job_id
         self.next_index = next_index
         self.epoch = 0
+        self.token_epoch = 0
         self.end: End | None = None
         self._prefix = token_prefix(request_id, job_id)
 
@@ -59,18 +61,22 @@ class TokenStream:
         """
         if self.next_index == 0:
             return
-        if self.epoch == 0:
+        if self.token_epoch == 0:
             is_other = not chunks or chunks[0].restarted
         else:
             is_settled = epoch > self.epoch or (bool(chunks) and chunks[-1].end is not None)
-            is_other = is_settled and _epoch_at(self.next_index - 1, chunks) != self.epoch
+            is_other = is_settled and _epoch_at(self.next_index - 1, chunks) != self.token_epoch
         if is_other:
             self.restart(frames)
             self.epoch = epoch
 
     def feed_logged(self, chunk: Chunk, frames: list[str]) -> None:
-        """Takes a chunk read from the log, in the log's order."""
-        if chunk.first_index <= self.next_index:
+        """Takes a chunk read from the log, in the log's order.
+
+        An older claim's, behind the token sent last, does not follow it: Redis lost that token, and
+        with it the newer claim for a while. Which of the two goes on, the next claim will tell.
+        """
+        if self.token_epoch <= chunk.epoch and chunk.first_index <= self.next_index:
             self._take(chunk, frames)
 
     def _take(self, chunk: Chunk, frames: list[str]) -> None:
@@ -80,6 +86,8 @@ class TokenStream:
             tokens = tokens[index - chunk.first_index :]
         if chunk.epoch > self.epoch:
             self.epoch = chunk.epoch
+        if tokens:
+            self.token_epoch = chunk.epoch
         prefix = self._prefix
         for token in tokens:
             frames.append(token_frame(prefix, index, token))
@@ -93,7 +101,7 @@ class TokenStream:
         """From index 0 again: what the client has seen is not what the log holds."""
         if self.next_index > 0:
             frames.append(restarted_frame(self.request_id, self.job_id))
-            self.next_index = 0
+            self.next_index = self.token_epoch = 0
 
 
 def _epoch_at(index: int, chunks: tuple[Chunk, ...]) -> int | None:

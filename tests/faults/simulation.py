@@ -243,6 +243,7 @@ def read(client: Client, log: LogModel) -> Client:
 def stream_of(client: Client) -> TokenStream:
     stream = TokenStream("r", JOB_ID, len(client.text))
     stream.epoch = client.epoch
+    stream.token_epoch = client.text[-1] if client.text else 0
     if client.ended:
         stream.end = End("stop")
     return stream

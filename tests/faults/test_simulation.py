@@ -8,8 +8,9 @@ from dataclasses import replace
 import pytest
 
 from gateway.stream import TokenStream
+from tests.faults import simulation
 from tests.faults.log_model import LogModel
-from tests.faults.simulation import TOKENS, State, steps
+from tests.faults.simulation import State, steps
 
 
 def visit(start: State) -> dict[State, list[State]]:
@@ -35,7 +36,7 @@ def check(before: State, what: str, after: State) -> None:
     for chunk in after.log.chunks:
         assert chunk.first == len(text), (what, before, after)
         assert chunk.text[: chunk.first] == text, (what, before, after)
-        assert not chunk.is_end or len(chunk.text) == TOKENS
+        assert not chunk.is_end or len(chunk.text) == simulation.TOKENS
         text = chunk.text
         assert after.log.epoch is not None
         assert chunk.epoch <= after.log.epoch
@@ -59,15 +60,22 @@ def can_end(graph: dict[State, list[State]]) -> set[State]:
     return good
 
 
-SMALL = [(2, 1, 0, 0), (2, 0, 0, 1)]
-LARGE = [(3, 2, 0, 0), (3, 1, 1, 0), (3, 0, 0, 2), (3, 1, 0, 1), (2, 0, 1, 1)]
+SMALL = [(2, 2, 1, 0, 0), (2, 2, 0, 0, 1)]
+LARGE = [
+    *((2, 3, 2, 0, 0), (2, 3, 1, 1, 0), (2, 3, 0, 0, 2), (2, 3, 1, 0, 1), (2, 2, 0, 1, 1)),
+    (3, 2, 0, 0, 1),
+]
+"""Answers of three tokens have one in the middle, which neither begins nor ends a log."""
 
 
 @pytest.mark.parametrize(
-    ("claims", "crashes", "losses", "lapses"),
+    ("tokens", "claims", "crashes", "losses", "lapses"),
     [*SMALL, *(pytest.param(*case, marks=pytest.mark.slow) for case in LARGE)],
 )
-def test_no_order_of_events_shows_a_client_anything_but_its_answer(claims, crashes, losses, lapses):
+def test_no_order_of_events_shows_a_client_anything_but_its_answer(
+    tokens, claims, crashes, losses, lapses, monkeypatch
+):
+    monkeypatch.setattr(simulation, "TOKENS", tokens)
     graph = visit(State(claims=claims, crashes=crashes, losses=losses, lapses=lapses))
     assert len(graph) > 1000
     # While somebody may still claim, some future answers the client.
@@ -104,5 +112,18 @@ def test_counted_epochs_would_be_found_out(monkeypatch):
 
 def test_a_gateway_that_trusts_any_log_would_be_found_out(monkeypatch):
     monkeypatch.setattr(TokenStream, "meet_log", lambda *args: None)
+    with pytest.raises(AssertionError):
+        visit(State(claims=2, crashes=0, lapses=1))
+
+
+def test_a_gateway_that_takes_an_older_claims_tokens_behind_a_newers_would_be_found_out(
+    monkeypatch,
+):
+    def trusting(self, chunk, frames):
+        if chunk.first_index <= self.next_index:
+            self._take(chunk, frames)
+
+    monkeypatch.setattr(simulation, "TOKENS", 3)
+    monkeypatch.setattr(TokenStream, "feed_logged", trusting)
     with pytest.raises(AssertionError):
         visit(State(claims=2, crashes=0, lapses=1))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -121,6 +122,24 @@ def test_a_log_without_its_last_moments_says_nothing_while_its_claim_is_lost() -
     stream.feed_logged(log[0], frames)
     assert stream.feed(chunk(2, "cde", epoch=7), frames)
     assert told(frames) == "abcde"
+
+
+@pytest.mark.parametrize("newest", [3, 7])
+def test_what_an_older_claim_adds_behind_lost_moments_is_not_passed_on(newest: int) -> None:
+    """``newest`` 7: the worker of that claim has just put it back, and will claim anew."""
+    stream, frames = TokenStream("r", JOB_ID), list[str]()
+    stream.feed(chunk(0, "abc", epoch=7), frames)
+    log = (chunk(0, "a", epoch=3), chunk(1, "xyz", epoch=3))
+    stream.meet_log(newest, log, frames)
+    for logged in log:
+        stream.feed_logged(logged, frames)
+    assert stream.feed(chunk(4, "w", epoch=3), frames)
+    assert told(frames) == "abc"
+    log = (*log, chunk(4, "w", epoch=9))
+    stream.meet_log(9, log, frames)
+    for logged in log:
+        stream.feed_logged(logged, frames)
+    assert told(frames) == "abc<axyzw"
 
 
 def test_what_another_claim_made_of_lost_moments_restarts_the_stream() -> None:
