@@ -81,7 +81,7 @@ def test_requests_differ_and_each_kind_is_among_them():
     assert len({str(ask.fields) for ask in made}) == 8
     assert any("messages" in ask.fields for ask in made)
     assert {ask.fields["params"]["temperature"] for ask in made} == {0, 0.9}
-    assert len(FAULTS) == 14
+    assert len(FAULTS) == 16
 
 
 @pytest.fixture
