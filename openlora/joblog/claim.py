@@ -9,6 +9,10 @@ moments: what was claimed in them had an epoch that no later claim gets. Hence, 
 
 and an epoch and an index together name one token, wherever they are met again.
 
+Redis's clock may go back by less than a crash takes. Where it goes back further, as on a replica
+whose clock is wrong, a worker that had lost its job may take it once more; texts are still not
+mixed, since appends and readers go by epochs, but readers wait for an end that they can tell.
+
 CLAIM      KEYS job                  ARGV worker ID
            → {"missing"} | {"ended", epoch} | {"claimed", epoch, cancelled, epoch before, chunk…}
 RECREATE   KEYS job, open            ARGV worker ID, job ID, job JSON, lease ms, deadline
