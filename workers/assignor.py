@@ -3,8 +3,11 @@
 Partition p of every job topic goes to the same member, because the key of both is the adapter:
 an adapter is then hot on one worker only. kafka-python's own cooperative-sticky assignor places
 partitions one by one and would part them; everything but the placement is taken from it (KIP-429:
-members keep what they own, a partition that moves is first given up, then assigned in a second
-round).
+members keep what they own while they join).
+
+A partition that moves goes to its new owner at once. KIP-429 has its owner give it up first, and
+assigns it in a second round, so that nobody reads it twice; here claims see to that, and a second
+round costs the embedded broker seconds in which nobody would read the partition.
 """
 
 from __future__ import annotations
@@ -54,26 +57,11 @@ def place(
     return {number: member for member, own in held.items() for number in own}
 
 
-def one_round(
-    ideal: Mapping[int, str], partitions: Iterable[Partition], owned: Mapping[Partition, str]
-) -> dict[str, list[Partition]]:
-    """The partitions each member gets in this round: those that are free or its own already.
-
-    One that must move is left out, so that its owner gives it up and rejoins; the round after
-    that finds it free.
-    """
-    given: dict[str, list[Partition]] = defaultdict(list)
-    for partition in partitions:
-        member = ideal[partition[1]]
-        if owned.get(partition, member) == member:
-            given[member].append(partition)
-    return given
-
-
 class SamePartitionsAssignor(CooperativeStickyAssignor):  # type: ignore[misc]
     """Cooperative-sticky, with partition p of all job topics on the same member.
 
     Attributes:
+        answers: how often the group gave this member its share.
         joined: the group gave this member its share. joining: it asked for one and has no answer.
             Both are set in kafka-python's own thread.
     """
@@ -83,6 +71,7 @@ class SamePartitionsAssignor(CooperativeStickyAssignor):  # type: ignore[misc]
     def __init__(self) -> None:
         super().__init__()
         self.member_assignment = None
+        self.answers = 0
         self.joined = False
         self.joining = False
 
@@ -94,6 +83,7 @@ class SamePartitionsAssignor(CooperativeStickyAssignor):  # type: ignore[misc]
     def on_assignment(self, assignment: Any, generation: int) -> None:
         """The group gave this member its share, which may be none."""
         super().on_assignment(assignment, generation)
+        self.answers += 1
         self.joined = True
         self.joining = False
 
@@ -104,7 +94,7 @@ class SamePartitionsAssignor(CooperativeStickyAssignor):  # type: ignore[misc]
         self.joining = False
 
     def assign(self, cluster: Any, members: list[Any]) -> dict[str, Any]:
-        """The leader's part: member ID → what it gets in this round."""
+        """The leader's part: member ID → what it gets."""
         member_ids = sorted(member.member_id for member in members)
         owned: dict[Partition, str] = {}
         topics: set[str] = set()
@@ -127,8 +117,10 @@ class SamePartitionsAssignor(CooperativeStickyAssignor):  # type: ignore[misc]
             number: member for (_, number), member in sorted(owned.items(), reverse=True)
         }
         ideal = place((number for _, number in partitions), member_ids, number_owners)
-        given = one_round(ideal, partitions, owned)
-        return {member_id: self._assignment(given.get(member_id, [])) for member_id in member_ids}
+        given: dict[str, list[Partition]] = {member_id: [] for member_id in member_ids}
+        for partition in partitions:
+            given[ideal[partition[1]]].append(partition)
+        return {member_id: self._assignment(own) for member_id, own in given.items()}
 
     def _assignment(self, partitions: list[Partition]) -> Any:
         by_topic: dict[str, list[int]] = defaultdict(list)

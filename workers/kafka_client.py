@@ -31,7 +31,7 @@ def connect_consumer(
         SetupError: no broker answers within ``timeout_ms``, or the address is none.
     """
     try:
-        return KafkaConsumer(
+        consumer = KafkaConsumer(
             bootstrap_servers=bootstrap_servers.split(","),
             client_id=client_id,
             group_id=WORKER_GROUP,
@@ -53,6 +53,25 @@ def connect_consumer(
             f"no Kafka broker answers at {bootstrap_servers} ({error}); "
             "start one or set --kafka / OPENLORA_KAFKA"
         ) from error
+    _join_once(consumer._coordinator, assignor)
+    return consumer
+
+
+def _join_once(coordinator: Any, assignor: SamePartitionsAssignor) -> None:
+    """Leave out the second round that kafka-python adds where a member lost partitions.
+
+    Their new owner has them already (assignor.py). On the embedded broker the round takes 3 s, and
+    with three members it can set off others without end.
+    """
+    complete = coordinator._on_join_complete_async
+
+    async def complete_once(*args: Any) -> None:
+        before = assignor.answers
+        await complete(*args)
+        if assignor.answers > before:  # else it did not take its share, and has to ask again
+            coordinator.rejoin_needed = False
+
+    coordinator._on_join_complete_async = complete_once
 
 
 def fetch_kept(consumer: Any, max_records: int) -> Any:

@@ -11,7 +11,7 @@ from kafka.protocol.consumer.metadata import ConsumerProtocolSubscription
 from kafka.structs import TopicPartition
 
 from openlora.protocol.names import BATCH_TOPIC, JOB_TOPICS, JOBS_TOPIC
-from workers.assignor import SamePartitionsAssignor, one_round, place
+from workers.assignor import SamePartitionsAssignor, place
 
 MEMBERS = st.sets(st.sampled_from("abcdefg"), min_size=1)
 
@@ -39,13 +39,6 @@ def test_no_more_moves_than_evenness_needs(count, members, data):
 def test_placement_is_stable(count, members, owners):
     placed = place(range(count), members, owners)
     assert place(range(count), members, placed) == placed
-
-
-def test_a_partition_that_moves_is_given_to_nobody_in_this_round():
-    partitions = [("t", 0), ("t", 1), ("t", 2)]
-    owned = {("t", 0): "a", ("t", 1): "a"}
-    given_now = one_round({0: "a", 1: "b", 2: "b"}, partitions, owned)
-    assert given_now == {"a": [("t", 0)], "b": [("t", 2)]}
 
 
 @dataclass
@@ -101,6 +94,16 @@ def test_two_members_share_and_each_number_stays_together():
             if partition.partition == number
         }
         assert len(owners) == 1
+
+
+def test_what_moves_goes_to_its_new_owner_in_the_same_round():
+    cluster = Cluster({JOBS_TOPIC: 8, BATCH_TOPIC: 8})
+    assignors = {"a": SamePartitionsAssignor()}
+    before = rebalance(cluster, assignors)["a"]
+    assignors["b"] = SamePartitionsAssignor()
+    after = rebalance(cluster, assignors)
+    assert len(after["a"]) == 8
+    assert after["b"] == before - after["a"]
 
 
 def test_a_member_that_leaves_hands_over_in_one_round_and_others_keep_theirs():
