@@ -14,6 +14,7 @@ from starlette.routing import Route
 
 from gateway.config import GatewayConfig
 from gateway.files_api import Keyed, file_routes, storing
+from gateway.keys import RateLimits
 from openlora.errors import (
     BatchNotFound,
     FileNotFound,
@@ -48,17 +49,17 @@ class NewBatch(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     adapter: str | None = None
 
 
-def bulk_routes(config: GatewayConfig, keyed: Keyed) -> list[Route]:
+def bulk_routes(config: GatewayConfig, rates: RateLimits, keyed: Keyed) -> list[Route]:
     """The routes of files and batches, over Redis and the folder that producers share."""
     client = redis_client(config.redis)
     store = FileStore(config.batches, client)
     states = BatchStates(client)
-    return [*file_routes(store, keyed), *batch_routes(states, store, keyed, config.max_batches)]
+    api = BatchesApi(states, store, rates, config.max_batches)
+    return [*file_routes(store, keyed), *batch_routes(api, keyed)]
 
 
-def batch_routes(states: BatchStates, store: FileStore, keyed: Keyed, max_open: int) -> list[Route]:
-    """All routes of batches. ``max_open``: batches that a tenant may have under way."""
-    api = BatchesApi(states, store, max_open)
+def batch_routes(api: BatchesApi, keyed: Keyed) -> list[Route]:
+    """All routes of batches."""
     return [
         Route("/v1/batches", keyed(api.list), methods=["GET"]),
         Route("/v1/batches", keyed(api.create), methods=["POST"]),
@@ -70,11 +71,18 @@ def batch_routes(states: BatchStates, store: FileStore, keyed: Keyed, max_open: 
 
 
 class BatchesApi:
-    """The handlers. What they make, the producers take up."""
+    """The handlers. What they make, the producers take up.
 
-    def __init__(self, states: BatchStates, store: FileStore, max_open: int) -> None:
+    ``max_open``: batches that a tenant may have under way. A batch counts as one request of its
+    key; its lines do not, since they take what requests leave.
+    """
+
+    def __init__(
+        self, states: BatchStates, store: FileStore, rates: RateLimits, max_open: int
+    ) -> None:
         self._states = states
         self._store = store
+        self._rates = rates
         self._max_open = max_open
 
     async def create(self, request: Request, tenant: str) -> Response:
@@ -92,6 +100,7 @@ class BatchesApi:
         except (msgspec.DecodeError, UnicodeError, RecursionError) as error:
             raise InvalidRequest(f"the body is not valid: {error}") from error
         window_s = _checked(new)
+        await self._rates.take(request.state.policy)
 
         def make() -> BatchState:
             file = self._store.get(new.input_file_id, tenant)

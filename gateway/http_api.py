@@ -46,7 +46,7 @@ def api_routes(gateway: Gateway) -> list[Route]:
         Route("/v1/topics", api.keyed(api.topics)),
         Route("/v1/topics/scale", api.keyed(api.scale_topics), methods=["POST"]),
         *adapter_routes(gateway, api.keyed),
-        *bulk_routes(gateway.config, api.keyed),
+        *bulk_routes(gateway.config, gateway.rates, api.keyed),
         Route("/v1/dead", api.keyed(dead.list)),
         Route("/v1/dead/{number:int}", api.keyed(dead.show)),
         Route("/v1/dead/{number:int}/retry", api.keyed(dead.retry), methods=["POST"]),

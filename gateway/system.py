@@ -84,6 +84,7 @@ class Gateway:
         self.job_log = AsyncJobLog(self.redis)
         self.directory = AdapterDirectory(self.redis)
         self.quarantine = Quarantine(self.redis)
+        self.rates = RateLimits(self.redis)
         self._queue = QueueEstimate(config.max_wait_s)
         shard = secrets.randbelow(SHARD_COUNT)
         lease_ms = round(config.disconnect_grace_s * 1000)
@@ -95,7 +96,7 @@ class Gateway:
             self.quarantine,
             InFlight(self.redis, config.max_tenant_jobs, config.max_adapter_jobs),
             self._queue,
-            RateLimits(self.redis),
+            self.rates,
             self.metrics,
             shard=shard,
             lease_ms=lease_ms,

@@ -27,7 +27,9 @@ def test_adapters_rate_and_origins_are_kept_to(
     # 12 a minute: two at once
     entry = {"sha256": digest, "tenant": "acme", "adapters": ["pir*"], "per_minute": 12}
     key_file = tmp_path / "keys.json"
-    key_file.write_text(json.dumps([entry]))
+    # 6 a minute: one at once
+    slow = {"sha256": hashlib.sha256(b"slow").hexdigest(), "tenant": "slow", "per_minute": 6}
+    key_file.write_text(json.dumps([entry, slow]))
     with running_gateway(
         embedded_broker.bootstrap_servers,
         redis_address,
@@ -64,6 +66,10 @@ def test_adapters_rate_and_origins_are_kept_to(
             assert text_of(receive_all(socket, "again")) == "one"
         refused = httpx.post(f"{gateway.url}/v1/batches", headers=BEARER, json={})
         assert (refused.status_code, refused.json()["error"]["code"]) == (403, "forbidden")
+        by_slow = {"headers": {"Authorization": "Bearer slow"}, "json": {"input_file_id": "none"}}
+        batches = [httpx.post(f"{gateway.url}/v1/batches", **by_slow) for _ in range(2)]
+        assert [answer.status_code for answer in batches] == [404, 429]
+        assert batches[1].json()["error"]["code"] == "rate_limited"
         theirs = {"Authorization": "Bearer two"}
         with connect(gateway.ws_url, additional_headers=theirs) as socket:
             send(socket, type="resume", request_id="r", job_id=frames[0]["job_id"], after=-1)
