@@ -30,7 +30,10 @@ COMMANDS = {
     "keys": ("openlora.commands.keys", "make API keys"),
     "dead": ("openlora.commands.dead", "jobs that could not be run: why, and once more"),
     "workers": ("openlora.commands.workers", "the live workers and what they do"),
-    "bench": ("openlora.bench.__main__", "measure: decode, pipeline, adapters, mixed, bulk, chaos"),
+    "bench": (
+        "openlora.bench.__main__",
+        "measure: decode, pipeline, adapters, bulk, soak, chaos, …",
+    ),
     "doctor": ("openlora.commands.doctor", "what is installed, what is missing, how to get it"),
 }
 

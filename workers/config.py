@@ -12,6 +12,7 @@ from pathlib import Path
 from openlora.adapters.stores import StoreLocation, adapter_cache, store_setting
 from openlora.engine.config import DISK_BYTES
 from openlora.errors import SetupError
+from openlora.joblog.core import RETIRED_TTL_S
 
 ENVIRONMENT: dict[str, str] = {
     "OPENLORA_MODEL": "model: a directory with config, weights and tokenizer, or a hub ID",
@@ -24,6 +25,8 @@ ENVIRONMENT: dict[str, str] = {
     "OPENLORA_DEVICE": "auto, cpu or cuda",
     "OPENLORA_DTYPE": "auto, float32, bfloat16 or float16",
     "OPENLORA_DRAIN_TIMEOUT_S": "seconds that running jobs get to end after SIGTERM (default 30)",
+    "OPENLORA_KEEP_ENDED_S": "seconds that an ended job can be resumed, and Redis keeps its log "
+    "(default 3600)",
     "OPENLORA_LOG_LEVEL": "debug, info, warning or error (default warning)",
 }
 
@@ -49,6 +52,7 @@ class WorkerConfig:
         interactive_budget, batch_budget: jobs of each kind held at once, waiting ones included.
         drain_timeout_s: what running jobs get to end when the worker stops; then they are left
             to the next worker, which continues them with the next token.
+        keep_ended_s: how long Redis keeps the log of a job that has ended.
     """
 
     model: str
@@ -62,6 +66,7 @@ class WorkerConfig:
     interactive_budget: int = 512
     batch_budget: int = 256
     drain_timeout_s: float = 30.0
+    keep_ended_s: int = RETIRED_TTL_S
     log_level: str = "warning"
     adapter_cache: Path = field(default_factory=lambda: adapter_cache({}))
     adapter_cache_bytes: int = DISK_BYTES
@@ -100,6 +105,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             help=f"{kind} jobs held at once, waiting ones included (default {most})",
         )
     flag("--drain-timeout-s", "S", "OPENLORA_DRAIN_TIMEOUT_S")
+    flag("--keep-ended-s", "S", "OPENLORA_KEEP_ENDED_S")
     flag("--log-level", "L", "OPENLORA_LOG_LEVEL")
 
 
@@ -126,6 +132,9 @@ def config_from(args: argparse.Namespace, environ: Mapping[str, str]) -> WorkerC
         batch_budget=_at_least_one("batch-budget", args.batch_budget),
         drain_timeout_s=_seconds(
             "drain-timeout-s", args.drain_timeout_s or environ.get("OPENLORA_DRAIN_TIMEOUT_S")
+        ),
+        keep_ended_s=_whole_seconds(
+            "keep-ended-s", args.keep_ended_s or environ.get("OPENLORA_KEEP_ENDED_S")
         ),
         log_level=_one_of(
             "log-level",
@@ -164,6 +173,14 @@ def _seconds(name: str, value: str | None) -> float:
     if not 0 <= seconds < float("inf"):
         raise SetupError(f"{name} is {value!r}; it must be a number of seconds, 0 or more")
     return seconds
+
+
+def _whole_seconds(name: str, value: str | None) -> int:
+    if value is None:
+        return RETIRED_TTL_S
+    if not value.isascii() or not value.isdigit() or int(value) < 1:
+        raise SetupError(f"{name} is {value!r}; it must be a whole number of seconds, 1 or more")
+    return int(value)
 
 
 def _checked_engine(value: str) -> str:

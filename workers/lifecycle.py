@@ -116,7 +116,7 @@ class Worker:
         parts = assemble(
             self._config,
             engine,
-            JobLog(client),
+            JobLog(client, self._config.keep_ended_s),
             CrashLog(client),
             self._stop_now,
             on_consumer_failure=self._on_consumer_failure,

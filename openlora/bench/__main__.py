@@ -5,6 +5,7 @@
   pipeline   the whole path with a scripted engine: tokens/s, added latency, CPU shares
   mixed      a batch's share of the bare engine, and what it costs interactive requests
   bulk       a file of many lines, each answered once, whatever is killed
+  soak       memory of every process over minutes at full rate
   chaos      everything breaks, again and again: what clients saw of it
   kernels    bandwidth of the GPU kernels, beside a plain device copy
 
@@ -13,6 +14,7 @@ examples:
   openlora bench decode --shape 8b --batch 64,256 --distinct 0,1,64 --out rows.jsonl
   openlora bench pipeline --streams 200
   openlora bench bulk --lines 100000 --kill
+  openlora bench soak --minutes 10
   openlora bench chaos --minutes 10 --seed 1
 """
 
@@ -31,6 +33,7 @@ BENCHMARKS = {
     "pipeline": ("openlora.bench.pipeline", "the whole path with a scripted engine"),
     "mixed": ("openlora.bench.mixed", "batch and interactive work beside each other"),
     "bulk": ("openlora.bench.bulk", "a file of many lines, and what is killed meanwhile"),
+    "soak": ("openlora.bench.soak", "memory of every process over minutes at full rate"),
     "chaos": ("openlora.bench.chaos", "everything breaks; what clients saw of it"),
     "kernels": ("openlora.bench.kernels", "bandwidth of the GPU kernels, beside a copy"),
 }

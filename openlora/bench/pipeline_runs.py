@@ -98,16 +98,21 @@ def measure_latency(
 ) -> Measured:
     """A steady load: each stream sends its next request when one has ended."""
     with running_system(brokers, model, f"clock:{tokens_per_s / streams:.3f}") as system:
-        plan = ClientPlan(
-            system.url,
-            relay=False,
-            streams=streams,
-            tokens=tokens,
-            window_s=seconds,
-            ramp_s=RAMP_S,
-            limit_s=CLIENT_LIMIT_S + seconds,
-        )
-        return _run_client(system, plan)
+        return measure_steady(system, streams, tokens, seconds)
+
+
+def measure_steady(system: System, streams: int, tokens: int, seconds: float) -> Measured:
+    """The same on a system that runs already, at the load that its engine's clock sets."""
+    plan = ClientPlan(
+        system.url,
+        relay=False,
+        streams=streams,
+        tokens=tokens,
+        window_s=seconds,
+        ramp_s=RAMP_S,
+        limit_s=CLIENT_LIMIT_S + seconds,
+    )
+    return _run_client(system, plan)
 
 
 def _run_client(

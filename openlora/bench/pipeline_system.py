@@ -7,7 +7,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -68,7 +68,9 @@ def running_relay(brokers: Brokers, streams: int) -> Iterator[System]:
 
 
 @contextmanager
-def running_system(brokers: Brokers, model: Path, engine: str) -> Iterator[System]:
+def running_system(
+    brokers: Brokers, model: Path, engine: str, worker_flags: Sequence[str] = ()
+) -> Iterator[System]:
     """Gateway and one worker with the given scripted engine."""
     port = free_port()
     shared = ["--kafka", brokers.broker.address, "--redis", brokers.redis.address]
@@ -77,7 +79,7 @@ def running_system(brokers: Brokers, model: Path, engine: str) -> Iterator[Syste
     worker_arguments = ["-m", "workers", "--model", str(model), "--engine", engine, *shared]
     with _child(gateway_arguments) as gateway:
         _wait_for(lambda: _status(port, "/healthz") == 200, gateway, "the gateway")
-        with _child([*worker_arguments, "--drain-timeout-s", "1"]) as worker:
+        with _child([*worker_arguments, "--drain-timeout-s", "1", *worker_flags]) as worker:
             _wait_for(lambda: _status(port, "/readyz") == 200, worker, "the worker")
             worker_process = psutil.Process(worker.pid)
             processes = {

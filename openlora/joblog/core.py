@@ -74,9 +74,9 @@ def discard_call(job_id: str) -> Call:
     return Call(scripts.DISCARD, keys, [job_id, RETIRED_TTL_S])
 
 
-def retire_call(job_id: str) -> Call:
-    """The job's offset is committed: keep its end for an hour only."""
-    return Call(scripts.RETIRE, [names.job_key(job_id)], [RETIRED_TTL_S])
+def retire_call(job_id: str, keep_s: int = RETIRED_TTL_S) -> Call:
+    """The job's offset is committed: keep its log and end for ``keep_s`` seconds only."""
+    return Call(scripts.RETIRE, [names.job_key(job_id)], [keep_s])
 
 
 def cancel_call(job_id: str) -> Call:

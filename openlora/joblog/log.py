@@ -28,10 +28,12 @@ class JobLog:
     """Claims, appends and heartbeats over one Redis client (``redis_client(url)``).
 
     Every method may raise ``Overloaded`` when Redis does not answer; calling it again is safe.
+    ``keep_ended_s``: how long the logs of retired jobs stay.
     """
 
-    def __init__(self, client: redis.Redis) -> None:
+    def __init__(self, client: redis.Redis, keep_ended_s: int = core.RETIRED_TTL_S) -> None:
         self._redis: Any = client  # redis-py's annotations leave replies open
+        self._keep_ended_s = keep_ended_s
 
     def claim(self, job_ids: Sequence[str], worker_id: str) -> list[Claim]:
         """Take jobs, in one round trip: each at an epoch that fences whoever had it before."""
@@ -87,8 +89,8 @@ class JobLog:
         }
 
     def retire(self, job_ids: Sequence[str]) -> None:
-        """The offsets of these jobs are committed: keep their ends for an hour only."""
-        self._run([core.retire_call(job_id) for job_id in job_ids])
+        """The offsets of these jobs are committed: their logs are kept for ``keep_ended_s`` now."""
+        self._run([core.retire_call(job_id, self._keep_ended_s) for job_id in job_ids])
 
     def write_heartbeat(self, heartbeat: Heartbeat) -> None:
         """Show this worker to all for the next 5 s."""

@@ -37,6 +37,7 @@ def test_every_variable_is_read():
         "OPENLORA_DEVICE": "cpu",
         "OPENLORA_DTYPE": "float16",
         "OPENLORA_DRAIN_TIMEOUT_S": "2.5",
+        "OPENLORA_KEEP_ENDED_S": "60",
         "OPENLORA_LOG_LEVEL": "info",
     }
     assert set(values) == set(ENVIRONMENT)
@@ -44,7 +45,7 @@ def test_every_variable_is_read():
     assert config.store == Path("/s")
     assert (config.adapter_cache, config.adapter_cache_bytes) == (Path("/c"), 1000)
     assert (config.device, config.dtype, config.log_level) == ("cpu", "float16", "info")
-    assert config.drain_timeout_s == 2.5
+    assert (config.drain_timeout_s, config.keep_ended_s) == (2.5, 60)
 
 
 def test_a_redis_password_is_never_shown():
