@@ -15,6 +15,13 @@ from gateway.auth import DEFAULT_TENANT
 from gateway.system import Gateway
 from gateway.threads import in_daemon_thread
 from openlora.errors import InvalidRequest, JobNotFound, Overloaded, SetupError
+from openlora.protocol.bulk import (
+    BULK_PREFIX,
+    BulkMessage,
+    decode_bulk_message,
+    line_job_id,
+    seed_of,
+)
 from openlora.protocol.codec import decode_job
 from openlora.protocol.dead import DeadLetter
 from openlora.protocol.jobs import Job
@@ -26,7 +33,7 @@ RETRY_AFTER_MS = 1000
 
 class DeadApi:
     """The handlers. A tenant sees its own jobs; the operator, whose tenant is the default one,
-    sees all, and messages that are no job."""
+    sees all, lines of batches, and messages that are no job."""
 
     def __init__(self, gateway: Gateway) -> None:
         self._gateway = gateway
@@ -95,9 +102,31 @@ class DeadApi:
 def _job_of(letter: DeadLetter) -> Job | None:
     """The job in the letter; None where its message was none, or was too large to keep whole."""
     try:
-        return decode_job(base64.b64decode(letter.value))
+        message = base64.b64decode(letter.value)
+        if message.startswith(BULK_PREFIX):
+            return _job_of_line(decode_bulk_message(message))
+        return decode_job(message)
     except (InvalidRequest, ValueError):
         return None
+
+
+def _job_of_line(bundle: BulkMessage) -> Job | None:
+    """A line of a batch as a job of its own, the operator's: its batch has its answer already."""
+    if len(bundle.lines) != 1:
+        return None
+    (line,) = bundle.lines
+    job_id = line_job_id(bundle.batch_id, bundle.input_hash, line.line)
+    return Job(
+        job_id=job_id,
+        tenant=DEFAULT_TENANT,
+        created_ms=0,
+        params=line.params.sampling(seed_of(job_id)),
+        prompt=line.prompt,
+        messages=line.messages,
+        adapters=bundle.group.adapters,
+        priority="batch",
+        leased=False,
+    )
 
 
 def _fields(number: int, letter: DeadLetter) -> dict[str, object]:

@@ -5,8 +5,9 @@ examples:
   openlora dead show 3
   openlora dead retry 3
 
-A job comes here where it failed, or where it ended the engine twice when nothing else ran; its
-story names each crash. retry accepts it as a new job: resume it by the ID that is printed.
+A job comes here where it failed, or where it ended the engine twice when nothing else ran, as a
+line of a batch does; its story names each crash. retry accepts it as a new job: resume it by the ID
+that is printed. Lines are shown to the operator alone.
 """
 
 from __future__ import annotations

@@ -15,6 +15,7 @@ from kafka import KafkaProducer
 
 from openlora.joblog import redis_client
 from openlora.local import ServerProcess
+from openlora.protocol.bulk import BulkGroup, BulkLine, BulkMessage, LineParams
 from openlora.protocol.codec import encode
 from openlora.protocol.crashes import Crash
 from openlora.protocol.dead import DeadLetter
@@ -29,6 +30,15 @@ pytestmark = pytest.mark.services
 
 HASH = "ab" * 32
 STORY = (Crash(1, "w", "SIGSEGV", 9), Crash(2, "w", "SIGSEGV", 1), Crash(3, "v", "SIGBUS", 1))
+
+
+LINE = BulkMessage(
+    "batch_1",
+    "hash",
+    1,
+    BulkGroup("plain", "", (AdapterRef("killer", 1, HASH),)),
+    (BulkLine(7, prompt="a line", params=LineParams(max_tokens=3)),),
+)
 
 
 def a_letter(value: bytes, **fields: object) -> bytes:
@@ -68,12 +78,13 @@ def test_letters_are_listed_shown_and_tried_again(
             a_letter(b"\0 not a job", code="invalid_request", reason="not a valid job"),
             b"not even a letter",
             a_letter(encode(job), job_id=job.job_id, story=STORY),
+            a_letter(encode(LINE), topic="openlora.batch", story=STORY),
         ):
             producer.send(DEAD_TOPIC, value).get(10)
         producer.close()
 
         operator = json.loads(openlora(gateway, "list", "--json"))
-        assert [letter["number"] for letter in operator] == [0, 2]
+        assert [letter["number"] for letter in operator] == [0, 2, 3]
         assert [len(json.loads(openlora(gateway, "list", "--json", key=k))) for k in
                 ("two", "three")] == [1, 0]  # fmt: skip
         table = openlora(gateway, "list", key="two")
@@ -97,4 +108,13 @@ def test_letters_are_listed_shown_and_tried_again(
         assert (again.prompt, again.tenant, again.leased) == ("hi", "acme", False)
         assert again.job_id != job.job_id
         assert again.deadline_ms is None
+        assert not client.hexists(QUARANTINE_KEY, HASH)
+
+        client.hset(QUARANTINE_KEY, HASH, "its lines end engines")
+        with ScriptedWorker(fresh_redis.address) as worker:
+            said = openlora(gateway, "retry", "3")
+            wait_for(lambda: worker.jobs)
+            (line,) = worker.jobs
+        assert line.job_id in said
+        assert (line.prompt, line.params.max_tokens, line.priority) == ("a line", 3, "batch")
         assert not client.hexists(QUARANTINE_KEY, HASH)
