@@ -15,7 +15,6 @@ from openlora.errors import (
     DeadlineExceeded,
     InvalidRequest,
     OpenLoRAError,
-    PromptTooLong,
 )
 from openlora.joblog import Claim, JobLog
 from openlora.joblog.crashes import CrashLog, Suspicion
@@ -26,7 +25,7 @@ from workers.adapter_tokenizers import AdapterTokenizers, ChosenTokenizer
 from workers.backlog import Fetched
 from workers.dead_letters import DeadLetters, condemned
 from workers.engine_client import EngineClient
-from workers.messages import ModelFacts, Start
+from workers.messages import ModelFacts, Start, weights_of
 from workers.run import Run, failure_of, now_ms
 from workers.token_sink import TokenSink
 
@@ -165,12 +164,7 @@ class Admission:
         if (job.prompt is None) == (job.messages is None):
             raise InvalidRequest("the job must have exactly one of prompt and messages")
         token_ids = chosen.prompt.encode(job)
-        limit = self.facts.max_model_len
-        if len(token_ids) >= limit:
-            raise PromptTooLong(
-                f"the prompt has {len(token_ids)} tokens and the model's context holds {limit}; "
-                "shorten it"
-            )
+        self.facts.check_length(len(token_ids))
         return token_ids
 
     def _start(self, run: Run, prompt_token_ids: list[int]) -> None:
@@ -184,7 +178,7 @@ class Admission:
             ticket=run.ticket,
             prompt_token_ids=tuple(prompt_token_ids),
             params=job.params,
-            adapters=_weights(job),
+            adapters=weights_of(job.adapters),
             priority=job.priority,
             merge=job.merge,
         )
@@ -204,11 +198,3 @@ def parse_job(value: bytes) -> Job:
             "lower case"
         )
     return job
-
-
-def _weights(job: Job) -> tuple[tuple[str, float], ...]:
-    """(content hash, weight); two adapters of equal content are one with the sum of weights."""
-    weights: dict[str, float] = {}
-    for adapter in job.adapters:
-        weights[adapter.hash] = weights.get(adapter.hash, 0.0) + adapter.weight
-    return tuple(weights.items())

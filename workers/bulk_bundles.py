@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import msgspec
 
-from openlora.errors import AdapterFailed, DeadlineExceeded, OpenLoRAError, PromptTooLong
+from openlora.errors import AdapterFailed, DeadlineExceeded, OpenLoRAError
 from openlora.joblog.crashes import Suspicion
 from openlora.protocol.bulk import (
     BULK_PREFIX,
@@ -21,7 +21,7 @@ from openlora.protocol.codec import encode
 from openlora.sampling_params import SamplingParams
 from workers.backlog import Fetched
 from workers.dead_letters import condemned, letter_of
-from workers.messages import ModelFacts, Start
+from workers.messages import ModelFacts, Start, weights_of
 from workers.run import failure_of, now_ms
 from workers.tokenizer import PromptTokenizer
 
@@ -86,16 +86,9 @@ class Bundle:
             ticket=ticket,
             prompt_token_ids=tuple(prompt_token_ids),
             params=self.params(line),
-            adapters=self._weights(),
+            adapters=weights_of(self.message.group.adapters),
             priority="batch",
         )
-
-    def _weights(self) -> tuple[tuple[str, float], ...]:
-        """(content hash, weight); two adapters of equal content are one with the sum of weights."""
-        weights: dict[str, float] = {}
-        for adapter in self.message.group.adapters:
-            weights[adapter.hash] = weights.get(adapter.hash, 0.0) + adapter.weight
-        return tuple(weights.items())
 
 
 def prompt_of(
@@ -109,11 +102,7 @@ def prompt_of(
     if now_ms() >= bundle.message.deadline_ms:
         raise DeadlineExceeded("the batch expired before the line was run")
     token_ids = tokenizer.encode(line)
-    if len(token_ids) >= facts.max_model_len:
-        raise PromptTooLong(
-            f"the prompt has {len(token_ids)} tokens and the model's context holds "
-            f"{facts.max_model_len}; shorten it"
-        )
+    facts.check_length(len(token_ids))
     if bundle.failure is not None:
         raise bundle.failure
     bundle.params(line)

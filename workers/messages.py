@@ -7,9 +7,12 @@ is never used twice, so a late token of an aborted run cannot be taken for anoth
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import msgspec
 
-from openlora.protocol.jobs import Merge
+from openlora.errors import PromptTooLong
+from openlora.protocol.jobs import AdapterRef, Merge
 from openlora.protocol.status import TierStatus
 from openlora.sampling_params import SamplingParams
 
@@ -46,6 +49,14 @@ class ModelFacts(msgspec.Struct, frozen=True, array_like=True, tag="facts"):
     attention_backend: str
     max_num_seqs: int = 64
 
+    def check_length(self, prompt_tokens: int) -> None:
+        """Raises PromptTooLong where so many tokens leave no room for an answer."""
+        if prompt_tokens >= self.max_model_len:
+            raise PromptTooLong(
+                f"the prompt has {prompt_tokens} tokens and the model's context holds "
+                f"{self.max_model_len}; shorten it"
+            )
+
 
 class LoadProgress(msgspec.Struct, frozen=True, array_like=True, tag="loading"):
     """Before the facts, now and then: the share of the model that is loaded, 0 to 1."""
@@ -69,6 +80,14 @@ class Start(msgspec.Struct, frozen=True, array_like=True):
     output_token_ids: tuple[int, ...] = ()
     priority: str = "interactive"
     merge: Merge = Merge()
+
+
+def weights_of(adapters: Iterable[AdapterRef]) -> tuple[tuple[str, float], ...]:
+    """(content hash, weight); two adapters of equal content are one with the sum of weights."""
+    weights: dict[str, float] = {}
+    for adapter in adapters:
+        weights[adapter.hash] = weights.get(adapter.hash, 0.0) + adapter.weight
+    return tuple(weights.items())
 
 
 class Commands(msgspec.Struct, frozen=True, array_like=True):
