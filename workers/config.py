@@ -14,6 +14,10 @@ from openlora.engine.config import DISK_BYTES
 from openlora.errors import SetupError
 from openlora.joblog.core import RETIRED_TTL_S
 
+LEAST_KEEP_S = 30
+"""A log that expires sooner would look lost to the worker that says its end again, and come back
+(ended_runs.py)."""
+
 ENVIRONMENT: dict[str, str] = {
     "OPENLORA_MODEL": "model: a directory with config, weights and tokenizer, or a hub ID",
     "OPENLORA_KAFKA": "Kafka bootstrap servers, host:port[,host:port…]",
@@ -178,8 +182,10 @@ def _seconds(name: str, value: str | None) -> float:
 def _whole_seconds(name: str, value: str | None) -> int:
     if value is None:
         return RETIRED_TTL_S
-    if not value.isascii() or not value.isdigit() or int(value) < 1:
-        raise SetupError(f"{name} is {value!r}; it must be a whole number of seconds, 1 or more")
+    if not value.isascii() or not value.isdigit() or int(value) < LEAST_KEEP_S:
+        raise SetupError(
+            f"{name} is {value!r}; it must be a whole number of seconds, {LEAST_KEEP_S} or more"
+        )
     return int(value)
 
 

@@ -60,6 +60,7 @@ def test_the_store_is_in_the_cache_directory():
     ("argv", "message"),
     [
         ([], "no model given"),
+        (["--model", "m", "--keep-ended-s", "29"], "keep-ended-s is '29'.*30 or more"),
         (["--model", "m", "--device", "tpu"], "device is 'tpu'"),
         (["--model", "m", "--dtype", "int8"], "dtype is 'int8'"),
         (["--model", "m", "--engine", "scripted:fast"], "engine is 'scripted:fast'"),
