@@ -56,13 +56,14 @@ class TokenStream:
 
         ``epoch``: the job's newest claim. As long as that is not above the last one known, what
         the log lacks was lost by Redis and will come again from the worker that has it. Behind a
-        later claim, or an end, the token sent last must be there, by the claim it came with; where
-        that is not known, the log must not have been begun anew.
+        later claim, or an end, the token sent last must be there, by the claim it came with. Where
+        that is not known, as behind a resume, the log must not have been begun anew, and tells it.
         """
         if self.next_index == 0:
             return
         if self.token_epoch == 0:
             is_other = not chunks or chunks[0].restarted
+            self.token_epoch = _epoch_at(self.next_index - 1, chunks) or 0
         else:
             is_settled = epoch > self.epoch or (bool(chunks) and chunks[-1].end is not None)
             is_other = is_settled and _epoch_at(self.next_index - 1, chunks) != self.token_epoch

@@ -154,6 +154,20 @@ def test_what_another_claim_made_of_lost_moments_restarts_the_stream() -> None:
     assert told(frames) == "abcd<abxyz"
 
 
+def test_a_resumed_stream_goes_by_the_claim_that_its_log_names() -> None:
+    stream, frames = TokenStream("r", JOB_ID, 2), list[str]()
+    log = (chunk(0, "ab", epoch=3),)
+    stream.meet_log(3, log, frames)
+    stream.feed_logged(log[0], frames)
+    assert frames == []
+    assert not stream.feed(chunk(1, "xy", epoch=9), frames)
+    log = (chunk(0, "a", epoch=3), chunk(1, "xy", epoch=9))
+    stream.meet_log(9, log, frames)
+    for logged in log:
+        stream.feed_logged(logged, frames)
+    assert told(frames) == "<axy"
+
+
 def test_an_end_of_an_older_claim_is_looked_up_and_taken() -> None:
     """The newer claim was lost, and its worker too."""
     stream, frames = TokenStream("r", JOB_ID), list[str]()
