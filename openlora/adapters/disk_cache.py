@@ -20,12 +20,13 @@ import shutil
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from openlora.adapters.adapter_source import Cancelled, Source
 from openlora.adapters.content_locks import ContentLocks
 from openlora.adapters.peft_format import inspect_adapter
+from openlora.adapters.quarantine import QUARANTINE, keep_aside
 from openlora.adapters.tier_stats import TierCounter, TierStats
 from openlora.errors import AdapterFailed
 
@@ -34,10 +35,8 @@ BACK_OFF_S = (0.25, 0.5, 1.0, 2.0)
 REFUSED_S = 30.0
 """What the store has in other bytes than its name says is not asked for again so soon."""
 STALE_S = 3600.0
-_MAX_QUARANTINED = 4
-"""Enough to look at; ten thousand must not fill the disk."""
 _HASH = re.compile(r"[0-9a-f]{64}")
-_INCOMING, _TRASH, _LOCKS, _QUARANTINE = ".incoming-", ".trash-", ".locks", ".quarantine"
+_INCOMING, _TRASH, _LOCKS = ".incoming-", ".trash-", ".locks"
 
 logger = logging.getLogger(__name__)
 
@@ -73,7 +72,7 @@ class DiskCache:
             self._sweep()
 
     def path(self, content_hash: str) -> Path:
-        """Where the adapter is, or will be."""
+        """Where it is, or will be."""
         return self.root / content_hash
 
     def owns(self, path: Path) -> bool:
@@ -92,7 +91,6 @@ class DiskCache:
                 full, or the budget too small.
             Cancelled: ``cancelled`` was set meanwhile.
         """
-        cancelled = cancelled or threading.Event()
         if path.is_dir():
             return
         self._check_refused(path.name)
@@ -100,8 +98,12 @@ class DiskCache:
         try:
             self.root.mkdir(parents=True, exist_ok=True)
             with self._locks.alone(path.name):
-                if not path.is_dir():
-                    self._bring(path, cancelled)
+                try:
+                    if not path.is_dir():
+                        self._bring(path, cancelled or threading.Event())
+                finally:
+                    if not path.is_dir():
+                        self._locks.remove(path.name)
             self._counter.loaded(time.perf_counter() - started)
             self._fresh.add(path.name)
         except AdapterFailed:
@@ -135,14 +137,21 @@ class DiskCache:
                     yield
                     return
 
+    def drop_damaged(self, paths: Iterable[Path]) -> bool:
+        """Delete those that hold other content than was fetched; whether there were any."""
+        dropped = False
+        for path in paths:
+            if path.is_dir() and _content_of(path) != path.name:
+                logger.warning("the copy of adapter %s is damaged; fetched anew", path)
+                dropped |= self._evict(path)
+        return dropped
+
     def trim(self, room: int = 0) -> None:
         """Delete the longest unused until ``room`` more bytes fit the budget."""
         entries = self._rescan()
         left = sum(size for _, size, _ in entries) + room
         for _, size, path in entries:
-            if left <= self._max_bytes:
-                return
-            if self._evict(path):
+            if left > self._max_bytes and self._evict(path):
                 left -= size
 
     def stats(self) -> TierStats:
@@ -165,7 +174,7 @@ class DiskCache:
             except _Again as failure:
                 if pause_s is None:
                     if failure.is_wrong:
-                        self._refused[path.name] = time.monotonic() + REFUSED_S, str(failure)
+                        self._refuse(path.name, str(failure))
                     raise AdapterFailed(str(failure)) from failure
                 logger.warning("%s; tried again in %g s", failure, pause_s)
                 if cancelled.wait(pause_s):
@@ -198,26 +207,22 @@ class DiskCache:
             copy.rename(path)
 
     def _check(self, path: Path, copy: Path) -> None:
-        try:
-            found = inspect_adapter(copy).hash
-        except AdapterFailed as error:
-            found = f"of no usable adapter: {error.message}"
+        found = _content_of(copy)
         if found == path.name:
             return
-        place = self.root / _QUARANTINE / path.name
-        with contextlib.suppress(OSError):
-            place.parent.mkdir(exist_ok=True)
-            shutil.rmtree(place, ignore_errors=True)
-            copy.rename(place)
-            kept = sorted(place.parent.iterdir(), key=lambda path: path.stat().st_mtime)
-            for old in kept[:-_MAX_QUARANTINED]:
-                shutil.rmtree(old, ignore_errors=True)
+        place = keep_aside(copy, self.root / QUARANTINE, path.name)
         logger.warning("what the store gave for adapter %s is kept in %s", path.name, place)
         raise _Again(
             f"the adapter store {self._source.name} gives other bytes for adapter {path.name} "
             f"(SHA-256 {found}); delete its folder there and add the adapter again",
             is_wrong=True,
         )
+
+    def _refuse(self, content_hash: str, message: str) -> None:
+        now = time.monotonic()
+        # Those whose time is over are asked for again: nothing of them is kept.
+        still = {name: entry for name, entry in self._refused.items() if entry[0] > now}
+        self._refused = still | {content_hash: (now + REFUSED_S, message)}
 
     def _check_refused(self, content_hash: str) -> None:
         until, message = self._refused.get(content_hash, (0.0, ""))
@@ -266,9 +271,8 @@ class DiskCache:
     def _sweep(self) -> None:
         """Delete what processes that died left half fetched or half deleted."""
         for entry in os.scandir(self.root):
-            if entry.name.startswith((_INCOMING, _TRASH)) and (
-                time.time() - entry.stat().st_mtime >= STALE_S
-            ):
+            is_half = entry.name.startswith((_INCOMING, _TRASH))
+            if is_half and time.time() - entry.stat().st_mtime >= STALE_S:
                 shutil.rmtree(entry.path, ignore_errors=True)
 
 
@@ -278,6 +282,14 @@ class _Again(Exception):
     def __init__(self, message: str, *, is_wrong: bool) -> None:
         super().__init__(message)
         self.is_wrong = is_wrong
+
+
+def _content_of(directory: Path) -> str:
+    """Its content hash, or why it has none."""
+    try:
+        return inspect_adapter(directory).hash
+    except AdapterFailed as error:
+        return f"of no usable adapter: {error.message}"
 
 
 def _size_of(directory: Path) -> int:

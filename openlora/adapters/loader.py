@@ -85,11 +85,6 @@ def load_adapter(
     check_modules(layout, shapes, model)
     # Extras may keep what was read; pages never do.
     tensors = FileTensors(directory, layout, reuse_memory=not layout.extras)
-    if _HASH.fullmatch(directory.name) and tensors.hash != directory.name:
-        raise AdapterFailed(
-            f"the store's copy of adapter {directory.name} is damaged (its content has hash "
-            f"{tensors.hash}); delete {directory} and add the adapter again"
-        )
     # Fills and casts of small tensors: inference mode keeps them free of autograd's records.
     with torch.inference_mode():
         extras = None
@@ -129,7 +124,12 @@ def _file_memory(num_bytes: int) -> torch.Tensor:
 class FileTensors:
     """The tensors of a directory's files, as they are there, and the hash of what was read.
 
-    ``reuse_memory``: they are valid until this thread's next such object.
+    Args:
+        reuse_memory: they are valid until this thread's next such object.
+
+    Raises:
+        AdapterFailed: a file became shorter, or a directory named by a content hash holds other
+            content.
     """
 
     def __init__(
@@ -152,6 +152,11 @@ class FileTensors:
             digest.update(view)
             self._files[name] = data
         self.hash = digest.hexdigest()
+        if _HASH.fullmatch(directory.name) and self.hash != directory.name:
+            raise AdapterFailed(
+                f"the store's copy of adapter {directory.name} is damaged (its content has hash "
+                f"{self.hash}); delete {directory} and add the adapter again"
+            )
 
     def get(self, name: str) -> torch.Tensor:
         """A tensor that shares the memory of its file."""

@@ -13,6 +13,7 @@ from openlora.adapters.merge_cache import is_made, materialize, parts_of
 from openlora.adapters.tier_stats import TierStats
 from openlora.engine.adapter_loads import Loaded
 from openlora.engine.config import EngineConfig
+from openlora.errors import AdapterFailed
 
 READ_RETRIES_S = (0.05, 0.2)
 """Waits before a directory that could not be read is read again: shares hiccup."""
@@ -23,15 +24,24 @@ class AdapterFiles:
 
     Args:
         cache: of the remote store whose adapters' paths are in it; None: all paths are local.
+        is_in_memory: whether one of the cache's adapters needs no reading.
     """
 
-    def __init__(self, cache: DiskCache | None = None) -> None:
+    def __init__(
+        self,
+        cache: DiskCache | None = None,
+        is_in_memory: Callable[[Path], bool] = lambda path: False,
+    ) -> None:
         self._cache = cache
+        self._is_in_memory = is_in_memory
 
     def is_missing(self, path: Path) -> bool:
         """Whether ``fetch`` would have something to do; reads no adapter."""
         cache = self._cache
-        return cache is not None and any(not cache.has(at) for at in self._remote(path))
+        # What the disk has let go of may be in memory still, and the store may be away.
+        if cache is None or (cache.owns(path) and self._is_in_memory(path)):
+            return False
+        return any(not cache.has(at) for at in self._remote(path))
 
     def fetch(self, path: Path, cancelled: threading.Event) -> None:
         """Have on disk what ``path`` is made of. Raises as ``DiskCache.ensure``."""
@@ -41,6 +51,15 @@ class AdapterFiles:
 
     def loading(self, load: Callable[[Path], Loaded]) -> Callable[[Path], Loaded]:
         """``load`` of what is a directory by then, and stays one while it is read."""
+
+        def load_sound(path: Path) -> Loaded:
+            try:
+                return load_ready(path)
+            except AdapterFailed:
+                # The machine may have lost power behind a fetch: what the store has is as good.
+                if self._cache is None or not self._cache.drop_damaged(self._remote(path)):
+                    raise
+            return load_ready(path)
 
         def load_ready(path: Path) -> Loaded:
             with ExitStack() as stack:
@@ -57,7 +76,7 @@ class AdapterFiles:
                         time.sleep(pause_s)
             raise AssertionError("not reached")
 
-        return load_ready
+        return load_sound
 
     def stats(self) -> tuple[TierStats, ...]:
         """The disk tier, where there is one."""

@@ -52,6 +52,7 @@ class EngineParts:
             step is read at once. 1: the runner takes ``PENDING_TOKEN`` in a row's token IDs.
         num_load_threads: adapters read from disk at a time.
         cached_adapter: what ``load_adapter`` would return, where that takes no reading.
+        is_in_memory: whether ``cached_adapter`` has a directory that is named by its content.
         max_staged: adapters loaded ahead of their pages.
         host_stats: of the host tier, given adapters' names by their paths; None: there is none.
         page_bytes: of one page of each site.
@@ -66,6 +67,7 @@ class EngineParts:
     steps_ahead: int = 0
     num_load_threads: int = 2
     cached_adapter: Callable[[Path], Loaded | None] | None = None
+    is_in_memory: Callable[[Path], bool] = lambda path: False
     max_staged: int = MAX_STAGED
     host_stats: Callable[[Mapping[Path, str]], TierStats] | None = None
     page_bytes: tuple[int, ...] = ()
@@ -163,6 +165,7 @@ def build_parts(config: EngineConfig, progress: Progress | None = None) -> Engin
         write_adapter=pages.write,
         num_load_threads=max(1, min(4, (os.cpu_count() or 1) // 2)),
         cached_adapter=tier.cached,
+        is_in_memory=tier.__contains__,
         host_stats=tier.stats,
         page_bytes=page_bytes(model.config, model.dtype),
     )

@@ -76,6 +76,7 @@ def cuda_parts(
         steps_ahead=1,
         num_load_threads=max(1, min(12, (os.cpu_count() or 1) * 3 // 4)),
         cached_adapter=tier.cached,
+        is_in_memory=tier.__contains__,
         host_stats=tier.stats,
         max_staged=max(MAX_STAGED, int(memory.num_bytes * _STAGED_SHARE / usual_bytes)),
     )

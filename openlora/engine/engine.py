@@ -69,7 +69,7 @@ class Engine:
             root=f"{config.model} {self.model_info.dtype}",
             enable_prefix_caching=config.enable_prefix_caching,
         )
-        self._files = AdapterFiles(disk_cache(config))
+        self._files = AdapterFiles(disk_cache(config), parts.is_in_memory)
         self._host_stats = parts.host_stats
         self._adapters = AdapterManager(
             parts.pool,

@@ -226,6 +226,11 @@ class HostTier(Generic[_T]):
     def __len__(self) -> int:
         return len(self._kept)
 
+    def __contains__(self, path: Path) -> bool:
+        """Whether an adapter of this path is here, however fresh; counts nothing."""
+        with self._lock:
+            return path in self._kept
+
     def _keep(self, path: Path, at: Stamp, loaded: _T) -> None:
         with self._lock:
             self._kept.pop(path, None)

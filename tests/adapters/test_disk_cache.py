@@ -137,6 +137,16 @@ def test_few_of_many_wrong_ones_are_kept(cache, source):
         with pytest.raises(AdapterFailed, match="no usable adapter"):
             cache.ensure(cache.path(content))
     assert len(list((cache.root / ".quarantine").iterdir())) == 4
+    assert list((cache.root / ".locks").iterdir()) == []
+
+
+def test_what_was_refused_long_ago_is_forgotten(cache, source, monkeypatch):
+    monkeypatch.setattr("openlora.adapters.disk_cache.REFUSED_S", 0.0)
+    for content in source.add(1, 2, 3):
+        (source.root / content / WEIGHTS).write_bytes(b"x")
+        with pytest.raises(AdapterFailed):
+            cache.ensure(cache.path(content))
+    assert len(cache._refused) == 1
 
 
 def test_bytes_that_are_wrong_once_are_right_the_next_time(cache, source):

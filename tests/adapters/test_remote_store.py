@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import http.server
+import os
 import shutil
 import threading
 import time
@@ -182,3 +183,13 @@ def test_what_a_setting_names(tmp_path):
 
 def test_a_url_is_shown_without_its_password(tmp_path):
     assert RemoteStore("http://me:secret@host/x?key=1", tmp_path).name == "http://host/x"
+
+
+def test_what_a_dead_process_left_on_its_way_is_swept(tmp_path):
+    store = RemoteStore(f"file://{tmp_path}/far", tmp_path / "cache")
+    left = store.scratch / ".incoming-x" / "adapter"
+    left.mkdir(parents=True)
+    assert store.sweep() == 0
+    os.utime(left.parent, (0, 0))
+    assert store.sweep() == 1
+    assert list(store.scratch.iterdir()) == []

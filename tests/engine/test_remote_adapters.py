@@ -95,3 +95,38 @@ def test_a_merge_fetches_its_parts(local, far):
     (done,) = engine.generate([Request([5, 9], BOTH, PARAMS, merge=MergeSpec("svd"))])
     assert done.error is None
     assert tier(engine, "disk").loads == 2
+
+
+def test_what_is_in_memory_needs_neither_disk_nor_store(local, far):
+    store, contents, engine = far
+    first = engine.generate(requests())
+    for name in NAMES:
+        shutil.rmtree(store.path(contents[name]))
+    shutil.rmtree(store.url.removeprefix("file://"))
+    engine.unload_adapter(NAMES[0])  # its pages go; the copy in memory stays
+    engine.register_adapter(NAMES[0], store.path(contents[NAMES[0]]))
+    again = engine.generate(requests())
+    assert [done.error for done in again] == [None] * 3
+    assert [done.token_ids for done in again] == [done.token_ids for done in first]
+
+
+def test_a_copy_that_was_cut_short_is_fetched_anew(local, far):
+    store, contents, engine = far
+    engine._files._cache.ensure(store.path(contents[NAMES[0]]))
+    weights = store.path(contents[NAMES[0]]) / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    assert [done.token_ids for done in engine.generate(requests())] == local[2]
+
+
+def test_a_merge_of_a_copy_with_other_bytes_fetches_it_anew(far):
+    from openlora.adapters.merge_spec import MergeSpec
+
+    store, contents, engine = far
+    wanted = Request([5, 9], BOTH, PARAMS, merge=MergeSpec("svd"))
+    engine._files._cache.ensure(store.path(contents[NAMES[0]]))
+    weights = store.path(contents[NAMES[0]]) / "adapter_model.safetensors"
+    right = weights.read_bytes()
+    weights.write_bytes(right[:-4] + b"\1\2\3\4")
+    (done,) = engine.generate([wanted])
+    assert done.error is None
+    assert weights.read_bytes() == right
