@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from openlora.errors import AdapterFailed
-from workers.tokenizer import PromptTokenizer
+from workers.tokenizer import PromptTokenizer, is_tokenizers_own
 
 if TYPE_CHECKING:
     import tokenizers
@@ -77,12 +77,14 @@ class AdapterTokenizers:
             if _tokens(backend) == self._known:
                 return self._base
             eos = _eos_token(directory / CONFIG_FILE)
-        # the library's own errors are plain Exceptions
-        except Exception as error:
+        except BaseException as error:
+            if not is_tokenizers_own(error):
+                raise
             reason = " ".join(str(error).split())[:200]
             raise AdapterFailed(
                 f"the adapter's {TOKENIZER_FILE} cannot be read: {reason}"
             ) from error
+        _cut_as(backend, self._base.prompt.backend)
         found = None if eos is None else backend.token_to_id(eos)
         prompt = self._base.prompt.with_backend(backend)
         return ChosenTokenizer(prompt, () if found is None else (found,))
@@ -92,6 +94,25 @@ def _tokens(backend: tokenizers.Tokenizer) -> tuple[int, frozenset[tuple[int, st
     """What tells tokenizers of one family apart: how many tokens, and which were added."""
     added = backend.get_added_tokens_decoder()
     return backend.get_vocab_size(), frozenset((i, token.content) for i, token in added.items())
+
+
+def _cut_as(backend: tokenizers.Tokenizer, base: tokenizers.Tokenizer) -> None:
+    """An adapter brings tokens, nothing else. Patterns and templates of its file could run for
+    ever, fill the memory or end the process, which serves other tenants as well.
+
+    Raises:
+        AdapterFailed: it is of another kind than the model's.
+    """
+    kind, wanted = type(backend.model).__name__, type(base.model).__name__
+    if kind != wanted:
+        raise AdapterFailed(
+            f"the adapter's {TOKENIZER_FILE} is of kind {kind}, the model's of kind {wanted}; save "
+            "the model's tokenizer with the tokens that were added"
+        )
+    backend.no_padding()
+    backend.no_truncation()
+    backend.normalizer, backend.pre_tokenizer = base.normalizer, base.pre_tokenizer
+    backend.post_processor, backend.decoder = base.post_processor, base.decoder
 
 
 def _eos_token(path: Path) -> str | None:

@@ -25,6 +25,12 @@ class Prompted(Protocol):
         """A conversation to answer, or None."""
 
 
+def is_tokenizers_own(error: BaseException) -> bool:
+    """Whether the tokenizers library raises such errors: plain ones, and panics of its Rust code,
+    which are no ``Exception`` and have no class to import."""
+    return isinstance(error, Exception) or type(error).__name__ == "PanicException"
+
+
 class PromptTokenizer:
     """The model's tokenizer. ``backend`` is the ``tokenizers.Tokenizer`` that detokenises.
 
@@ -55,13 +61,17 @@ class PromptTokenizer:
         """The job's prompt, or its messages in the chat template with the assistant's turn open.
 
         Raises:
-            InvalidRequest: the model has no chat template, the template refuses the messages, or
-                nothing is left to prefill.
+            InvalidRequest: the model has no chat template, the template refuses the messages, the
+                tokenizer cannot read the text, or nothing is left to prefill.
         """
-        if job.messages is None:
-            token_ids: list[int] = self.backend.encode(job.prompt or "").ids
-        else:
-            token_ids = self.backend.encode(self._render(job), add_special_tokens=False).ids
+        is_prompt = job.messages is None
+        text = job.prompt or "" if is_prompt else self._render(job)
+        try:
+            token_ids: list[int] = self.backend.encode(text, add_special_tokens=is_prompt).ids
+        except BaseException as error:
+            if not is_tokenizers_own(error):
+                raise
+            raise InvalidRequest(f"the tokenizer cannot read the text: {error}") from error
         if not token_ids:
             raise InvalidRequest("the prompt is empty; send at least one character")
         return token_ids

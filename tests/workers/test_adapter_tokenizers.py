@@ -7,6 +7,7 @@ import shutil
 
 import pytest
 from tokenizers import Tokenizer
+from tokenizers.models import Unigram
 
 from openlora.bench.pipeline_model import write_tokenizer
 from openlora.errors import AdapterFailed
@@ -73,4 +74,44 @@ def test_they_are_read_once_and_a_few_are_kept(found, model, tmp_path):
 def test_one_that_cannot_be_read_is_refused(found, tmp_path, text):
     (tmp_path / "tokenizer.json").write_text(text)
     with pytest.raises(AdapterFailed, match=r"tokenizer\.json cannot be read"):
+        found.of((tmp_path,))
+
+
+EVIL = {
+    "padding": {
+        "strategy": {"Fixed": 10**9},
+        "direction": "Right",
+        "pad_to_multiple_of": None,
+        "pad_id": 0,
+        "pad_type_id": 0,
+        "pad_token": "x",
+    },
+    "post_processor": {
+        "type": "TemplateProcessing",
+        "single": [{"Sequence": {"id": "B", "type_id": 0}}],
+        "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 0}}],
+        "special_tokens": {},
+    },
+    "truncation": {
+        "direction": "Right",
+        "max_length": 1,
+        "strategy": "LongestFirst",
+        "stride": 0,
+    },
+}
+
+
+@pytest.mark.parametrize("part", EVIL)
+def test_it_brings_tokens_and_nothing_that_runs(found, model, tmp_path, part):
+    path = adapter(tmp_path / "a", model, "<call>")
+    file = path / "tokenizer.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {part: EVIL[part]}))
+    job, plain = a_job(prompt="hi hi hi<call>"), a_job(prompt="hi hi hi")
+    size = found.of(()).prompt.backend.get_vocab_size()
+    assert found.of((path,)).prompt.encode(job) == [*found.of(()).prompt.encode(plain), size]
+
+
+def test_one_of_another_kind_is_refused(found, tmp_path):
+    Tokenizer(Unigram([("a", -1.0)], 0)).save(str(tmp_path / "tokenizer.json"))
+    with pytest.raises(AdapterFailed, match="is of kind Unigram, the model's of kind"):
         found.of((tmp_path,))

@@ -6,6 +6,9 @@ import subprocess
 import sys
 
 import pytest
+from tokenizers import Tokenizer
+from tokenizers.models import BPE
+from tokenizers.processors import TemplateProcessing
 
 from openlora.bench.pipeline_model import write_tokenizer
 from openlora.errors import InvalidRequest, SetupError
@@ -22,6 +25,15 @@ def tokenizer(tmp_path_factory):
 def test_a_prompt_is_taken_as_it_is(tokenizer):
     token_ids = tokenizer.encode(a_job(prompt="héllo"))
     assert tokenizer.backend.decode(token_ids) == "héllo"
+
+
+def test_what_the_library_cannot_read_is_an_error_of_the_request(tokenizer):
+    unknown = Tokenizer(BPE({"a": 0}, [], unk_token="<nowhere>"))
+    panics = Tokenizer(BPE({"a": 0}, []))
+    panics.post_processor = TemplateProcessing(single="$B", pair="$A $B", special_tokens=[])
+    for backend in (unknown, panics):
+        with pytest.raises(InvalidRequest, match="the tokenizer cannot read the text"):
+            tokenizer.with_backend(backend).encode(a_job(prompt="ab"))
 
 
 def test_messages_are_rendered_with_the_answer_open(tokenizer):
