@@ -13,7 +13,8 @@ import redis
 from redis.exceptions import RedisError
 
 from openlora.adapters.stores import Store
-from openlora.errors import AdapterFailed, InvalidRequest
+from openlora.errors import AdapterFailed, OpenLoRAError
+from openlora.joblog.crashes import CrashLog
 from openlora.protocol.names import ADAPTERS_CHANNEL
 from openlora.registry import AdapterRegistry
 from workers.engine_client import EngineClient
@@ -46,6 +47,7 @@ class PinWatch:
     ) -> None:
         self._client = client
         self._registry = AdapterRegistry(client)
+        self._crash_log = CrashLog(client)
         self._store = store
         self._engine = engine
         self._wake = wake
@@ -80,11 +82,19 @@ class PinWatch:
         self._engine.pin(tuple(known))
         self._engine.flush()
 
+    def _read(self) -> tuple[str, ...]:
+        """Content of what is pinned, but for what ends engines: a new one would load it at once."""
+        found = sorted({record.hash for record in self._registry.pins().values()})
+        quarantined = self._crash_log.quarantined(found)
+        for content, reason in quarantined.items():
+            logger.warning("event=pin_quarantined adapter=%s reason=%r", content, reason)
+        return tuple(content for content in found if content not in quarantined)
+
     def _run(self) -> None:
         while not self._stop.is_set():
             try:
                 self._watch()
-            except (RedisError, OSError, InvalidRequest) as error:
+            except (RedisError, OSError, OpenLoRAError) as error:
                 logger.info("event=pins_not_read error=%r next=again", str(error))
                 self._stop.wait(CHECK_S)
 
@@ -96,7 +106,7 @@ class PinWatch:
             while not self._stop.is_set():
                 now, is_due = self._registry.revision(), time.monotonic() >= again_at
                 if now != revision or is_due:
-                    found = tuple(sorted({r.hash for r in self._registry.pins().values()}))
+                    found = self._read()
                     if found != self._told or (found and is_due):
                         self._wanted.append(found)
                         self._wake()

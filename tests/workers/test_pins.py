@@ -8,6 +8,8 @@ import time
 import pytest
 
 from openlora.adapters.store import AdapterStore
+from openlora.joblog import redis_client
+from openlora.protocol.names import QUARANTINE_KEY
 from openlora.protocol.status import AdapterRecord
 from openlora.registry import AdapterRegistry
 from tests.gateway.peft_dirs import write_adapter
@@ -75,6 +77,25 @@ def test_pins_that_go_while_redis_is_away_are_let_go_of(shared_system, tmp_path)
     finally:
         pins.stop()
         registry.remove("brief")
+
+
+def test_a_pinned_adapter_that_is_quarantined_is_loaded_by_no_engine(redis_url, tmp_path):
+    store = AdapterStore(tmp_path / "store")
+    engine, woken = ToldEngine(), threading.Event()
+    contents = [store.put(write_adapter(tmp_path / n, fill=i)).hash for i, n in enumerate("ab", 1)]
+    with redis_client(redis_url) as client:
+        registry = AdapterRegistry(client)
+        for name, content in zip("ab", contents, strict=True):
+            registry.put(AdapterRecord(name, 0, content, 4, ("q_proj",), "tiny", 1, "/x", 0))
+            registry.pin(name, pinned=True)
+        client.hset(QUARANTINE_KEY, contents[0], "ends engines")
+        pins = PinWatch(client, store, engine, woken.set)
+        pins.start()
+        wait_until(woken.is_set, 5)
+        pins.apply()
+        pins.stop()
+        pins._thread.join(5)  # its client closes here
+    assert engine.pinned == [(contents[1],)]
 
 
 class FailingRedis:
