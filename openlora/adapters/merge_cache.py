@@ -7,6 +7,7 @@ like any other, for any part of the program that reads one.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -36,6 +37,8 @@ from openlora.errors import AdapterFailed
 MAX_BYTES = 4 << 30
 KEPT_S = 60.0
 """A merge used so recently is not deleted: somebody may be about to read it."""
+RECIPE_KEPT_S = 86400.0
+"""Each weighting is a merge of its own, and clients choose weights: recipes must not pile up."""
 RECIPE_FILE = "recipe.json"
 _PREFIX = "merged-"
 # PEFT walks the model's modules; the random methods draw in that order.
@@ -62,6 +65,8 @@ def recipe(root: Path, parts: Sequence[tuple[Path, float]], spec: MergeSpec) -> 
         temporary = directory / f"{RECIPE_FILE}.{os.getpid()}"
         temporary.write_text(json.dumps(fields))
         temporary.replace(directory / RECIPE_FILE)
+    else:
+        os.utime(directory)
     return directory
 
 
@@ -102,17 +107,22 @@ def materialize(directory: Path) -> None:
 
 
 def trim(root: Path, max_bytes: int = MAX_BYTES, kept_s: float = KEPT_S) -> None:
-    """Delete the merges that were not used for longest, down to ``max_bytes`` in all."""
+    """Delete the merges that were not used for longest, down to ``max_bytes`` in all; and recipes
+    that nobody has asked for in ``RECIPE_KEPT_S``."""
     made = []
     for directory in root.glob(f"{_PREFIX}*"):
         weights = directory / WEIGHTS_FILE
-        if weights.exists():
-            made.append((directory.stat().st_mtime, weights.stat().st_size, directory))
+        with contextlib.suppress(FileNotFoundError):  # another process trims as well
+            used_at = directory.stat().st_mtime
+            if weights.exists():
+                made.append((used_at, weights.stat().st_size, directory))
+            elif time.time() - used_at > RECIPE_KEPT_S:
+                shutil.rmtree(directory, ignore_errors=True)
     left = sum(size for _, size, _ in made)
     for used_at, size, directory in sorted(made):
         if left <= max_bytes or time.time() - used_at < kept_s:
             return
-        # The recipe stays, and with it what a registered adapter needs to be made again.
+        # The recipe stays a while, and with it what a registered adapter needs to be made again.
         (directory / CONFIG_FILE).unlink(missing_ok=True)
         (directory / WEIGHTS_FILE).unlink(missing_ok=True)
         left -= size

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
 from peft import PeftModel
@@ -137,6 +139,20 @@ def test_merges_unused_for_longest_go_and_can_be_made_again(tiny, tmp_path):
     materialize(made[0])
     after = deltas(made[0])
     assert all(torch.equal(after[name], delta) for name, delta in before.items())
+
+
+def test_recipes_that_nobody_asks_for_go_in_the_end(tmp_path):
+    def written(weight: float):
+        return recipe(tmp_path, [(tmp_path / "a", weight), (tmp_path / "b", 1.0)], MergeSpec("svd"))
+
+    old, asked_again, new = map(written, (1.0, 2.0, 3.0))
+    for path in (old, asked_again):
+        os.utime(path, (0, 0))
+    assert written(2.0) == asked_again
+    trim(tmp_path)
+    assert sorted(tmp_path.iterdir()) == sorted([asked_again, new])
+    assert written(1.0) == old
+    assert (old / "recipe.json").exists()
 
 
 @pytest.mark.parametrize("method", [m for m in METHODS if m != "cat" and not m.endswith("svd")])
