@@ -52,8 +52,8 @@ class JobLog:
     def restore(self, job: Job, epoch: int, worker_id: str) -> Claim:
         """Put back the claim of ``epoch``, which Redis lost, maybe with all of the job.
 
-        Only the present owner of the job's partition may do this. "fenced": somebody claimed the
-        job later. The log may hold less than the caller logged, or what a worker fenced by the
+        A lost claim may be put back by whoever made it last; a lost job by the present owner of
+        its partition alone. "fenced": somebody claimed the job later. The log may hold less than the caller logged, or what a worker fenced by the
         lost claim appended since.
         """
         return decode_claim(self._run([restore_call(job, epoch, worker_id)])[0])
