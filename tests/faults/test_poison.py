@@ -102,15 +102,17 @@ def test_an_engine_killed_from_outside_counts_for_nobody(ward):
 @pytest.mark.slow
 def test_an_adapter_that_kills_is_quarantined_for_its_users(ward):
     keeper = Keeper(ward.system)
+    content_hash = "dead" * 16
+    (ward.system.folder / "store" / content_hash).mkdir(parents=True)
     with redis_client(ward.system.redis.address) as client:
         registry = AdapterRegistry(client)
-        registry.put(AdapterRecord("killer", 0, "dead" * 16, 8, ("q_proj",), "tiny", 1, "/x", 0))
+        registry.put(AdapterRecord("killer", 0, content_hash, 8, ("q_proj",), "tiny", 1, "/x", 0))
     streams = ward.begin(STREAMS)
     for number in range(2):
         fields = {"prompt": f"hello {number}", "adapter": "killer"}
         victim = ward.clients.begin(Ask(f"victim {number}", fields), None)
         wait(ward, keeper, [victim])
-        assert victim.finish == "error internal"
+        assert victim.finish == "error internal", victim.mishaps
     late = ward.clients.begin(Ask("late", {"prompt": "hello", "adapter": "killer"}), None)
     wait(ward, keeper, [late, *streams])
     assert late.finish == "error adapter_failed"
