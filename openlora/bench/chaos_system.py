@@ -221,7 +221,7 @@ class ChaosSystem:
         ]
 
     def wait_ready(self) -> None:
-        """Until all gateways and workers that live are ready.
+        """Until all gateways and workers that live are ready, and own all partitions.
 
         Raises:
             SetupError: that took too long, with the end of each log.
@@ -243,7 +243,11 @@ class ChaosSystem:
             return -1
         if not ready or not isinstance(workers, list):
             return -1
-        return sum(worker["ready"] and worker["pid"] in pids for worker in workers)
+        living = [worker for worker in workers if worker["pid"] in pids]
+        owned = {part["partition"] for worker in living for part in worker["partitions"]}
+        if len(owned) < self.plan.partitions:
+            return -1  # what is asked now might wait for the end of a rebalance
+        return sum(worker["ready"] for worker in living)
 
     def wait_until(self, is_true: Callable[[], bool], timeout_s: float) -> None:
         """Poll until it is. Raises SetupError with the logs where it does not become so."""

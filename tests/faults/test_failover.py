@@ -40,6 +40,13 @@ def test_a_worker_that_leaves_stalls_nobody(storm):
     assert row.restarted == 0
 
 
+@pytest.mark.slow
+def test_a_worker_that_joins_stalls_nobody(storm):
+    row = storm.strike("join", faults.worker_joins)
+    check(row, stall_s=1.0)
+    assert row.restarted == 0
+
+
 def test_redis_comes_back_with_its_data(storm):
     row = storm.strike("redis", faults.redis_restarts)
     check(row, stall_s=faults.OUTAGE_S + 4)
@@ -74,7 +81,6 @@ def test_a_gateway_dies_and_its_clients_resume_at_another(storm):
     "fault",
     [
         faults.kill_worker_io,
-        faults.worker_joins,
         faults.zombie,
         faults.cut_connections,
         faults.slow_network,
