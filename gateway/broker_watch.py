@@ -30,8 +30,8 @@ class BrokerWatch:
         self.answers = True
         self.partitions: Mapping[str, int] = {}
 
-    async def ensure(self) -> None:
-        """Makes missing topics.
+    async def ensure(self) -> int:
+        """Makes missing topics; → how often job topics were lost so far.
 
         Raises:
             SetupError: the broker does not answer, or refuses.
@@ -43,6 +43,7 @@ class BrokerWatch:
                 self.answers = False
                 raise
             self.answers = True
+            return self._topics.losses
 
     async def scale(self, partitions: int) -> dict[str, int]:
         """Adds partitions to the job topics; → partitions by topic.

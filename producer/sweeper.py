@@ -80,34 +80,36 @@ class Patience:
 
 
 def decide(
-    jobs: Iterable[OpenJob], heartbeats: Sequence[Heartbeat], lost_before: frozenset[str]
+    jobs: Iterable[OpenJob],
+    heartbeats: Sequence[Heartbeat],
+    lost_before: frozenset[str],
+    topics_lost: bool = False,
 ) -> Decision:
     """Sort open jobs by what they need. Pure.
 
     A job that a living worker claimed is left to it. Of the others, those that are cancelled (or
     whose lease ran out) or past their deadline are to be ended here: their worker died, or they
-    wait behind work of others. What looks lost is to be published again.
+    wait behind work of others. What looks lost, or all where the topics are, is published again.
     """
     workers = {heartbeat.id for heartbeat in heartbeats}
     owners = _owners(heartbeats)
     decision = Decision()
     for job in jobs:
-        if job.age_ms < MIN_AGE_MS or job.claimed_by in workers:
+        if job.claimed_by in workers or (job.age_ms < MIN_AGE_MS and not topics_lost):
             continue
         if job.cancelled:
             decision.cancelled.append(job.job_id)
         elif job.expired:
             decision.expired.append(job.job_id)
-        elif _is_missing(job.published, owners):
+        elif topics_lost or _is_missing(job.published, owners):
             decision.lost.add(job.job_id)
         elif _is_passed(job.published, owners):
             decision.passed.add(job.job_id)
         elif owners and job.claimed_by is not None and _is_unowned(job.published, owners):
-            # Its stream stands still. The group will give the partition to another worker, but
-            # with a session to run out and two rounds of joining that may take a while.
+            # Its stream stands still, and the group takes a while to give the partition away.
             decision.orphans.add(job.job_id)
     decision.lost |= decision.passed | decision.orphans
-    decision.republish = sorted(decision.lost & lost_before)
+    decision.republish = sorted(decision.lost if topics_lost else decision.lost & lost_before)
     return decision
 
 
@@ -179,9 +181,9 @@ def _with_places(
 
 
 class Topics(Protocol):
-    """The broker's topics: ``ensure`` makes those that are missing."""
+    """The broker's topics: ``ensure`` makes those that are missing; → how often any were lost."""
 
-    async def ensure(self) -> None: ...
+    async def ensure(self) -> int: ...
 
 
 class Sweeper:
@@ -194,6 +196,7 @@ class Sweeper:
         self._topics = topics
         self._owner = owner
         self._lost: frozenset[str] = frozenset()
+        self._losses = 0
         self._patience = Patience()
         self._calm_until = -math.inf
 
@@ -220,12 +223,13 @@ class Sweeper:
         Raises:
             Overloaded, SetupError: Redis or Kafka does not answer.
         """
-        # An in-memory broker comes back without topics; without them nothing can be published.
-        await self._topics.ensure()
+        # An in-memory broker comes back without topics, and what was in them.
+        losses = await self._topics.ensure()
+        topics_lost, self._losses = losses != self._losses, losses
         heartbeats = await self._log.heartbeats()
         total = Decision()
-        async for page in self._log.open_jobs(MIN_AGE_MS):
-            decision = decide(page, heartbeats, self._lost)
+        async for page in self._log.open_jobs(0 if topics_lost else MIN_AGE_MS):
+            decision = decide(page, heartbeats, self._lost, topics_lost)
             total.lost |= decision.lost
             total.passed |= decision.passed
             total.orphans |= decision.orphans
@@ -238,7 +242,7 @@ class Sweeper:
             for job_id in total.republish
             if job_id not in total.passed | total.orphans or self._patience.allows(job_id, now)
         ]
-        self._lost = frozenset(total.lost)
+        self._lost = frozenset() if topics_lost else frozenset(total.lost)
         if now >= self._calm_until:
             await self._end(total.cancelled, None)
         await self._end(total.expired, Failure("deadline_exceeded", "the deadline passed"))

@@ -52,6 +52,11 @@ class TopicKeeper:
         # Bundles of answers, for whichever collector is there: a few keep several of them busy.
         self._partitions[RESULTS_TOPIC] = RESULTS_PARTITIONS
         self._seen: dict[str, int] = {}
+        self._found: dict[str, Any] = {}  # topic IDs, as of the last look
+        self._ids: dict[str, Any] = {}  # as of the last `ensure`
+        self.losses = 0
+        """How often a job topic was found to be another one than before, whoever made it: what
+        had been published to it is gone."""
         self._admin: Any = self._connect()
 
     def __enter__(self) -> TopicKeeper:
@@ -161,6 +166,9 @@ class TopicKeeper:
             counts = self._counts()
         # Where a client was quicker again, the number that was seen before still counts.
         self._seen = {t: max(count, self._seen.get(t, 0)) for t, count in counts.items()}
+        ids = self._found
+        self.losses += any(self._ids.get(t, ids.get(t)) != ids.get(t) for t in names.JOB_TOPICS)
+        self._ids = ids
         return counts
 
     def _shrunk(self, counts: Mapping[str, int]) -> set[str]:
@@ -198,11 +206,13 @@ class TopicKeeper:
     def _counts(self) -> dict[str, int]:
         # Of all topics: asking for one by name makes some brokers create it.
         wanted = self._partitions
-        return {
-            topic["name"]: len(topic["partitions"])
+        found = [
+            topic
             for topic in self._admin.describe_topics()
             if topic["name"] in wanted and topic["error_code"] == 0 and topic["partitions"]
-        }
+        ]
+        self._found = {topic["name"]: topic.get("topic_id") for topic in found}
+        return {topic["name"]: len(topic["partitions"]) for topic in found}
 
 
 def ensure_topics(

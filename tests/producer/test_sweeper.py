@@ -31,8 +31,9 @@ class TopicsOf:
     def __init__(self, keeper: TopicKeeper) -> None:
         self._keeper = keeper
 
-    async def ensure(self) -> None:
+    async def ensure(self) -> int:
         await asyncio.to_thread(self._keeper.ensure)
+        return self._keeper.losses
 
 
 def an_open_job(**fields) -> OpenJob:
@@ -162,6 +163,14 @@ open_jobs = st.builds(
 )
 
 
+def test_what_was_in_lost_topics_is_published_at_once_but_for_what_runs():
+    young, runs = an_open_job(age_ms=0), an_open_job(claimed_by="w")
+    assert decide([young], [an_owner()], frozenset(), topics_lost=True).republish == ["j"]
+    assert decide([runs], [an_owner()], frozenset(), topics_lost=True) == Decision()
+    cancelled = decide([an_open_job(cancelled=True)], [], frozenset(), topics_lost=True)
+    assert (cancelled.cancelled, cancelled.republish) == (["j"], [])
+
+
 @given(st.lists(open_jobs, max_size=6), st.lists(heartbeats, max_size=3), st.booleans())
 def test_each_job_gets_one_treatment_and_claimed_ones_none(jobs, beats, seen_before: bool) -> None:
     before = frozenset(job.job_id for job in jobs) if seen_before else frozenset()
@@ -198,7 +207,7 @@ def test_a_stored_job_that_was_never_published_is_published(
             _, partition, _ = found.published
             owner = an_owner(partition=partition, position=0, high_water=0)
             JobLog(redis_client(redis_url)).write_heartbeat(owner)
-            await sweeper.sweep()
+            # All of it is gone for sure: none has to look so twice.
             assert (await sweeper.sweep()).republish == [job.job_id]
 
     with TopicKeeper(fresh_broker.bootstrap_servers, 3) as keeper:
@@ -260,7 +269,7 @@ def test_only_the_gateway_with_the_lock_sweeps_and_a_failure_does_not_end_it(
         def __init__(self) -> None:
             self.asked = asyncio.Event()
 
-        async def ensure(self) -> None:
+        async def ensure(self) -> int:
             self.asked.set()
             raise SetupError("no broker")
 

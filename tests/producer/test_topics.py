@@ -74,8 +74,10 @@ def test_topics_that_an_in_memory_broker_made_by_itself_are_made_anew(fresh_brok
         with TopicKeeper(servers, 8) as stranger:
             # Who has not seen them before cannot tell: they may be so on purpose.
             assert stranger.ensure()[JOBS_TOPIC] == 3
+        assert keeper.losses == 0
         assert keeper.ensure() == made
         assert keeper.ensure() == made
+        assert keeper.losses == 1
 
 
 @pytest.mark.services
