@@ -23,7 +23,6 @@ from workers.dead_letters import DeadLetters
 from workers.engine_client import EngineClient
 from workers.loop import WorkerLoop
 from workers.messages import ModelFacts
-from workers.run import Run
 from workers.token_sink import TokenSink
 from workers.tokenizer import PromptTokenizer
 
@@ -79,9 +78,6 @@ def assemble(
     the consumer's thread.
     """
 
-    def owns(run: Run) -> bool:
-        return any(consumer.owns(position) for position in run.positions)
-
     def on_dead_letter_written(fetched: Fetched) -> None:
         consumer.end(fetched.position, None)
 
@@ -94,7 +90,7 @@ def assemble(
         retire=lambda job_ids: loop.retire(job_ids),
         on_failure=on_consumer_failure,
     )
-    sink = TokenSink(job_log, config.worker_id, stop_now, owns)
+    sink = TokenSink(job_log, config.worker_id, stop_now)
     loop = WorkerLoop(engine, sink, consumer, job_log.retire)
     dead_letters = DeadLetters(config.kafka, config.worker_id, on_dead_letter_written)
     bulk = BulkLane(

@@ -54,7 +54,6 @@ class TokenSink:
 
     Args:
         stop_now: set when the worker must not wait any longer.
-        owns: whether the run's partition is still ours; only its owner opens a lost log anew.
     """
 
     def __init__(
@@ -62,12 +61,10 @@ class TokenSink:
         job_log: JobLog,
         worker_id: str,
         stop_now: threading.Event,
-        owns: Callable[[Run], bool],
     ) -> None:
         self._job_log = job_log
         self._worker_id = worker_id
         self._stop_now = stop_now
-        self._owns = owns
         self._lenient_until = -math.inf
         self.tokens_logged = 0
 
@@ -149,9 +146,6 @@ class TokenSink:
             )
             run.logged = result.length
             return None
-        if result.status == "gone" and not self._owns(run):
-            logger.info("event=log_gone job=%s next=left_to_partition_owner", run.job.job_id)
-            return Verdict.MOVED
         return self._anew(run) if result.status == "gap" else self._restore(run, result.status)
 
     def _anew(self, run: Run) -> Verdict:

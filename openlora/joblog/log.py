@@ -52,9 +52,9 @@ class JobLog:
     def restore(self, job: Job, epoch: int, worker_id: str) -> Claim:
         """Put back the claim of ``epoch``, which Redis lost, maybe with all of the job.
 
-        A lost claim may be put back by whoever made it last; a lost job by the present owner of
-        its partition alone. "fenced": somebody claimed the job later. The log may hold less than the caller logged, or what a worker fenced by the
-        lost claim appended since.
+        Whoever made it may do so, also where its partition has moved: the broker may have lost the
+        job's message as well. "fenced": somebody claimed the job later. The log may hold less than
+        the caller logged, or what a worker fenced by the lost claim appended since.
         """
         return decode_claim(self._run([restore_call(job, epoch, worker_id)])[0])
 

@@ -168,7 +168,7 @@ def answered(state: State, number: int, worker: Worker, answer: str) -> State:
         return put(state, number, replace(worker, logged=len(worker.text)))
     if answer == "gap" and state.log.length <= len(worker.text):
         return put(state, number, replace(worker, logged=state.log.length))
-    if answer == "fenced" or (answer == "gone" and state.owner != number):
+    if answer == "fenced":
         return let_go(state, number)
     if answer != "gap":
         assert worker.epoch is not None
