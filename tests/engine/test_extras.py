@@ -101,9 +101,26 @@ def bench(request, tmp_path_factory):
     return root, cases
 
 
+def assert_tokens_of_peft(engine, bench, rounds=1):
+    """All cases of ``bench`` in one batch, ``rounds`` times, give PEFT's tokens."""
+    root, cases = bench
+    for name in cases:
+        if name:
+            engine.load_adapter(name, root / name)
+    params = SamplingParams(max_tokens=NUM_TOKENS, temperature=0, ignore_eos=True)
+    requests = [
+        Request(prompt, {name: 1.0} if name else {}, params) for name, (prompt, _) in cases.items()
+    ]
+    for _ in range(rounds):
+        completions = engine.generate(requests)
+        for completion, (name, (_, wanted)) in zip(completions, cases.items(), strict=True):
+            assert completion.error is None, (name, completion.error)
+            assert_same_tokens(completion.token_ids, wanted, name)
+
+
 @pytest.mark.parametrize(("cpu_kernels", "budget"), [("torch", 11), ("auto", 512)])
 def test_every_kind_in_one_batch_gives_the_tokens_of_peft(bench, cpu_kernels, budget):
-    root, cases = bench
+    root, _ = bench
     engine = Engine(
         EngineConfig(
             str(root / "model"),
@@ -115,17 +132,7 @@ def test_every_kind_in_one_batch_gives_the_tokens_of_peft(bench, cpu_kernels, bu
             max_num_batched_tokens=budget,
         )
     )
-    for name in ADAPTERS:
-        engine.load_adapter(name, root / name)
-    params = SamplingParams(max_tokens=NUM_TOKENS, temperature=0, ignore_eos=True)
-    requests = [
-        Request(prompt, {name: 1.0} if name else {}, params) for name, (prompt, _) in cases.items()
-    ]
-    for _ in range(2):  # the second time from the prefix cache
-        completions = engine.generate(requests)
-        for completion, (name, (_, wanted)) in zip(completions, cases.items(), strict=True):
-            assert completion.error is None, (name, completion.error)
-            assert_same_tokens(completion.token_ids, wanted, name)
+    assert_tokens_of_peft(engine, bench, rounds=2)  # the second time from the prefix cache
     engine.check_integrity()
     engine.close()
 

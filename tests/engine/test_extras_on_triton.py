@@ -7,14 +7,13 @@ from dataclasses import replace
 import pytest
 import torch
 
-from openlora.engine import Engine, EngineConfig, Request, SamplingParams
+from openlora.engine import Engine, EngineConfig
 from openlora.engine.build import build_parts
 from openlora.engine.mixed_steps import MixedSteps
 from openlora.engine.runner import FinishedStep, ModelRunner, batch_order
 from openlora.engine.sampler import sample_rows
 from openlora.engine.step import SampledToken, StepRow
-from tests.engine.test_extras import NUM_TOKENS, bench  # noqa: F401 - a fixture
-from tests.engine.tiny_model import assert_same_tokens
+from tests.engine.test_extras import assert_tokens_of_peft, bench  # noqa: F401 - a fixture
 
 
 class MixedRunner:
@@ -47,7 +46,7 @@ class MixedRunner:
 @pytest.mark.slow  # The interpreter takes about a second a step.
 @pytest.mark.parametrize("bench", ["llama, biases", "qwen3"], indirect=True)
 def test_every_kind_in_one_batch_gives_the_tokens_of_peft(bench) -> None:  # noqa: F811
-    root, cases = bench
+    root, _ = bench
     config = EngineConfig(
         str(root / "model"),
         device="cpu",
@@ -58,14 +57,5 @@ def test_every_kind_in_one_batch_gives_the_tokens_of_peft(bench) -> None:  # noq
     parts = build_parts(config)
     runner = MixedRunner(parts.runner, parts.model_info.max_model_len)
     engine = Engine(config, parts=replace(parts, runner=runner))
-    for name in cases:
-        if name:
-            engine.load_adapter(name, root / name)
-    params = SamplingParams(max_tokens=NUM_TOKENS, temperature=0, ignore_eos=True)
-    requests = [
-        Request(prompt, {name: 1.0} if name else {}, params) for name, (prompt, _) in cases.items()
-    ]
-    for done, (name, (_, wanted)) in zip(engine.generate(requests), cases.items(), strict=True):
-        assert done.error is None, (name, done.error)
-        assert_same_tokens(done.token_ids, wanted, name)
+    assert_tokens_of_peft(engine, bench)
     engine.close()
