@@ -15,7 +15,7 @@ import psutil
 
 from openlora.errors import SetupError
 from openlora.local import free_port
-from openlora.local.process import die_with_parent
+from openlora.local.process import die_with_parent, end_child
 
 READY_TIMEOUT_S = 300.0
 STOP_TIMEOUT_S = 60.0
@@ -83,9 +83,4 @@ def running_system(directory: Path, model: str | None, device: str) -> Iterator[
             time.sleep(0.2)
         yield RunningSystem(f"http://127.0.0.1:{port}", psutil.Process(child.pid))
     finally:
-        child.terminate()
-        try:
-            child.wait(STOP_TIMEOUT_S)
-        except subprocess.TimeoutExpired:
-            child.kill()
-            child.wait()
+        end_child(child, STOP_TIMEOUT_S)

@@ -16,7 +16,7 @@ import psutil
 
 from openlora.errors import SetupError
 from openlora.local import ServerProcess, embedded_broker, embedded_redis, free_port
-from openlora.local.process import die_with_parent
+from openlora.local.process import die_with_parent, end_child
 
 READY_TIMEOUT_S = 60.0
 STOP_TIMEOUT_S = 15.0
@@ -109,12 +109,7 @@ def _child(arguments: list[str]) -> Iterator[subprocess.Popen[bytes]]:
     try:
         yield child
     finally:
-        child.terminate()
-        try:
-            child.wait(STOP_TIMEOUT_S)
-        except subprocess.TimeoutExpired:
-            child.kill()
-            child.wait()
+        end_child(child, STOP_TIMEOUT_S)
 
 
 def _status(port: int, path: str) -> int | None:

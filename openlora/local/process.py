@@ -119,15 +119,10 @@ class ServerProcess:
         if child is None or child.poll() is not None:
             return
         if grace_s > 0:
-            child.terminate()
-            try:
-                child.wait(grace_s)
-            except subprocess.TimeoutExpired:
-                pass
-            else:
-                return
-        child.kill()
-        child.wait()
+            end_child(child, grace_s)
+        else:
+            child.kill()
+            child.wait()
 
     def kill(self) -> None:
         """SIGKILL now: what a crash looks like to everybody else."""
@@ -176,6 +171,16 @@ class ServerProcess:
             log.seek(max(0, log.tell() - _OUTPUT_TAIL_BYTES))
             text = log.read().decode("utf-8", "replace").strip()
         return text or f"it printed nothing ({self.log_path})"
+
+
+def end_child(child: subprocess.Popen[bytes], grace_s: float) -> None:
+    """SIGTERM, then SIGKILL after ``grace_s``; returns with the child gone."""
+    child.terminate()
+    try:
+        child.wait(grace_s)
+    except subprocess.TimeoutExpired:
+        child.kill()
+        child.wait()
 
 
 def die_with_parent() -> Callable[[], None] | None:
