@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import itertools
-import os
 import random
 import time
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from statistics import median
 
+from openlora.bench.measure import make_requests
 from openlora.engine import Engine, Request
 
 POPULARITIES = ("distinct", "uniform", "zipf", "identical")
@@ -21,7 +20,7 @@ POPULARITIES = ("distinct", "uniform", "zipf", "identical")
 class Outcome:
     """What the requests of one case saw.
 
-    ``placed``, ``read``: loads into pages, and from files.
+    ``placed``, ``read``, ``fetched``: loads into pages, into host memory, and from the store.
     """
 
     out_tok_s: float
@@ -29,6 +28,7 @@ class Outcome:
     distinct_a_step: float
     placed: int
     read: int
+    fetched: int = 0
 
     def ttft_ms(self, share: float) -> float:
         """The time to the first token that ``share`` of the requests do not exceed."""
@@ -44,14 +44,22 @@ def together(outcomes: Sequence[Outcome]) -> Outcome:
         sum(outcome.distinct_a_step for outcome in outcomes) / len(outcomes),
         round(sum(outcome.placed for outcome in outcomes) / len(outcomes)),
         round(sum(outcome.read for outcome in outcomes) / len(outcomes)),
+        round(sum(outcome.fetched for outcome in outcomes) / len(outcomes)),
     )
 
 
-def link_adapter(source: Path, directory: Path) -> None:
-    """An adapter that takes no room on disk, and is another one all the same."""
-    directory.mkdir(parents=True)
-    for file in source.iterdir():
-        os.link(file, directory / file.name)
+Plan = list[dict[tuple[int, str], list[int]]]
+"""For each round, the adapters drawn for each case of (number of adapters, popularity)."""
+
+
+def plan_of(
+    cases: Sequence[tuple[int, str]], rounds: int, requests: int, seed: int, apart: int
+) -> Plan:
+    """What is drawn, each round by a seed of its own. Pure."""
+    return [
+        {case: draw(case[1], case[0], requests, seed + number, apart) for case in cases}
+        for number in range(rounds)
+    ]
 
 
 def draw(popularity: str, count: int, requests: int, seed: int, apart: int = 0) -> list[int]:
@@ -86,6 +94,26 @@ def staggered(requests: Sequence[Request], seed: int) -> list[Request]:
     return found
 
 
+def warm_up(engine: Engine, seats: int, prompt: int, adapters: Sequence[str]) -> None:
+    """Steps of every size, without adapters, with one, and with many: kernels are compiled and
+    graphs captured in them."""
+    for names in ([], adapters[:1], list(adapters)):
+        requests = make_requests(
+            seats,
+            names,
+            prompt_tokens=prompt,
+            output_tokens=1,
+            vocab_size=engine.model_info.vocab_size,
+            seed=0,
+        )
+        # One ends in each step.
+        requests = [
+            replace(request, params=replace(request.params, max_tokens=number))
+            for number, request in enumerate(requests, 2)
+        ]
+        measure(engine, requests, seats)
+
+
 def measure(engine: Engine, requests: Sequence[Request], concurrency: int) -> Outcome:
     """Keep ``concurrency`` requests under way until all have ended.
 
@@ -118,11 +146,11 @@ def measure(engine: Engine, requests: Sequence[Request], concurrency: int) -> Ou
             if output.finish_reason is not None:
                 del added_at[output.request_id]
     seconds = time.perf_counter() - started
-    placed, read = (now - then for now, then in zip(_loads(engine), before, strict=True))
-    return Outcome(tokens / seconds, tuple(ttft_s), distinct / max(1, steps), placed, read)
+    loads = [now - then for now, then in zip(_loads(engine), before, strict=True)]
+    return Outcome(tokens / seconds, tuple(ttft_s), distinct / max(1, steps), *loads)
 
 
-def _loads(engine: Engine) -> tuple[int, int]:
-    """Loads into pages and from files so far."""
+def _loads(engine: Engine) -> list[int]:
+    """Loads into each tier so far."""
     loads = {tier.tier: tier.loads for tier in engine.stats().tiers}
-    return loads["device"], loads.get("host", 0)
+    return [loads.get(tier, 0) for tier in ("device", "host", "disk")]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -54,17 +54,32 @@ def write_adapter(
     Thread-safe, and without torch's own threads: many are written at a time.
     """
     generator = np.random.default_rng(seed)
-    tensors = {}
-    for layer in range(config.num_layers):
-        for module, (inputs, outputs) in linear_shapes(config).items():
-            if module.rsplit(".", 1)[-1] not in targets:
-                continue
-            prefix = f"base_model.model.model.layers.{layer}.{module}"
-            for name, shape in (("lora_A", (rank, inputs)), ("lora_B", (outputs, rank))):
-                tensors[f"{prefix}.{name}.weight"] = _noise(generator, shape, dtype)
+    tensors = {
+        name: noise(generator, shape, dtype)
+        for name, shape in adapter_tensors(config, rank, targets)
+    }
     directory.mkdir(parents=True)
     save_file(tensors, directory / "adapter_model.safetensors")
-    settings = {
+    settings = json.dumps(peft_settings(rank, targets))
+    (directory / "adapter_config.json").write_text(settings, encoding="utf-8")
+    return directory
+
+
+def adapter_tensors(
+    config: ModelConfig, rank: int, targets: Sequence[str] = ALL_TARGETS
+) -> Iterator[tuple[str, tuple[int, int]]]:
+    """Name and shape of each tensor of an adapter's file."""
+    for layer in range(config.num_layers):
+        for module, (inputs, outputs) in linear_shapes(config).items():
+            if module.rsplit(".", 1)[-1] in targets:
+                prefix = f"base_model.model.model.layers.{layer}.{module}"
+                yield f"{prefix}.lora_A.weight", (rank, inputs)
+                yield f"{prefix}.lora_B.weight", (outputs, rank)
+
+
+def peft_settings(rank: int, targets: Sequence[str] = ALL_TARGETS) -> dict[str, object]:
+    """The adapter_config.json of an adapter with α = ``rank``."""
+    return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "r": rank,
@@ -73,13 +88,12 @@ def write_adapter(
         "bias": "none",
         "target_modules": sorted(targets),
     }
-    (directory / "adapter_config.json").write_text(json.dumps(settings), encoding="utf-8")
-    return directory
 
 
-def _noise(
+def noise(
     generator: np.random.Generator, shape: tuple[int, int], dtype: torch.dtype
 ) -> torch.Tensor:
+    """Small normal values."""
     values = generator.standard_normal(shape, np.float32) * np.float32(_SCALE)
     if dtype == torch.bfloat16:
         # The upper halves of the fp32 bits: noise need not be rounded.

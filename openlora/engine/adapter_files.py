@@ -8,6 +8,7 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 
+from openlora.adapters.adapter_source import Source
 from openlora.adapters.disk_cache import DiskCache
 from openlora.adapters.merge_cache import is_made, materialize, parts_of
 from openlora.adapters.tier_stats import TierStats
@@ -93,16 +94,19 @@ class AdapterFiles:
         return [part for part in parts_of(path) if cache.owns(part)]
 
 
-def disk_cache(config: EngineConfig) -> DiskCache | None:
-    """The cache that the settings name; None: all paths are local.
+def disk_cache(config: EngineConfig, source: Source | None = None) -> DiskCache | None:
+    """The cache that the settings name, of ``source`` or their store; None: all paths are local.
 
     Raises:
         SetupError: the store's package is not installed.
     """
-    if config.adapter_store is None or config.adapter_disk_dir is None:
+    if config.adapter_disk_dir is None or (config.adapter_store is None and source is None):
         return None
-    # Not at the top: a plain directory needs no remote store's packages.
-    from openlora.adapters.remote_store import RemoteStore
-
     root = Path(config.adapter_disk_dir)
-    return DiskCache(root, RemoteStore(config.adapter_store, root), config.adapter_disk_bytes)
+    if source is None:
+        # Not at the top: a plain directory needs no remote store's packages.
+        from openlora.adapters.remote_store import RemoteStore
+
+        assert config.adapter_store is not None
+        source = RemoteStore(config.adapter_store, root)
+    return DiskCache(root, source, config.adapter_disk_bytes)

@@ -16,6 +16,7 @@ from collections.abc import Callable, Collection
 from collections.abc import Sequence as Items
 from pathlib import Path
 
+from openlora.adapters.adapter_source import Source
 from openlora.engine.adapter_files import AdapterFiles, disk_cache
 from openlora.engine.adapter_manager import AdapterManager
 from openlora.engine.adapter_names import AdapterNames
@@ -45,6 +46,7 @@ class Engine:
     Args:
         config: its settings.
         parts: what executes the steps; built from ``config`` where it is not given.
+        adapter_source: what fills ``adapter_disk_dir`` instead of ``adapter_store``.
         progress: called with (bytes loaded, bytes in all) while weights are read.
 
     Raises:
@@ -56,6 +58,7 @@ class Engine:
         config: EngineConfig,
         *,
         parts: EngineParts | None = None,
+        adapter_source: Source | None = None,
         progress: Callable[[int, int], None] | None = None,
     ) -> None:
         self.config = config
@@ -69,7 +72,7 @@ class Engine:
             root=f"{config.model} {self.model_info.dtype}",
             enable_prefix_caching=config.enable_prefix_caching,
         )
-        self._files = AdapterFiles(disk_cache(config), parts.is_in_memory)
+        self._files = AdapterFiles(disk_cache(config, adapter_source), parts.is_in_memory)
         self._host_stats = parts.host_stats
         self._adapters = AdapterManager(
             parts.pool,

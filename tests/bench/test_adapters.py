@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import subprocess
+import sys
 from collections import Counter
 
 import pytest
@@ -25,7 +27,7 @@ def test_a_row_for_each_case(tmp_path, capsys):
     small = ("--requests", "6", "--concurrency", "2", "--prompt", "5", "--output", "3")
     where = ("--model", str(tmp_path / "model"), "--out", str(tmp_path / "rows"))
     what = ("--adapters", "9,2", "--popularity", "zipf,distinct", "--rank", "4,mixed")
-    assert run(*where, *what, *small, "--room", "2", "--contents", "3", "--rounds", "2") == 0
+    assert run(*where, *what, *small, "--room", "2", "--rounds", "2") == 0
     rows = [json.loads(line) for line in (tmp_path / "rows").read_text().splitlines()]
     assert [(row["rank"], row["adapters"], row["popularity"]) for row in rows] == [
         (rank, count, popularity)
@@ -41,6 +43,52 @@ def test_a_row_for_each_case(tmp_path, capsys):
         assert 0 < row["distinct_a_step"] <= 2
         assert row["placed"] >= (1 if row["adapters"] == 9 else 0)
     assert [row["distinct"] for row in rows if row["popularity"] == "distinct"] == [2, 6, 2, 6]
+
+
+def test_adapters_that_fit_neither_memory_nor_disk(tmp_path, capsys):
+    make_tiny_model(tmp_path / "model")
+    small = ("--requests", "12", "--concurrency", "3", "--seats", "2", "--prompt", "5")
+    where = ("--model", str(tmp_path / "model"), "--out", str(tmp_path / "rows"))
+    what = ("--adapters", "12", "--popularity", "distinct", "--rank", "96", "--output", "3")
+    assert run(*where, *what, *small, "--room", "2", "--host-mib", "1", "--disk-mib", "1") == 0
+    (row,) = [json.loads(line) for line in (tmp_path / "rows").read_text().splitlines()]
+    assert row["distinct"] == 12
+    assert row["fetched"] >= 6
+
+
+def test_no_case_begins_behind_the_limit(tmp_path, capsys):
+    make_tiny_model(tmp_path / "model")
+    where = ("--model", str(tmp_path / "model"), "--out", str(tmp_path / "rows"))
+    assert run(*where, "--adapters", "1,2", "--rank", "4", "--limit-s", "0") == 0
+    assert not (tmp_path / "rows").exists()
+    assert capsys.readouterr().err.count("left out in round 0") == 2
+
+
+ON_A_BARE_MACHINE = """
+import sys
+
+class Blocker:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in {blocked!r}:
+            raise ModuleNotFoundError(f"{{name}} is blocked", name=name)
+
+sys.meta_path.insert(0, Blocker())
+from openlora.bench.__main__ import main
+sys.argv[1:] = {words!r}
+sys.exit(main())
+"""
+
+
+def test_it_runs_with_the_engine_s_packages_alone(tmp_path):
+    make_tiny_model(tmp_path / "model")
+    small = ("--requests", "4", "--concurrency", "2", "--prompt", "5", "--output", "3")
+    words = ("adapters", "--model", str(tmp_path / "model"), "--rank", "4", *small)
+    services = {"msgspec", "redis", "kafka", "celery", "starlette", "uvicorn", "websockets"}
+    others = {"fsspec", "aiohttp", "peft", "httpx", "rich", "psutil", "prometheus_client"}
+    code = ON_A_BARE_MACHINE.format(blocked=services | others, words=[*words, "--adapters", "2"])
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["adapters"] == 2
 
 
 def test_popularities():
