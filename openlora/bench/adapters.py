@@ -32,13 +32,11 @@ import argparse
 import sys
 import tempfile
 import time
-from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
-from openlora.adapters.disk_cache import DiskCache
 from openlora.adapters.lora_set import PAGE_RANK
 from openlora.bench.adapter_traffic import (
     POPULARITIES,
@@ -52,7 +50,7 @@ from openlora.bench.adapter_traffic import (
 )
 from openlora.bench.decode_compare import model_directory
 from openlora.bench.measure import RowWriter, about_machine, make_requests
-from openlora.bench.synthetic_adapters import SyntheticAdapters
+from openlora.bench.synthetic_adapters import SyntheticAdapters, on_disk
 from openlora.engine import Engine, EngineConfig, Request
 from openlora.engine.build import choose_device
 from openlora.errors import SetupError
@@ -141,7 +139,8 @@ def _outcomes(
     until_s = None if limit_s is None else time.monotonic() + limit_s
     config = DUMMY_CONFIGS[args.shape] if model is None else read_config(model)
     source = SyntheticAdapters(config, ranks, args.seed, _dtype(args, config))
-    paths = _prepare(args, folder, source, plan)
+    drawn = [number for by_case in plan for numbers in by_case.values() for number in numbers]
+    paths = on_disk(folder, source, drawn, args.disk_mib << 20)
     engine = _engine(args, model, folder, source, ranks)
     for number in range(max(count for count, _ in plan[0])):
         # What nobody draws has no content: it is a name among the others.
@@ -150,35 +149,16 @@ def _outcomes(
     warm_up(engine, args.seats, args.prompt, names)
     outcomes: dict[tuple[int, str], list[Outcome]] = {case: [] for case in plan[0]}
     for number, drawn_by_case in enumerate(plan):
-        for case, drawn in drawn_by_case.items():
+        for case, numbers in drawn_by_case.items():
             if until_s is not None and time.monotonic() > until_s:
                 print(f"{case} left out in round {number}: --limit-s is over", file=sys.stderr)
                 continue
-            requests = _requests(args, engine, drawn, args.seed + number)
+            requests = _requests(args, engine, numbers, args.seed + number)
             outcome = measure(engine, requests, args.concurrency)
             outcomes[case].append(outcome)
             print(f"round {number} {case}: {outcome.out_tok_s:.1f} tok/s", file=sys.stderr)
     engine.close()
     return outcomes
-
-
-def _prepare(
-    args: argparse.Namespace, folder: Path, source: SyntheticAdapters, plan: Plan
-) -> dict[int, Path]:
-    """Paths of the adapters that are drawn, by number; the disk is filled with those drawn most."""
-    drawn: Counter[int] = Counter()
-    for drawn_by_case in plan:
-        for numbers in drawn_by_case.values():
-            drawn.update(numbers)
-    hashes = source.content_hashes(drawn)
-    cache = DiskCache(folder, source, args.disk_mib << 20)
-    left = args.disk_mib << 20
-    for number, _ in drawn.most_common():
-        left -= source.size_bytes(number)
-        if left < 0:
-            break
-        cache.ensure(cache.path(hashes[number]))
-    return {number: cache.path(content) for number, content in hashes.items()}
 
 
 def _write_rows(

@@ -7,9 +7,12 @@ copied. So thousands can be served that fit neither memory nor disk.
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import threading
+from bisect import bisect_right
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -19,6 +22,7 @@ import torch
 
 from openlora.adapters.adapter_config import CONFIG_FILE
 from openlora.adapters.adapter_source import Cancelled
+from openlora.adapters.disk_cache import DiskCache
 from openlora.adapters.peft_files import WEIGHTS_FILE
 from openlora.adapters.peft_format import ContentHash
 from openlora.bench.random_adapters import adapter_tensors, noise, peft_settings
@@ -112,6 +116,22 @@ class SyntheticAdapters:
             yield chunk
             data_bytes -= len(chunk)
             start = 0
+
+
+def on_disk(
+    root: Path, source: SyntheticAdapters, drawn: Iterable[int], max_bytes: int
+) -> dict[int, Path]:
+    """Where a ``DiskCache`` has each of these adapters; those drawn most are there already."""
+    times = Counter(drawn)
+    hashes = source.content_hashes(times)
+    cache = DiskCache(root, source, max_bytes)
+    paths = {number: cache.path(content) for number, content in hashes.items()}
+    most_drawn = [number for number, _ in times.most_common()]
+    sizes = list(itertools.accumulate(map(source.size_bytes, most_drawn)))
+    fitting = most_drawn[: bisect_right(sizes, max_bytes)]
+    with ThreadPoolExecutor(os.cpu_count()) as threads:
+        list(threads.map(lambda number: cache.ensure(paths[number]), fitting))
+    return paths
 
 
 def _header(config: ModelConfig, rank: int, dtype: torch.dtype) -> tuple[bytes, int]:

@@ -14,7 +14,7 @@ from openlora.adapters.disk_cache import DiskCache
 from openlora.adapters.loader import load_adapter
 from openlora.adapters.peft_format import inspect_adapter
 from openlora.bench.random_adapters import adapter_bytes, write_adapter
-from openlora.bench.synthetic_adapters import SyntheticAdapters
+from openlora.bench.synthetic_adapters import SyntheticAdapters, on_disk
 from openlora.errors import AdapterFailed
 from openlora.models.config import read_config
 from openlora.models.dummy import DUMMY_CONFIGS
@@ -73,6 +73,12 @@ def test_a_disk_cache_takes_them_as_any_store_s(config, tmp_path):
         cache.ensure(cache.path(content))
     assert cache.stats().adapters == 2
     cache.ensure(cache.path(hashes[0]))
+
+
+def test_the_disk_begins_with_what_is_drawn_most(config, tmp_path):
+    source = SyntheticAdapters(config, (4,), 0, torch.float32)
+    paths = on_disk(tmp_path, source, [5, 1, 5, 1, 9, 5], int(2.5 * source.size_bytes(0)))
+    assert [path.is_dir() for path in (paths[1], paths[5], paths[9])] == [True, True, False]
 
 
 def test_what_was_not_asked_for_and_what_nobody_wants(config, tmp_path):
