@@ -234,7 +234,8 @@ def _targets(value: Any, field: str) -> re.Pattern[str] | tuple[str, ...]:
             return ALL_LINEAR
         return compile_pattern(value, field)
     if isinstance(value, Sequence) and all(isinstance(item, str) for item in value):
-        return tuple(value)
+        # PEFT writes a set, in another order each time.
+        return tuple(sorted(value))
     raise AdapterFailed(
         f"{CONFIG_FILE}: {field} is {str(value)[:100]}; "
         "it must be a list of module names or a pattern"

@@ -6,8 +6,10 @@ import re
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from openlora.adapters.extra_loader import BaseWeight, ExtraLoader
@@ -81,8 +83,7 @@ def load_adapter(
             directory named by a content hash holds other content.
     """
     layout = read_layout(directory)
-    shapes = site_shapes(model)
-    check_modules(layout, shapes, model)
+    shapes = _checked(layout, model)
     # Extras may keep what was read; pages never do.
     tensors = FileTensors(directory, layout, reuse_memory=not layout.extras)
     # Fills and casts of small tensors: inference mode keeps them free of autograd's records.
@@ -96,6 +97,14 @@ def load_adapter(
         )
         loaded = None if extras is None else extras.load()
     return LoadedAdapter(describe(layout, tensors.hash), sites, loaded)
+
+
+@lru_cache(maxsize=32)
+def _checked(layout: AdapterLayout, model: ModelShape) -> tuple[SiteShape, ...]:
+    """The sites, of a layout that ``check_modules`` passes."""
+    shapes = site_shapes(model)
+    check_modules(layout, shapes, model)
+    return shapes
 
 
 def _new_memory(num_bytes: int) -> torch.Tensor:
@@ -169,10 +178,9 @@ class FileTensors:
             part = part.clone()
         return part.view(dtype).view(entry.shape)
 
-    def address(self, name: str) -> tuple[int, str]:
-        """Where a tensor begins in memory, of any alignment, and its type; without a view of it."""
-        entry = self._entries[name]
-        return self._files[entry.file].data_ptr() + entry.start, entry.dtype
+    def addresses(self) -> np.ndarray:
+        """uint64 [files]: where each file of the layout begins in memory, of any alignment."""
+        return np.array([data.data_ptr() for data in self._files.values()], np.uint64)
 
 
 def check_modules(layout: AdapterLayout, shapes: Sequence[SiteShape], model: ModelShape) -> None:

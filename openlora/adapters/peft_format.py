@@ -9,8 +9,10 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
+from types import MappingProxyType
 
 from openlora.adapters.adapter_config import CONFIG_FILE, AdapterConfig, read_adapter_config
 from openlora.adapters.extra_format import (
@@ -25,7 +27,7 @@ from openlora.adapters.peft_files import (
     tokenizer_files,
     weight_files,
 )
-from openlora.adapters.safetensors_header import TensorEntry, read_header
+from openlora.adapters.safetensors_header import Header, TensorEntry, read_header
 from openlora.errors import AdapterFailed
 
 DTYPES = ("F32", "F16", "BF16")
@@ -81,9 +83,12 @@ class AdapterInfo:
     tensors: Mapping[str, tuple[str, tuple[int, ...]]]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class AdapterLayout:
     """The parsed description of a directory: what the loader works from.
+
+    Directories alike in configuration, headers and sizes share one object while it is remembered,
+    which stands for all that follows from it.
 
     Attributes:
         config: adapter_config.json.
@@ -138,17 +143,28 @@ def read_layout(directory: Path) -> AdapterLayout:
         raise AdapterFailed(f"{directory} is no directory; name a PEFT adapter's directory")
     config = read_adapter_config(inside(directory, CONFIG_FILE))
     weights, extra = weight_files(directory)
+    headers = tuple(read_header(inside(directory, name)) for name in weights)
+    files = _sizes(directory, (CONFIG_FILE, *weights, *extra))
+    layout = _layout(config, headers, files)
+    if has_tables(layout.extras) and (tokenizer := tokenizer_files(directory)):
+        files = _sizes(directory, (*(name for name, _ in files), *tokenizer))
+        return replace(layout, files=files)
+    return layout
+
+
+# The headers are equal only where they are the same object, so that a miss costs no comparison.
+@lru_cache(maxsize=32)
+def _layout(
+    config: AdapterConfig, headers: tuple[Header, ...], files: tuple[tuple[str, int], ...]
+) -> AdapterLayout:
     tensors: dict[str, TensorEntry] = {}
-    for name in weights:
-        for tensor, entry in read_header(inside(directory, name)).items():
+    for header in headers:
+        for tensor, entry in header.tensors.items():
             if tensor in tensors:
                 raise AdapterFailed(f"tensor {tensor[:200]} is in two files")
             tensors[tensor] = entry
-    files = _sizes(directory, (CONFIG_FILE, *weights, *extra))
     modules, extras = _contents(config, tensors)
-    if has_tables(extras) and (tokenizer := tokenizer_files(directory)):
-        files = _sizes(directory, (*(name for name, _ in files), *tokenizer))
-    return AdapterLayout(config, files, tensors, modules, extras)
+    return AdapterLayout(config, files, MappingProxyType(tensors), modules, extras)
 
 
 def _sizes(directory: Path, names: Iterable[str]) -> tuple[tuple[str, int], ...]:

@@ -109,7 +109,7 @@ def copy_files(opened: Open, directory: Path) -> None:
 def _copy_tokenizer(opened: Open, directory: Path, weights: Sequence[str]) -> None:
     """Those of an adapter that may have tokens of its own belong to it."""
     try:
-        names = [name for file in weights for name in read_header(directory / file)]
+        names = [name for file in weights for name in read_header(directory / file).tensors]
     except AdapterFailed:
         return  # what is wrong with the weights is for whoever reads them to say
     if has_tables(extra for name in names if (extra := parse_extra(name)) is not None):

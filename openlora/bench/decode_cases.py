@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import os
 import random
 from collections.abc import Iterable
@@ -170,6 +171,9 @@ def _started(args: argparse.Namespace, rows: RowWriter) -> Engine:
     if engine.model_info.device.startswith("cuda"):
         torch.cuda.synchronize()
     rows.write({"case": "start", "model": args.shape, "ready_s": process_age_s()})
+    # As the worker's engine process does: what is there now need not be looked through again.
+    gc.collect()
+    gc.freeze()
     return engine
 
 

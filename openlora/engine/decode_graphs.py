@@ -115,6 +115,7 @@ class DecodeGraphs:
         self._plan_uploads = PinnedRing(self._plan.numel())
         self._uploaded_plan: SGMVPlan | None = None
         self._memory = torch.cuda.graph_pool_handle()
+        self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self._graphs: dict[tuple[int, LoRAKind], _Graph] = {}
 
     @property
@@ -170,9 +171,17 @@ class DecodeGraphs:
         self._forward(bucket, ops, scratch)
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
-        # Other threads load adapters meanwhile; what they allocate is no part of the capture.
-        with torch.cuda.graph(graph, pool=self._memory, capture_error_mode="thread_local"):
-            logits, token_ids = self._forward(bucket, ops, scratch)
+        # Not by torch.cuda.graph, which first gives all cached memory back to the driver: in the
+        # middle of serving that took most of a second, and the next prefill takes it all again.
+        self._stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._stream):
+            # Other threads load adapters meanwhile; what they allocate is no part of the capture.
+            graph.capture_begin(pool=self._memory, capture_error_mode="thread_local")
+            try:
+                logits, token_ids = self._forward(bucket, ops, scratch)
+            finally:
+                graph.capture_end()
+        torch.cuda.current_stream().wait_stream(self._stream)
         return _Graph(graph, ops, scratch, logits, token_ids)
 
     def _forward(

@@ -21,7 +21,7 @@ from openlora.engine.cuda_ops import (
     decode_tiles,
     scratch_elements,
 )
-from openlora.engine.decode_graphs import PAGES_PER_ROW, USUAL_PAGES_PER_ROW
+from openlora.engine.decode_graphs import PAGES_PER_ROW, USUAL_PAGES_PER_ROW, buckets
 from openlora.engine.kv_cache import KVCache
 from openlora.engine.mixed_steps import MixedSteps
 from openlora.engine.sgmv_plan import PlanLayout
@@ -55,8 +55,7 @@ def check_kernels(
 ) -> int:
     """Compile and load what an engine on the current CUDA device will launch.
 
-    What Triton's cache on disk holds is only loaded. Variants for some batch sizes in between are
-    compiled when they are first needed; they differ in constants alone.
+    What Triton's cache on disk holds is only loaded.
 
     Returns:
         How many kernels these are.
@@ -149,13 +148,14 @@ def compile_kernels(
     )
 
     def walk() -> None:
-        # Padded as graphs are: few rows and all of them are cut otherwise.
-        for rows in {1, max_num_seqs}:
-            steps.decode(rows, None)
+        # All sizes that graphs are captured in: kernels of few rows are cut otherwise, and one that
+        # is compiled when it is first needed stops all streams for as long as that takes.
+        kinds = (None, False, True) if lora else (None,)
+        for rows in buckets(max_num_seqs):
+            for rows_share in kinds:
+                steps.decode(rows, rows_share)
         steps.mixed((1, block_size + 1), LoRASet.EMPTY)
         if lora:
-            for share in (False, True):
-                steps.decode(max_num_seqs, share)
             steps.mixed((1, block_size + 1), LoRASet((((0, 1.0),),) * len(SITES), "any"))
 
     with torch.inference_mode():

@@ -49,12 +49,12 @@ def test_the_tensor_is_named(tmp_path, where):
     tensors["t1"][where] = float("nan")
     save_file(tensors, tmp_path / "x")
     with pytest.raises(AdapterFailed, match=r"tensor t1 holds values that are not finite"):
-        check_finite(tmp_path / "x", read_header(tmp_path / "x"))
+        check_finite(tmp_path / "x", read_header(tmp_path / "x").tensors)
 
 
 def test_a_file_that_lost_its_end(tmp_path):
     save_file({"t": torch.ones(100)}, tmp_path / "x")
-    entries = read_header(tmp_path / "x")
+    entries = read_header(tmp_path / "x").tensors
     (tmp_path / "x").write_bytes((tmp_path / "x").read_bytes()[:-4])
     with pytest.raises(AdapterFailed, match="cut short"):
         check_finite(tmp_path / "x", entries)

@@ -31,7 +31,7 @@ def test_reads_what_safetensors_writes(tmp_path):
     raw = save(tensors, metadata={"format": "pt"})
     path.write_bytes(raw)
     size = len(raw)
-    assert read_header(path) == {
+    assert read_header(path).tensors == {
         "a": TensorEntry("F32", (2, 3), path.name, size - 34, size - 10),
         "b": TensorEntry("BF16", (5,), path.name, size - 10, size),
     }
@@ -81,3 +81,21 @@ def test_any_bytes_give_tensors_or_adapter_failed(tmp_path_factory, content):
     path.write_bytes(len(content).to_bytes(8, "little") + content)
     with contextlib.suppress(AdapterFailed):
         read_header(path)
+
+
+def test_equal_headers_are_parsed_once_and_others_apart(tmp_path):
+    one, other = (
+        {"a": torch.zeros(2, 3)},
+        {"a": torch.zeros(3, 2)},
+    )
+    for name, tensors in (("p", one), ("q", one), ("r", other)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "x").write_bytes(save(tensors))
+    first = read_header(tmp_path / "p/x")
+    assert read_header(tmp_path / "q/x") is first
+    assert read_header(tmp_path / "r/x").tensors["a"].shape == (3, 2)
+    # The same header over fewer bytes is still a lie.
+    cut = (tmp_path / "q/x").read_bytes()[:-4]
+    (tmp_path / "q/x").write_bytes(cut)
+    with pytest.raises(AdapterFailed, match="its header describes"):
+        read_header(tmp_path / "q/x")

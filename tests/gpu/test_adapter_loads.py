@@ -38,6 +38,7 @@ def test_adapters_take_turns_in_few_pages(tiny, prompts, host_bytes) -> None:  #
 
 
 def test_host_memory_is_pinned() -> None:
-    part = HostMemory(1 << 20, pin=True).empty(1 << 10)
+    memory = HostMemory(1 << 20, pin=True)  # pinned for as long as it lives
+    part = memory.empty(1 << 10)
     assert part is not None
     assert part.is_pinned()

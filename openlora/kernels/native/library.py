@@ -11,6 +11,7 @@ from enum import IntEnum
 from functools import cache
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from openlora.kernels.native import build
@@ -153,14 +154,17 @@ class NativeKernels:
         address = ctypes.addressof(ops) + first * ctypes.sizeof(Op)
         self._run(address, end - first, ctypes.addressof(step), torch.get_num_threads())
 
-    def fill_pages(self, fills: Sequence[PageFill]) -> bool:
+    def fill_pages(self, fills: np.ndarray) -> bool:
         """Fill zeroed pages, on this thread alone and without the interpreter's lock.
+
+        Args:
+            fills: ``PageFill`` [fills], contiguous.
 
         Returns:
             Whether all that was written is finite.
         """
-        array = (PageFill * len(fills))(*fills)
-        return self._library.ol_fill_pages(array, ctypes.c_int64(len(fills))) < 0
+        address, count = ctypes.c_void_p(fills.ctypes.data), ctypes.c_int64(len(fills))
+        return self._library.ol_fill_pages(address, count) < 0
 
     def pack(self, weight: torch.Tensor, arena: Arena) -> torch.Tensor:
         """``weight`` [out, in], fp32 or bf16, as the LINEAR operation reads it; opaque bytes."""
