@@ -10,20 +10,22 @@ from __future__ import annotations
 import logging
 from collections import deque
 
+from workers.let_go import LOSABLE_S, LetGo
 from workers.run import Run
 from workers.token_sink import TokenSink, Verdict
-
-LOSABLE_S = 3.0
-"""How much of what it acknowledged Redis may lose, with ``appendfsync everysec`` and some room."""
 
 logger = logging.getLogger("workers.ended_runs")
 
 
 class EndedRuns:
-    """In the order in which they ended; used by the loop's thread alone."""
+    """In the order in which they ended; used by the loop's thread alone.
 
-    def __init__(self, sink: TokenSink) -> None:
+    ``let_go``: takes the jobs that turn out to be open, and another's.
+    """
+
+    def __init__(self, sink: TokenSink, let_go: LetGo) -> None:
         self._sink = sink
+        self._let_go = let_go
         self._runs: deque[tuple[float, Run]] = deque()
 
     def add(self, run: Run, now: float) -> None:
@@ -40,7 +42,10 @@ class EndedRuns:
         while self._runs and self._runs[0][0] <= now:
             runs.append(self._runs.popleft()[1])
         for run, verdict in self._sink.append(runs):
+            if verdict is Verdict.ENDED:
+                continue
             if verdict is Verdict.ANEW:
                 # Its log holds another text, which is not whole, and the run is over here.
                 logger.warning("event=end_lost job=%s next=left_to_sweeper", run.job.job_id)
-                self._sink.disown(run)
+                self._sink.disown([run.job.job_id])
+            self._let_go.add(run.job.job_id, now)

@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import itertools
 import logging
-import os
-import selectors
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
@@ -27,10 +25,12 @@ from workers.dead_letters import condemned, unrunnable
 from workers.deadlines import Deadlines
 from workers.ended_runs import EndedRuns
 from workers.engine_client import EngineClient
+from workers.let_go import LetGo
 from workers.messages import Load, StepOutputs
 from workers.offsets import Position
 from workers.run import Run, failure_of, now_ms
 from workers.token_sink import TokenSink, Verdict
+from workers.waiting import Waiting
 from workers.ward import Ward
 
 ADMIT_AT_ONCE = 16
@@ -61,19 +61,14 @@ class WorkerLoop:
         self._bulk: BulkLane | None = None
         self._runs: dict[int, Run] = {}
         self._by_job: dict[str, Run] = {}
-        self._ended = EndedRuns(sink)
+        self._let_go = LetGo(sink)
+        self._ended = EndedRuns(sink, self._let_go)
         self._deadlines = Deadlines()
         self._inbox: deque[Fetched] = deque()
         self._retired: deque[list[str]] = deque()
         self._tickets = itertools.count()
         self._probe_due = 0.0
-        self._wake_read, self._wake_write = os.pipe()
-        os.set_blocking(self._wake_read, False)
-        os.set_blocking(self._wake_write, False)
-        self._selector = selectors.DefaultSelector()
-        self._selector.register(engine.sock, selectors.EVENT_READ)
-        self._selector.register(self._wake_read, selectors.EVENT_READ)
-        self._watches_write = False
+        self._waiting = Waiting(engine)
         self._ward = Ward(
             engine,
             next_ticket=self.next_ticket,
@@ -140,10 +135,7 @@ class WorkerLoop:
 
     def wake(self) -> None:
         """End the current wait for events. Thread-safe."""
-        try:
-            os.write(self._wake_write, b"\0")
-        except BlockingIOError:
-            return  # a wake-up is waiting already
+        self._waiting.wake()
 
     def drop_inbox(self) -> None:
         """Leave messages that were not admitted yet to the next owner: their offsets stay open."""
@@ -163,7 +155,7 @@ class WorkerLoop:
         is_free = not self._ward.has_suspects
         has_lines = is_free and bulk is not None and bulk.could_admit(self.open_runs)
         due_s = min(timeout_s, PROBE_INTERVAL_S, self._deadlines.next_in_s(now_ms()))
-        self._wait(0.0 if self._inbox or has_lines else due_s)
+        self._waiting.wait(0.0 if self._inbox or has_lines else due_s)
         steps = self._engine.receive()
         if steps:
             self._emit(steps)
@@ -182,16 +174,6 @@ class WorkerLoop:
             job_ids = self._retired.popleft()
             self._sink.patiently(lambda job_ids=job_ids: self._retire_jobs(job_ids))  # type: ignore[misc]
         self._engine.flush()
-
-    def _wait(self, timeout_s: float) -> None:
-        wants_write = self._engine.wants_write
-        if wants_write != self._watches_write:
-            self._watches_write = wants_write
-            events = selectors.EVENT_READ | (selectors.EVENT_WRITE if wants_write else 0)
-            self._selector.modify(self._engine.sock, events)
-        for key, _ in self._selector.select(timeout_s):
-            if key.fd == self._wake_read:
-                os.read(self._wake_read, 4096)
 
     def _emit(self, steps: Sequence[StepOutputs]) -> None:
         # A large step goes out in parts, so that Redis and gateway work on the first while the
@@ -245,8 +227,11 @@ class WorkerLoop:
 
     def _forget(self, run: Run, *, ended: bool) -> None:
         self._leave(run)
+        now = time.monotonic()
         if ended:
-            self._ended.add(run, time.monotonic())
+            self._ended.add(run, now)
+        else:
+            self._let_go.add(run.job.job_id, now)
         positions = run.positions
         failure = unrunnable(run.end) if ended else None
         if failure is not None:
@@ -292,9 +277,8 @@ class WorkerLoop:
         if silent:
             self._append(silent)
         self._ended.turn(now)
+        self._let_go.turn(now, self._by_job)
 
     def close(self) -> None:
         """Free what the loop itself holds."""
-        self._selector.close()
-        os.close(self._wake_read)
-        os.close(self._wake_write)
+        self._waiting.close()

@@ -15,7 +15,7 @@ from enum import Enum, auto
 from typing import TypeVar
 
 from openlora.errors import Overloaded
-from openlora.joblog import ASK, AppendResult, Claim, JobLog
+from openlora.joblog import ASK, AppendResult, Claim, JobLog, Newest
 from workers.run import Run
 
 T = TypeVar("T")
@@ -27,8 +27,6 @@ ASK_INTERVAL_S = 0.5
 
 LENIENT_S = 3.0
 """How long nothing is cancelled after Redis was away: leases ran out that gateways now renew."""
-NOBODY = "nobody"
-"""In place of a worker's ID."""
 
 logger = logging.getLogger("workers.token_sink")
 
@@ -124,9 +122,12 @@ class TokenSink:
         """Whether the log says so, and not because Redis was away a moment ago."""
         return answer.cancelled and time.monotonic() >= self._lenient_until
 
-    def disown(self, run: Run) -> None:
-        """Claim the job for nobody: the sweeper finds it and publishes it again."""
-        self.patiently(lambda: self._job_log.claim([run.job.job_id], NOBODY))
+    def disown(self, job_ids: Sequence[str]) -> list[Newest]:
+        """Claim for nobody what is this worker's of the jobs: the sweeper publishes it again.
+
+        Returns each job's newest claim. Raises Stopped as ``append`` does.
+        """
+        return self.patiently(lambda: self._job_log.disown(job_ids, self._worker_id))
 
     def _judge(self, run: Run, result: AppendResult) -> Verdict | None:
         """The verdict on one run; None where its chunk must go again."""

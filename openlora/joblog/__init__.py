@@ -5,7 +5,7 @@
 """
 
 from openlora.joblog.append import ASK, AppendResult
-from openlora.joblog.claim import Claim
+from openlora.joblog.claim import NOBODY, Claim, Newest
 from openlora.joblog.clients import async_redis_client, reach_redis, redis_client
 from openlora.joblog.core import JobView, OpenJob
 from openlora.joblog.events import EventStream
@@ -14,12 +14,14 @@ from openlora.joblog.log_async import AsyncJobLog
 
 __all__ = [
     "ASK",
+    "NOBODY",
     "AppendResult",
     "AsyncJobLog",
     "Claim",
     "EventStream",
     "JobLog",
     "JobView",
+    "Newest",
     "OpenJob",
     "async_redis_client",
     "reach_redis",

@@ -1,4 +1,4 @@
-"""CLAIM, RECREATE, RESTORE: whose a job is. All of them run on the job's delivery shard.
+"""CLAIM, RECREATE, RESTORE, DISOWN: whose a job is. All of them run on the job's delivery shard.
 
 An epoch is the time of its claim in Unix ms by Redis's clock, or one more than the epoch before it,
 whichever is larger. So no two claims have the same, even where Redis came back without its last
@@ -21,6 +21,10 @@ RESTORE    KEYS job, open            ARGV as RECREATE, then the epoch
            Puts a claim that Redis lost back, and the job with it where that is lost too. What is
            in the log is for the caller to compare with what it has.
            → as CLAIM | {"fenced", epoch} where the job has an epoch above it
+DISOWN     KEYS job                  ARGV worker ID, "nobody"
+           Where the newest claim of an open job is the worker's, claims it for nobody, so that the
+           sweeper finds it and publishes it again. → {newest epoch, 1 disowned | 0}; the epoch is 0
+           where there is no such job
 """
 
 from __future__ import annotations
@@ -35,6 +39,8 @@ from openlora.protocol import codec, names
 from openlora.protocol.events import Chunk
 from openlora.protocol.jobs import Job
 
+NOBODY = "nobody"
+"""In place of a worker's ID."""
 RECREATED_LEASE_MS = 30_000
 """Lease of a log that was lost and opened anew: time for the job's gateway to renew it."""
 
@@ -88,6 +94,14 @@ end
 CLAIM = Script(_TAKE + "return take(KEYS[1], ARGV[1])")
 RECREATE = Script(_TAKE_OR_OPEN + "return take_or_open(KEYS[1], KEYS[2])")
 RESTORE = Script(_TAKE_OR_OPEN + "return take_or_open(KEYS[1], KEYS[2], tonumber(ARGV[6]))")
+DISOWN = Script(
+    _TAKE
+    + """
+local f = redis.call('HMGET', KEYS[1], 'state', 'epoch', 'claimed_by')
+if f[1] ~= 'open' or f[3] ~= ARGV[1] then return {tonumber(f[2] or 0), 0} end
+return {take(KEYS[1], ARGV[2])[2], 1}
+"""
+)
 
 
 class Claim(msgspec.Struct, frozen=True):
@@ -103,6 +117,13 @@ class Claim(msgspec.Struct, frozen=True):
     before: int = 0
 
 
+class Newest(msgspec.Struct, frozen=True):
+    """A job's newest claim, 0 where there is no such job; ``disowned``: it was ours until now."""
+
+    epoch: int
+    disowned: bool
+
+
 def claim_call(job_id: str, worker_id: str) -> Call:
     """Take a job; ``decode_claim`` reads the reply."""
     return Call(CLAIM, [names.job_key(job_id)], [worker_id])
@@ -116,6 +137,16 @@ def recreate_call(job: Job, worker_id: str) -> Call:
 def restore_call(job: Job, epoch: int, worker_id: str) -> Call:
     """Put a lost claim back; ``decode_claim`` reads the reply."""
     return Call(RESTORE, _keys(job), [*_facts(job, worker_id), epoch])
+
+
+def disown_call(job_id: str, worker_id: str) -> Call:
+    """Leave a job to nobody, if it is the worker's; ``decode_newest`` reads the reply."""
+    return Call(DISOWN, [names.job_key(job_id)], [worker_id, NOBODY])
+
+
+def decode_newest(reply: Sequence[int]) -> Newest:
+    """The reply of DISOWN."""
+    return Newest(reply[0], reply[1] == 1)
 
 
 def _keys(job: Job) -> list[str]:

@@ -11,8 +11,11 @@ from openlora.joblog import core
 from openlora.joblog.append import AppendResult, append_calls, decode_append
 from openlora.joblog.claim import (
     Claim,
+    Newest,
     claim_call,
     decode_claim,
+    decode_newest,
+    disown_call,
     recreate_call,
     restore_call,
 )
@@ -57,6 +60,11 @@ class JobLog:
         the caller logged, or what a worker fenced by the lost claim appended since.
         """
         return decode_claim(self._run([restore_call(job, epoch, worker_id)])[0])
+
+    def disown(self, job_ids: Sequence[str], worker_id: str) -> list[Newest]:
+        """Claim for nobody those jobs whose newest claim is the worker's; → their newest claims."""
+        replies = self._run([disown_call(job_id, worker_id) for job_id in job_ids])
+        return [decode_newest(reply) for reply in replies]
 
     def append(self, chunks: Sequence[Chunk]) -> list[AppendResult]:
         """Log and publish, one atomic call per delivery shard, all sent together.

@@ -25,7 +25,7 @@ PUBLISHED  KEYS job                  ARGV topic:partition:offset
            Nothing happens to a job that is gone. → 1 | 0
 DISCARD    KEYS job, cancels, open   ARGV job ID, seconds to keep the tombstone
            The job will not run: claims say "ended", appends "gone", reads find nothing. → 1
-CLAIM, RECREATE, RESTORE   see claim.py
+CLAIM, RECREATE, RESTORE, DISOWN   see claim.py
 APPEND     see append.py
 RETIRE     KEYS job                  ARGV seconds
            Shortens the life of an ended job. → 1 | 0

@@ -35,7 +35,7 @@ class LogModel:
     epoch: int | None = 0
     base: int = 0
     ended: bool = False
-    by: int | None = None
+    by: int | str | None = None
     chunks: tuple[Chunk, ...] = ()
 
     @property
@@ -46,7 +46,7 @@ class LogModel:
     def length(self) -> int:
         return sum(chunk.count for chunk in self.chunks)
 
-    def claim(self, now: int, by: int | None = None) -> tuple[LogModel, str]:
+    def claim(self, now: int, by: int | str | None = None) -> tuple[LogModel, str]:
         """→ what the worker hears: claimed, ended, missing. ``now``: Redis's clock."""
         if self.epoch is None:
             return self, "missing"
@@ -55,13 +55,13 @@ class LogModel:
         epoch = max(self.epoch + 1, now)
         return replace(self, epoch=epoch, base=self.length, by=by), "claimed"
 
-    def recreate(self, now: int, by: int | None = None) -> tuple[LogModel, str]:
+    def recreate(self, now: int, by: int | str | None = None) -> tuple[LogModel, str]:
         """A claim, of a log that is opened where there is none."""
         if self.epoch is None:
             return LogModel(epoch=now, by=by), "claimed"
         return self.claim(now, by)
 
-    def restore(self, epoch: int, by: int | None = None) -> tuple[LogModel, str]:
+    def restore(self, epoch: int, by: int | str | None = None) -> tuple[LogModel, str]:
         """A claim that was lost is put back: claimed, ended, fenced."""
         if self.epoch is None:
             return LogModel(epoch=epoch, by=by), "claimed"
@@ -70,6 +70,13 @@ class LogModel:
         if self.epoch >= epoch:
             return self, "claimed" if self.epoch == epoch else "fenced"
         return replace(self, epoch=epoch, base=self.length, by=by), "claimed"
+
+    def disown(self, now: int, by: int | str) -> tuple[LogModel, int | None]:
+        """Claimed for nobody where ``by`` has it → the newest claim; None where there is no job."""
+        if self.epoch is None or self.ended or self.by != by:
+            return self, self.epoch
+        log, _ = self.claim(now)
+        return log, log.epoch
 
     def append(self, chunk: Chunk) -> tuple[LogModel, str]:
         """→ taken, fenced, unclaimed, gone, gap."""

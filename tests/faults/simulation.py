@@ -29,7 +29,8 @@ LOST = LogModel(epoch=None)
 class Worker:
     """``epoch`` None: it does not have the job, or only its message (``holds_message``). ``text``:
     the tokens it knows; ``logged`` of them it knows to be in the log. ``said_all``: it heard that
-    its end is in the log, and will say it again."""
+    its end is in the log, and will say it again. ``watched``: it let the job go, and looks whose it
+    is until a claim that it has seen is one that Redis keeps (0: it has not looked yet)."""
 
     epoch: int | None = None
     text: Text = ()
@@ -37,6 +38,7 @@ class Worker:
     restarted: bool = False
     said_all: bool = False
     holds_message: bool = False
+    watched: int | None = None
 
 
 @dataclass(frozen=True)
@@ -96,9 +98,11 @@ def has_it(worker: Worker) -> bool:
 
 
 def worker_steps(state: State, number: int, worker: Worker) -> Iterator[tuple[str, State]]:
-    if state.crashes and has_it(worker):
+    if state.crashes and (has_it(worker) or worker.watched is not None):
         yield f"worker {number} crashes", crash(state, number)
     if worker.epoch is None:
+        if worker.watched is not None:
+            yield f"worker {number} looks whose the job is", look(state, number, worker)
         if state.claims and (worker.holds_message or is_found(state, number)):
             yield from claim(replace(state, claims=state.claims - 1), number)
         return
@@ -140,7 +144,8 @@ def claim(state: State, number: int) -> Iterator[tuple[str, State]]:
         taken = Worker(log.epoch, log.text, log.length, restarted)
         yield f"worker {number} claims", put(state, number, taken)
     else:
-        yield f"worker {number} skips", let_go(state, number)
+        skipped = replace(state.workers[number], holds_message=False)
+        yield f"worker {number} skips", put(committed(state, number), number, skipped)
 
 
 def append(state: State, number: int, worker: Worker) -> Iterator[tuple[str, State]]:
@@ -192,13 +197,27 @@ def say_end_again(state: State, number: int, worker: Worker) -> Iterator[tuple[s
     after = answered(replace(state, log=log), number, worker, answer)
     then = after.workers[number]
     if then.holds_message:  # it has no message any more
-        log, _ = after.log.claim(after.clock + 1)
-        after = put(replace(after, log=log, clock=after.clock + 1), number, Worker())
+        log, _ = after.log.disown(after.clock + 1, number)
+        after = put(replace(after, log=log, clock=after.clock + 1), number, Worker(watched=0))
     yield f"worker {number} says its end again: {answer}", after
 
 
+def look(state: State, number: int, worker: Worker) -> State:
+    """As ``LetGo.turn``. A claim that was there at the last look is one that Redis keeps."""
+    log, seen = state.log.disown(state.clock + 1, number)
+    if log != state.log:
+        state = replace(state, log=log, clock=state.clock + 1)
+    elif seen is None or (seen == worker.watched and is_kept(state, seen)):
+        return put(state, number, replace(worker, watched=None))
+    return put(state, number, replace(worker, watched=seen))
+
+
+def is_kept(state: State, epoch: int) -> bool:
+    return not state.lapses or (state.kept.epoch is not None and state.kept.epoch >= epoch)
+
+
 def let_go(state: State, number: int) -> State:
-    return put(committed(state, number), number, Worker())
+    return put(committed(state, number), number, Worker(watched=0))
 
 
 def committed(state: State, number: int) -> State:

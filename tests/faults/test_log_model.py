@@ -29,6 +29,7 @@ steps = st.one_of(
     st.tuples(st.just("claim")),
     st.tuples(st.just("recreate")),
     st.tuples(st.just("restore"), st.integers(0, 4)),
+    st.tuples(st.just("disown"), st.booleans()),
     st.tuples(st.just("lose")),
 )
 
@@ -64,18 +65,26 @@ def test_model_and_scripts_answer_alike(redis_url, sequence):
             if step[0] == "claim":
                 claim = log.claim([job.job_id], "w")[0]
                 assert claim.status != "claimed" or claim.epoch not in epochs
-                model, said = model.claim(claim.epoch)
+                model, said = model.claim(claim.epoch, "w")
                 check(claim, said)
             elif step[0] == "recreate":
                 claim = log.recreate(job, "w")
                 assert claim.status != "claimed" or claim.epoch not in epochs
-                model, said = model.recreate(claim.epoch)
+                model, said = model.recreate(claim.epoch, "w")
                 check(claim, said)
             elif step[0] == "restore":
                 epoch = epochs[step[1] % len(epochs)]
                 claim = log.restore(job, epoch, "w")
-                model, said = model.restore(epoch)
+                model, said = model.restore(epoch, "w")
                 check(claim, said)
+            elif step[0] == "disown":
+                by = "w" if step[1] else "v"
+                newest = log.disown([job.job_id], by)[0]
+                assert not newest.disowned or newest.epoch not in epochs
+                after, said = model.disown(newest.epoch, by)
+                assert (newest.epoch, newest.disowned) == (said or 0, after != model)
+                model = after
+                epochs += [newest.epoch] * newest.disowned
             elif step[0] == "lose":
                 model = LogModel(epoch=None)
                 wait_for_clock(client, max(epochs))

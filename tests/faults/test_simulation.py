@@ -60,7 +60,12 @@ def can_end(graph: dict[State, list[State]]) -> set[State]:
     return good
 
 
-SMALL = [(2, 2, 1, 0, 0), (2, 2, 0, 0, 1)]
+def stuck(graph: dict[State, list[State]]) -> set[State]:
+    """States from which no future answers the client, though somebody may still claim."""
+    return {state for state in graph.keys() - can_end(graph) if state.claims}
+
+
+SMALL = [(2, 2, 1, 0, 0), (2, 2, 0, 0, 1), (1, 3, 1, 0, 1)]
 LARGE = [
     *((2, 3, 2, 0, 0), (2, 3, 1, 1, 0), (2, 3, 0, 0, 2), (2, 3, 1, 0, 1), (2, 2, 0, 1, 1)),
     (3, 2, 0, 0, 1),
@@ -78,9 +83,8 @@ def test_no_order_of_events_shows_a_client_anything_but_its_answer(
     monkeypatch.setattr(simulation, "TOKENS", tokens)
     graph = visit(State(claims=claims, crashes=crashes, losses=losses, lapses=lapses))
     assert len(graph) > 1000
-    # While somebody may still claim, some future answers the client.
-    stuck = {state for state in graph.keys() - can_end(graph) if state.claims}
-    assert not stuck, next(iter(stuck))
+    left = stuck(graph)
+    assert not left, next(iter(left))
 
 
 def test_a_log_without_fences_would_be_found_out(monkeypatch):
@@ -108,6 +112,13 @@ def test_counted_epochs_would_be_found_out(monkeypatch):
     monkeypatch.setattr(LogModel, "claim", counted)
     with pytest.raises(AssertionError):
         visit(State(claims=3, crashes=0, lapses=1))
+
+
+def test_a_worker_that_trusts_any_claim_it_sees_would_be_found_out(monkeypatch):
+    """It let a job go for a claim that Redis loses, and whose worker dies."""
+    monkeypatch.setattr(simulation, "TOKENS", 1)
+    monkeypatch.setattr(simulation, "is_kept", lambda state, epoch: True)
+    assert stuck(visit(State(claims=3, crashes=1, lapses=1)))
 
 
 def test_a_gateway_that_trusts_any_log_would_be_found_out(monkeypatch):

@@ -9,15 +9,16 @@ import pytest
 from tokenizers import Tokenizer, models
 
 from openlora.errors import Overloaded
-from openlora.joblog import JobLog, core, redis_client
+from openlora.joblog import NOBODY, JobLog, core, redis_client
 from openlora.protocol.codec import decode_chunk
 from openlora.protocol.events import Chunk, Token
 from openlora.protocol.names import job_key, log_key
 from tests.workers.running import a_job
-from workers.ended_runs import LOSABLE_S, EndedRuns
+from workers.ended_runs import EndedRuns
+from workers.let_go import LOSABLE_S, LetGo
 from workers.offsets import Position
 from workers.run import Run
-from workers.token_sink import ASK_INTERVAL_S, LENIENT_S, NOBODY, Stopped, TokenSink, Verdict
+from workers.token_sink import ASK_INTERVAL_S, LENIENT_S, Stopped, TokenSink, Verdict
 
 pytestmark = pytest.mark.services
 
@@ -198,7 +199,7 @@ def an_ended_run(bench):
     bench.sink.append([run])
     run.finish("length")
     assert bench.sink.append([run]) == [(run, Verdict.ENDED)]
-    ended = EndedRuns(bench.sink)
+    ended = EndedRuns(bench.sink, LetGo(bench.sink))
     ended.add(run, 0.0)
     return run, ended
 
