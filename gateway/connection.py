@@ -127,8 +127,8 @@ class Connection:
                     self._outbox.put(frame)
                 case Submit(request_id, _):
                     self._spawn(request_id, self._submit(action))
-                case Resume(request_id, job_id, after):
-                    self._spawn(request_id, self._resume(request_id, job_id, after))
+                case Resume(request_id, job_id, after, epoch):
+                    self._spawn(request_id, self._resume(request_id, job_id, after, epoch))
                 case Cancel(request_id, job_id):
                     self._spawn(request_id, self._cancel(request_id, job_id))
 
@@ -168,9 +168,9 @@ class Connection:
             self._drop(request_id)
             await self._resume(request_id, job_id, -1)
 
-    async def _resume(self, request_id: str, job_id: str, after: int) -> None:
+    async def _resume(self, request_id: str, job_id: str, after: int, epoch: int = 0) -> None:
         # subscribed before the log is read: nothing can fall between the two
-        follower = await self._follow(request_id, job_id, after + 1)
+        follower = await self._follow(request_id, job_id, after + 1, epoch)
         follower.begin_read()
         view = await self._log.read(job_id)
         while view is None and self._relay.logs_may_return and not self._outbox.closed:
@@ -178,7 +178,8 @@ class Connection:
             view = await self._log.read(job_id)
         if view is None or view.job.tenant != self._tenant:
             raise JobNotFound(f"job {job_id!r} is not known; it never was, or its log has expired")
-        is_beyond = _is_beyond(view, after)
+        # who knows the epoch is told by the log what became of its tokens
+        is_beyond = not epoch and _is_beyond(view, after)
         if is_beyond and not self._relay.logs_may_return:
             raise InvalidRequest(
                 f"after is {after}, but the job has no token of that index; send the index of the "
@@ -209,9 +210,9 @@ class Connection:
             if self._outbox.closed or self._session.live.get(request_id) != job_id:
                 return
 
-    async def _follow(self, request_id: str, job_id: str, index: int) -> Follower:
+    async def _follow(self, request_id: str, job_id: str, index: int, epoch: int = 0) -> Follower:
         follower = Follower(
-            TokenStream(request_id, job_id, index),
+            TokenStream(request_id, job_id, index, epoch),
             self._outbox,
             self._metrics,
             partial(self._finish, request_id),

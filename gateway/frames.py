@@ -35,11 +35,16 @@ class CancelFrame(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="
 
 
 class ResumeFrame(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="resume"):
-    """Go on with a job's stream behind token ``after`` (-1: from the first)."""
+    """Go on with a job's stream behind token ``after`` (-1: from the first).
+
+    ``epoch``: the claim by which that token was made, as its frame or one before it said; 0 where
+    the client does not know.
+    """
 
     request_id: str
     job_id: str
     after: int = -1
+    epoch: int = 0
 
 
 ClientFrame = Generate | CancelFrame | ResumeFrame
@@ -160,6 +165,11 @@ def token_frame(prefix: str, index: int, token: Token) -> str:
         f'{prefix}{index},"token_id":{token.token_id},'
         f'"text":{encode_basestring(token.text)},{rest[1:]}'
     )
+
+
+def with_epoch(frame: str, epoch: int) -> str:
+    """A token's frame that also names the claim by which it and those behind it were made."""
+    return f'{frame[:-1]},"epoch":{epoch}}}'
 
 
 def restarted_frame(request_id: str, job_id: str) -> str:

@@ -41,11 +41,12 @@ class Submit:
 
 @dataclass(frozen=True, slots=True)
 class Resume:
-    """Stream an existing job behind token ``after``."""
+    """Stream an existing job behind token ``after``, made by the claim ``epoch`` (0: unknown)."""
 
     request_id: str
     job_id: str
     after: int
+    epoch: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,8 +149,13 @@ class Session:
             raise InvalidRequest(
                 f"after is {frame.after}; send the index of the last token received, -1 for none"
             )
+        if not 0 <= frame.epoch < 1 << 53:
+            raise InvalidRequest(
+                f"epoch is {frame.epoch}; send the epoch that the newest token frame with one had, "
+                "or leave it out"
+            )
         self.live[frame.request_id] = None
-        return Resume(frame.request_id, frame.job_id, frame.after)
+        return Resume(frame.request_id, frame.job_id, frame.after, frame.epoch)
 
     def _cancel(self, frame: CancelFrame) -> list[Action]:
         request_id = frame.request_id

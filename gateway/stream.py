@@ -7,7 +7,7 @@ repeat, and a chunk behind it means that the log has to be read.
 
 from __future__ import annotations
 
-from gateway.frames import end_frame, restarted_frame, token_frame, token_prefix
+from gateway.frames import end_frame, restarted_frame, token_frame, token_prefix, with_epoch
 from openlora.protocol.events import Chunk, End
 
 
@@ -21,15 +21,26 @@ class TokenStream:
         end: how the job ended; set once the last frame has been made.
     """
 
-    __slots__ = ("_prefix", "end", "epoch", "job_id", "next_index", "request_id", "token_epoch")
+    __slots__ = (
+        "_prefix",
+        "_told_epoch",
+        "end",
+        "epoch",
+        "job_id",
+        "next_index",
+        "request_id",
+        "token_epoch",
+    )
 
-    def __init__(self, request_id: str, job_id: str, next_index: int = 0) -> None:
+    def __init__(
+        self, request_id: str, job_id: str, next_index: int = 0, token_epoch: int = 0
+    ) -> None:
         self.request_id = request_id
         self.job_id = job_id
         self.next_index = next_index
-        self.epoch = 0
-        self.token_epoch = 0
+        self.epoch = self.token_epoch = token_epoch if next_index else 0
         self.end: End | None = None
+        self._told_epoch = 0
         self._prefix = token_prefix(request_id, job_id)
 
     def feed(self, chunk: Chunk, frames: list[str]) -> bool:
@@ -90,10 +101,15 @@ class TokenStream:
         if tokens:
             self.token_epoch = chunk.epoch
         prefix = self._prefix
+        first = len(frames)
         for token in tokens:
             frames.append(token_frame(prefix, index, token))
             index += 1
         self.next_index = index
+        if tokens and chunk.epoch != self._told_epoch:
+            # With it a resume is safe, whatever Redis and its worker lost meanwhile.
+            self._told_epoch = chunk.epoch
+            frames[first] = with_epoch(frames[first], chunk.epoch)
         if chunk.end is not None and self.end is None:
             self.end = chunk.end
             frames.append(end_frame(self.request_id, self.job_id, chunk.end))
@@ -102,7 +118,7 @@ class TokenStream:
         """From index 0 again: what the client has seen is not what the log holds."""
         if self.next_index > 0:
             frames.append(restarted_frame(self.request_id, self.job_id))
-            self.next_index = self.token_epoch = 0
+            self.next_index = self.token_epoch = self._told_epoch = 0
 
 
 def _epoch_at(index: int, chunks: tuple[Chunk, ...]) -> int | None:

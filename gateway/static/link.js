@@ -81,6 +81,7 @@ export class Link {
       body: { ...body, idempotency_key: randomId() },
       jobId: null,
       after: -1,
+      epoch: 0,
       cancelled: false,
       handler,
     };
@@ -89,7 +90,15 @@ export class Link {
   }
 
   resume(jobId, handler) {
-    const stream = { requestId: randomId(), body: null, jobId, after: -1, cancelled: false, handler };
+    const stream = {
+      requestId: randomId(),
+      body: null,
+      jobId,
+      after: -1,
+      epoch: 0,
+      cancelled: false,
+      handler,
+    };
     this.start(stream);
     return stream;
   }
@@ -107,7 +116,13 @@ export class Link {
   opening(stream) {
     const request_id = stream.requestId;
     if (stream.jobId === null) return { type: "generate", request_id, ...stream.body };
-    return { type: "resume", request_id, job_id: stream.jobId, after: stream.after };
+    return {
+      type: "resume",
+      request_id,
+      job_id: stream.jobId,
+      after: stream.after,
+      epoch: stream.epoch,
+    };
   }
 
   resumeAll() {
@@ -132,8 +147,10 @@ export class Link {
       return;
     }
     if (frame.type === "accepted") stream.jobId = frame.job_id;
-    else if (frame.type === "token") stream.after = frame.index;
-    else if (frame.type === "restarted") stream.after = -1;
+    else if (frame.type === "token") {
+      stream.after = frame.index;
+      stream.epoch = frame.epoch ?? stream.epoch;
+    } else if (frame.type === "restarted") stream.after = -1;
     else this.streams.delete(frame.request_id);
     stream.handler[frame.type]?.(frame);
   }

@@ -56,6 +56,7 @@ class Stream:
     """One request of one client, over all its connections.
 
     Attributes:
+        epoch: the claim that made the newest token, for a resume; 0 before the first.
         times: monotonic time of ``accepted`` and of each token.
         restarts: ``restarted`` notices; each empties ``token_ids`` and ``text``.
         refused_at: when it was told to try again later.
@@ -64,6 +65,7 @@ class Stream:
     ask: Ask
     expected: Answer | None
     job_id: str | None = None
+    epoch: int = 0
     token_ids: list[int] = field(default_factory=list)
     text: str = ""
     times: list[float] = field(default_factory=list)
@@ -112,6 +114,7 @@ class Stream:
         ):
             self._mishap(now, "changed", f"index {index} is {frame['token_id']}")
         self.times.append(now)
+        self.epoch = frame.get("epoch", self.epoch)
         self.token_ids.append(frame["token_id"])
         self.text += frame["text"]
 
@@ -244,6 +247,7 @@ class Clients:
             "request_id": request_id,
             "job_id": stream.job_id,
             "after": after,
+            "epoch": stream.epoch,
         }
 
 

@@ -57,6 +57,7 @@ class AnswerStream:
         self._connection: ClientConnection | None = None
         self._job_id: str | None = None
         self._last_index = -1
+        self._epoch = 0
         self._texts: list[str] = []
         self._cancelled = False
 
@@ -129,6 +130,7 @@ class AnswerStream:
             "request_id": _REQUEST_ID,
             "job_id": self._job_id,
             "after": self._last_index,
+            "epoch": self._epoch,
         }
 
     async def _send_cancel(self) -> None:
@@ -146,6 +148,7 @@ class AnswerStream:
                 self.on_restart()
             case "token":
                 self._last_index = frame["index"]
+                self._epoch = frame.get("epoch", self._epoch)
                 self._show(frame["text"])
             case "done":
                 self._show(frame["text"])

@@ -72,10 +72,14 @@ def test_an_answer_is_shown_as_it_comes():
 
 def test_a_lost_connection_resumes_behind_the_last_token():
     shown, answer, opening = run(
-        [[ACCEPTED, token(0, "a"), token(1, "b"), DROP], [ACCEPTED, token(2, "c"), DONE]]
+        [
+            [ACCEPTED, token(0, "a") | {"epoch": 7}, token(1, "b"), DROP],
+            [ACCEPTED, token(2, "c"), DONE],
+        ]
     )
     assert shown == answer.text == "abc!"
-    assert opening[1] == {"type": "resume", "request_id": "chat", "job_id": "j1", "after": 1}
+    asked = {"type": "resume", "request_id": "chat", "job_id": "j1", "after": 1, "epoch": 7}
+    assert opening[1] == asked
 
 
 def test_a_connection_lost_before_accepted_asks_again_with_the_same_key():

@@ -78,6 +78,7 @@ def steps(state: State) -> Iterator[tuple[str, State]]:
         return
     yield "owner changes", replace(state, owner=1 - state.owner)
     yield "client reads the log", replace(state, client=read(state.client, state.log))
+    yield "client resumes elsewhere", replace(state, client=resume(state.client, state.log))
     if state.losses:
         lost = replace(state, log=LOST, kept=LOST, losses=state.losses - 1)
         yield "Redis loses its data", lost
@@ -247,12 +248,32 @@ def hear(client: Client, chunk: Chunk) -> Client:
 
 
 def read(client: Client, log: LogModel) -> Client:
-    """As ``Relay.refill`` and ``Follower.catch_up``."""
+    """As ``Relay.refill``."""
     if log.epoch is None:
         return client
-    stream, frames = stream_of(client), []
+    stream = stream_of(client)
+    return catch_up(client, stream, log, whole=not stream.next_index or log.epoch != stream.epoch)
+
+
+def resume(client: Client, log: LogModel) -> Client:
+    """As ``Connection._resume``: a gateway that knows nothing but what the client tells it."""
+    if log.epoch is None:
+        return client
+    stream = TokenStream("r", JOB_ID, len(client.text), named_epoch(client))
+    return catch_up(client, stream, log, whole=True)
+
+
+def named_epoch(client: Client) -> int:
+    """The claim that made the client's last token, as frames name it."""
+    return client.text[-1] if client.text else 0
+
+
+def catch_up(client: Client, stream: TokenStream, log: LogModel, *, whole: bool) -> Client:
+    """As ``Follower.catch_up``."""
+    frames: list[str] = []
     chunks = tuple(map(wire, log.chunks))
-    if stream.next_index == 0 or log.epoch != stream.epoch:
+    if whole:
+        assert log.epoch is not None
         stream.meet_log(log.epoch, chunks, frames)
     for chunk in chunks:
         stream.feed_logged(chunk, frames)
@@ -260,9 +281,8 @@ def read(client: Client, log: LogModel) -> Client:
 
 
 def stream_of(client: Client) -> TokenStream:
-    stream = TokenStream("r", JOB_ID, len(client.text))
+    stream = TokenStream("r", JOB_ID, len(client.text), client.text[-1] if client.text else 0)
     stream.epoch = client.epoch
-    stream.token_epoch = client.text[-1] if client.text else 0
     if client.ended:
         stream.end = End("stop")
     return stream

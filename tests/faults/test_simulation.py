@@ -127,6 +127,13 @@ def test_a_gateway_that_trusts_any_log_would_be_found_out(monkeypatch):
         visit(State(claims=2, crashes=0, lapses=1))
 
 
+def test_a_client_that_names_no_claim_where_it_resumes_would_be_found_out(monkeypatch):
+    """Its gateway died, and Redis lost its last moments with the worker that had them."""
+    monkeypatch.setattr(simulation, "named_epoch", lambda client: 0)
+    with pytest.raises(AssertionError):
+        visit(State(claims=2, crashes=0, lapses=1))
+
+
 def test_a_gateway_that_takes_an_older_claims_tokens_behind_a_newers_would_be_found_out(
     monkeypatch,
 ):

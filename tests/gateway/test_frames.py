@@ -18,6 +18,7 @@ from gateway.frames import (
     error_frame,
     token_frame,
     token_prefix,
+    with_epoch,
 )
 from openlora.errors import Overloaded
 from openlora.protocol.events import Candidate, End, Failure, Token
@@ -32,6 +33,7 @@ def test_a_token_frame_is_the_json_of_its_fields(
 ) -> None:
     frame = token_frame(token_prefix(request_id, "ab"), index, Token(token_id, text))
     frame.encode()
+    assert json.loads(with_epoch(frame, index)) == json.loads(frame) | {"epoch": index}
     assert json.loads(frame) == {
         "type": "token",
         "request_id": request_id,

@@ -90,7 +90,9 @@ def test_a_cancel_that_crosses_done_is_no_error_but_one_of_nothing_is() -> None:
 def test_resume_asks_for_what_follows_the_last_token() -> None:
     session = Session()
     actions = session.receive_text(frame(type="resume", request_id="r", job_id=JOB_ID, after=17))
-    assert actions == [Resume("r", JOB_ID, 17)]
+    assert actions == [Resume("r", JOB_ID, 17, 0)]
+    asked = frame(type="resume", request_id="s", job_id=JOB_ID, after=17, epoch=5)
+    assert session.receive_text(asked) == [Resume("s", JOB_ID, 17, 5)]
 
 
 @pytest.mark.parametrize(
@@ -101,6 +103,8 @@ def test_resume_asks_for_what_follows_the_last_token() -> None:
         {"job_id": JOB_ID.upper(), "after": 0},
         {"job_id": JOB_ID, "after": -2},
         {"job_id": JOB_ID, "after": 1 << 60},
+        {"job_id": JOB_ID, "after": 0, "epoch": -1},
+        {"job_id": JOB_ID, "after": 0, "epoch": 1 << 60},
     ],
 )
 def test_a_resume_of_something_impossible_is_refused(wrong: dict[str, Any]) -> None:

@@ -181,6 +181,44 @@ def test_an_end_of_an_older_claim_is_looked_up_and_taken() -> None:
     assert told(frames) == "abcd<abxyz."
 
 
+def test_the_first_token_of_each_claim_names_it() -> None:
+    stream, frames = TokenStream("r", JOB_ID), list[str]()
+    stream.feed(chunk(0, "ab", epoch=3), frames)
+    stream.feed(chunk(2, "c", epoch=3), frames)
+    stream.feed_logged(chunk(3, "de", epoch=5), frames)
+    stream.restart(frames)
+    stream.feed(chunk(0, "x", epoch=5), frames)
+    epochs = [json.loads(frame).get("epoch") for frame in frames]
+    assert epochs == [3, None, None, 5, None, None, 5]
+
+
+@pytest.mark.parametrize(
+    ("log", "newest", "short"),
+    [
+        ((chunk(0, "abc", epoch=7),), 7, "c"),
+        ((chunk(0, "ab", epoch=7), chunk(2, "c", epoch=9)), 9, "c"),
+        ((chunk(0, "a", epoch=7), chunk(1, "xy", epoch=9)), 9, "<axy"),
+        ((chunk(0, "a", epoch=7),), 9, "<a"),
+        ((chunk(0, "xyz", epoch=3, end=True),), 3, "<xyz."),
+        ((chunk(0, "a", epoch=7),), 7, ""),
+        ((chunk(0, "xyz", epoch=3),), 3, ""),
+    ],
+    ids=[
+        *("same claim", "claimed since", "other text", "shorter", "older end"),
+        *("to be logged again", "older claim, may be put back"),
+    ],
+)
+def test_a_stream_resumed_by_its_claim_is_never_spliced(
+    log: tuple[Chunk, ...], newest: int, short: str
+) -> None:
+    """The client has "ab", whose last token is of claim 7."""
+    stream, frames = TokenStream("r", JOB_ID, 2, 7), list[str]()
+    stream.meet_log(newest, log, frames)
+    for logged in log:
+        stream.feed_logged(logged, frames)
+    assert told(frames) == short
+
+
 @st.composite
 def histories(draw: st.DrawFn) -> tuple[list[list[Chunk]], list[str]]:
     """The log after each append, and the text of each run; a run may lose its log."""

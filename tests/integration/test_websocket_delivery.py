@@ -136,6 +136,26 @@ def test_a_resume_beyond_the_log_is_refused(
         assert text_of(receive_all(socket, "s")) == " c"
 
 
+def test_a_resume_that_names_its_claim_is_told_where_the_log_holds_another_text(
+    gateway: RunningGateway, worker: ScriptedWorker
+) -> None:
+    with connect(gateway.ws_url) as socket:
+        generate(socket, "r", "a b c")
+        accepted, first, *_ = receive_all(socket, "r")
+        named = {"type": "resume", "job_id": accepted["job_id"], "after": 1}
+        send(socket, request_id="s", epoch=first["epoch"], **named)
+        assert text_of(receive_all(socket, "s")) == " c"
+        send(socket, request_id="t", epoch=first["epoch"] - 1, **named)
+        _, restarted, *rest = receive_all(socket, "t")
+        assert restarted["type"] == "restarted"
+        assert text_of(rest) == "a b c"
+        # it has seen more than Redis kept: no mistake of the client
+        send(socket, request_id="u", epoch=first["epoch"], **(named | {"after": 7}))
+        _, restarted, *rest = receive_all(socket, "u")
+        assert restarted["type"] == "restarted"
+        assert text_of(rest) == "a b c"
+
+
 def test_an_idempotency_key_runs_a_request_once(
     gateway: RunningGateway, worker: ScriptedWorker
 ) -> None:
