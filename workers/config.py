@@ -13,6 +13,7 @@ from openlora.adapters.stores import StoreLocation, adapter_cache, store_setting
 from openlora.engine.config import DISK_BYTES
 from openlora.errors import SetupError
 from openlora.joblog.core import RETIRED_TTL_S
+from openlora.joblog.crashes import QUARANTINE_TTL_S
 
 LEAST_KEEP_S = 30
 """A log that expires sooner would look lost to the worker that says its end again, and come back
@@ -28,9 +29,13 @@ ENVIRONMENT: dict[str, str] = {
     "OPENLORA_ADAPTER_CACHE_BYTES": "bytes that they may take (default 34359738368, 32 GiB)",
     "OPENLORA_DEVICE": "auto, cpu or cuda",
     "OPENLORA_DTYPE": "auto, float32, bfloat16 or float16",
+    "OPENLORA_ENGINE": "model (default); to measure without weights: dummy, the model with random "
+    "ones, or scripted:RATE / clock:RATE, which compute nothing",
     "OPENLORA_DRAIN_TIMEOUT_S": "seconds that running jobs get to end after SIGTERM (default 30)",
     "OPENLORA_KEEP_ENDED_S": "seconds that an ended job can be resumed, and Redis keeps its log "
     "(default 3600)",
+    "OPENLORA_QUARANTINE_S": "seconds that an adapter which ended engines is not served (default "
+    "2592000, 30 days)",
     "OPENLORA_LOG_LEVEL": "debug, info, warning or error (default warning)",
 }
 
@@ -51,12 +56,14 @@ class WorkerConfig:
             or a URL.
         adapter_cache: directory that keeps copies of a remote store's adapters, up to
             ``adapter_cache_bytes``.
-        engine: "model", or "scripted:RATE" / "clock:RATE" (steps per second) for benchmarks.
+        engine: "model"; for benchmarks "dummy" (random weights, only the configuration is read), or
+            "scripted:RATE" / "clock:RATE" (steps per second).
         worker_id: names this worker in claims and heartbeats.
         interactive_budget, batch_budget: jobs of each kind held at once, waiting ones included.
         drain_timeout_s: what running jobs get to end when the worker stops; then they are left
             to the next worker, which continues them with the next token.
         keep_ended_s: how long Redis keeps the log of a job that has ended.
+        quarantine_s: how long an adapter that ended engines is not served.
     """
 
     model: str
@@ -71,6 +78,7 @@ class WorkerConfig:
     batch_budget: int = 256
     drain_timeout_s: float = 30.0
     keep_ended_s: int = RETIRED_TTL_S
+    quarantine_s: int = QUARANTINE_TTL_S
     log_level: str = "warning"
     adapter_cache: Path = field(default_factory=lambda: adapter_cache({}))
     adapter_cache_bytes: int = DISK_BYTES
@@ -88,12 +96,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     flag("--store", "DIR", "OPENLORA_STORE")
     flag("--device", "D", "OPENLORA_DEVICE")
     flag("--dtype", "T", "OPENLORA_DTYPE")
-    parser.add_argument(
-        "--engine",
-        default="model",
-        metavar="E",
-        help="model (default), or scripted:RATE / clock:RATE, an engine that computes nothing",
-    )
+    flag("--engine", "E", "OPENLORA_ENGINE")
     parser.add_argument(
         "--worker-id",
         default="",
@@ -110,13 +113,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         )
     flag("--drain-timeout-s", "S", "OPENLORA_DRAIN_TIMEOUT_S")
     flag("--keep-ended-s", "S", "OPENLORA_KEEP_ENDED_S")
+    flag("--quarantine-s", "S", "OPENLORA_QUARANTINE_S")
     flag("--log-level", "L", "OPENLORA_LOG_LEVEL")
 
 
 def config_from(args: argparse.Namespace, environ: Mapping[str, str]) -> WorkerConfig:
     """The settings of ``args``, then ``environ``. Raises SetupError naming a bad value."""
     model = args.model or environ.get("OPENLORA_MODEL")
-    engine = _checked_engine(args.engine)
+    engine = _checked_engine(args.engine or environ.get("OPENLORA_ENGINE") or "model")
     if not model:
         raise SetupError("no model given; set --model or OPENLORA_MODEL")
     return WorkerConfig(
@@ -138,7 +142,16 @@ def config_from(args: argparse.Namespace, environ: Mapping[str, str]) -> WorkerC
             "drain-timeout-s", args.drain_timeout_s or environ.get("OPENLORA_DRAIN_TIMEOUT_S")
         ),
         keep_ended_s=_whole_seconds(
-            "keep-ended-s", args.keep_ended_s or environ.get("OPENLORA_KEEP_ENDED_S")
+            "keep-ended-s",
+            args.keep_ended_s or environ.get("OPENLORA_KEEP_ENDED_S"),
+            LEAST_KEEP_S,
+            RETIRED_TTL_S,
+        ),
+        quarantine_s=_whole_seconds(
+            "quarantine-s",
+            args.quarantine_s or environ.get("OPENLORA_QUARANTINE_S"),
+            1,
+            QUARANTINE_TTL_S,
         ),
         log_level=_one_of(
             "log-level",
@@ -179,12 +192,12 @@ def _seconds(name: str, value: str | None) -> float:
     return seconds
 
 
-def _whole_seconds(name: str, value: str | None) -> int:
+def _whole_seconds(name: str, value: str | None, least: int, default: int) -> int:
     if value is None:
-        return RETIRED_TTL_S
-    if not value.isascii() or not value.isdigit() or int(value) < LEAST_KEEP_S:
+        return default
+    if not value.isascii() or not value.isdigit() or int(value) < least:
         raise SetupError(
-            f"{name} is {value!r}; it must be a whole number of seconds, {LEAST_KEEP_S} or more"
+            f"{name} is {value!r}; it must be a whole number of seconds, {least} or more"
         )
     return int(value)
 
@@ -195,6 +208,9 @@ def _checked_engine(value: str) -> str:
         rate_ok = float(rate or 0) >= 0
     except ValueError:
         rate_ok = False
-    if kind not in ("model", "scripted", "clock") or not rate_ok or (kind == "model" and rate):
-        raise SetupError(f"engine is {value!r}; it must be model, scripted[:RATE] or clock[:RATE]")
+    is_known = kind in ("scripted", "clock") or value in ("model", "dummy")
+    if not (is_known and rate_ok):
+        raise SetupError(
+            f"engine is {value!r}; it must be model, dummy, scripted[:RATE] or clock[:RATE]"
+        )
     return value

@@ -85,6 +85,7 @@ def build_engine(
         adapter_store=setup.adapter_store,
         adapter_disk_dir=setup.adapter_disk_dir,
         adapter_disk_bytes=setup.adapter_disk_bytes,
+        load_format="dummy" if kind == "dummy" else "auto",
     )
     return Engine(config, progress=progress)
 

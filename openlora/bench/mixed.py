@@ -1,13 +1,20 @@
 """Batch and interactive work on one system: what each costs the other.
 
-Three runs on the same model and machine:
-  engine       the batch's lines on the bare engine, all known at once: the limit
-  batch        the same lines as a batch through a whole `openlora up`, nothing else to do, from
-               the upload of the file to the last result
+Measured in turns, --rounds times, on the same model and machine, each from a fresh start:
+  engine       a batch's lines on the bare engine, all known at once: the limit; then as many
+               requests as there are streams
+  system       a whole `openlora up`. batch: the same lines as a batch, nothing else to do, from the
+               upload of the file to the last result. streams: the same requests at once, by
+               websocket, from the first request to the last token received
+and, on the last system:
   interactive  requests one after the other, first on the empty system, then while a batch runs
 
-Goals: a batch alone reaches 95 % of the bare engine; with a batch running, the first token comes
-at most one engine step later than on the empty system at p50, and two at p99.
+Goals: batch and streams alone reach 95 % of the bare engine; with a batch running, the first token
+comes at most one engine step later than on the empty system at p50, and two at p99.
+
+examples:
+  openlora bench mixed --rounds 3                                the demo model
+  openlora bench mixed --shape 8b --device cuda --lines 2048 --tokens 128 --prompt 128
 """
 
 from __future__ import annotations
@@ -15,98 +22,56 @@ from __future__ import annotations
 import argparse
 import os
 import tempfile
-import time
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
-from rich.console import Console
-from rich.table import Table
 
-from openlora.bench.mixed_load import Client, Workload
-from openlora.bench.mixed_system import running_system, shares
+from openlora.bench.mixed_engine import BareRates, bare_rates
+from openlora.bench.mixed_load import Client, Interactive, Workload, run_streams
+from openlora.bench.mixed_report import MixedRow, median, print_table
+from openlora.bench.mixed_subject import Subject, demo_subject, given_subject, random_subject
+from openlora.bench.mixed_system import RunningSystem, running_system, shares
+from openlora.engine.build import choose_device
+from openlora.errors import SetupError
 
-GOAL_SHARE = 0.95
 CHAT_TOKENS = 8
 CHAT_PAUSE_S = 0.2
-
-
-class MixedRow(msgspec.Struct, frozen=True):
-    """One line of ``--out``. ``batch_cores``: what each process took during the batch alone."""
-
-    model: str
-    device: str
-    cores: int
-    lines: int
-    tokens: int
-    engine_tok_s: float
-    batch_tok_s: float
-    share_of_engine: float
-    first_empty_p50_ms: float
-    first_empty_p99_ms: float
-    first_batch_p50_ms: float
-    first_batch_p99_ms: float
-    step_ms: float
-    batch_cores: dict[str, float]
-    case: str = "mixed"
+_WARM_TOKENS = 8
+_STREAM_PROMPTS, _WARM_PROMPTS, _LONG_PROMPTS = 1_000_000, 2_000_000, 3_000_000
+"""First numbers of the loads' prompts."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The benchmark's flags."""
-    parser.add_argument("--model", metavar="M", help="model directory; default: the demo model")
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--model", metavar="M", help="model directory; default: the demo model")
+    what.add_argument(
+        "--shape", metavar="S", help="random weights: 8b, 1b or the config.json of a directory"
+    )
+    parser.add_argument(
+        "--adapters", type=int, default=64, metavar="N", help="random ones, of --shape (default 64)"
+    )
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
+    parser.add_argument("--rounds", type=int, default=1, help="of engine and system in turns")
     parser.add_argument("--lines", type=int, default=512, help="lines of the batch")
     parser.add_argument("--tokens", type=int, default=32, help="tokens for each of them")
+    parser.add_argument(
+        "--prompt", type=int, default=0, metavar="N", help="least characters of a prompt"
+    )
+    parser.add_argument("--streams", type=int, default=64, help="websockets at once; 0: none")
+    parser.add_argument("--stream-tokens", type=int, default=64, help="tokens for each of them")
     parser.add_argument("--requests", type=int, default=40, help="interactive requests of a run")
     parser.add_argument("--out", metavar="FILE", help="append the result as one JSON line")
 
 
 def run(args: argparse.Namespace) -> int:
     """Run all of it and print a table; returns the exit status."""
-    from openlora.commands.config import cache_dir, process_environment
-    from openlora.demo.adapters import demo_adapters
-    from openlora.demo.model import ensure_demo_model
-
-    dirs = [] if args.model else demo_adapters()
-    model = args.model or str(ensure_demo_model(cache_dir(process_environment())))
-    load = Workload(args.lines, args.tokens, tuple(path.name for path in dirs))
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-        engine_tok_s = pool.submit(run_engine, model, args.device, load, dirs).result()
-    with (
-        tempfile.TemporaryDirectory(prefix="openlora-bench-") as name,
-        running_system(Path(name), args.model, args.device) as system,
-    ):
-        client = Client(system.url)
-        client.run_batch(Workload(8, 8, load.adapters).batch_file())  # loads the adapters
-        before = system.cpu_seconds()
-        batch, seconds = client.run_batch(load.batch_file())
-        cores = shares(before, system.cpu_seconds(), seconds)
-        batch_tok_s = batch["progress"]["completion_tokens"] / seconds
-        client.ask(3, CHAT_TOKENS, 0)
-        empty = client.ask(args.requests, CHAT_TOKENS, CHAT_PAUSE_S)
-        long = Workload(args.lines * 8, args.tokens, load.adapters)
-        batch_id = client.submit(long.batch_file())
-        client.wait_for_tokens(batch_id, args.tokens)
-        busy = client.ask(args.requests, CHAT_TOKENS, CHAT_PAUSE_S)
-        client.cancel(batch_id)
-        client.close()
-    row = MixedRow(
-        model=Path(model).name,
-        device=args.device,
-        cores=os.cpu_count() or 1,
-        lines=args.lines,
-        tokens=args.tokens,
-        engine_tok_s=round(engine_tok_s, 1),
-        batch_tok_s=round(batch_tok_s, 1),
-        share_of_engine=round(batch_tok_s / engine_tok_s, 3),
-        first_empty_p50_ms=round(empty.first(50), 1),
-        first_empty_p99_ms=round(empty.first(99), 1),
-        first_batch_p50_ms=round(busy.first(50), 1),
-        first_batch_p99_ms=round(busy.first(99), 1),
-        step_ms=round(busy.step_ms, 1),
-        batch_cores=cores,
-    )
+    if args.rounds < 1:
+        raise SetupError(f"rounds is {args.rounds}; it must be at least 1")
+    with tempfile.TemporaryDirectory(prefix="openlora-bench-") as name:
+        row = _measure(args, Path(name))
     print_table(row)
     if args.out:
         with Path(args.out).open("ab") as out:
@@ -114,48 +79,123 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def run_engine(model: str, device: str, load: Workload, adapters: list[Path]) -> float:
-    """Tokens per second of the bare engine over the batch's lines. Runs in a process of its own,
-    so that its memory is free again."""
-    from openlora.engine import Engine, EngineConfig, Request, SamplingParams
-    from workers.tokenizer import PromptTokenizer
+@dataclass(frozen=True, slots=True)
+class _SystemRates:
+    """What one system gave. ``cores``: what each process took during the batch."""
 
-    engine = Engine(EngineConfig(model=model, device=device))
-    for path in adapters:
-        engine.load_adapter(path.name, str(path))
-    tokenizer = PromptTokenizer(model)
-
-    def requests(lines: int, tokens: int) -> list[Request]:
-        params = SamplingParams(max_tokens=tokens, temperature=0, ignore_eos=True)
-        found = []
-        for number in range(lines):
-            ids = tokenizer.backend.encode(load.prompt(number)).ids
-            adapter = load.adapter(number)
-            found.append(Request(ids, {adapter: 1.0} if adapter else {}, params))
-        return found
-
-    engine.generate(requests(8, 8))
-    began = time.perf_counter()
-    completions = engine.generate(requests(load.lines, load.tokens))
-    return sum(len(done.token_ids) for done in completions) / (time.perf_counter() - began)
+    batch_tok_s: float
+    streams_tok_s: float
+    cores: dict[str, float]
 
 
-def print_table(row: MixedRow) -> None:
-    """What was measured beside what is aimed at."""
-    table = Table(box=None, pad_edge=False)
-    for column in ("", "measured", "goal"):
-        table.add_column(column, justify="left" if not column else "right")
-    table.add_row("bare engine, tok/s", f"{row.engine_tok_s:,.0f}", "")
-    table.add_row("batch through the system, tok/s", f"{row.batch_tok_s:,.0f}", "")
-    table.add_row("share of the engine", f"{row.share_of_engine:.0%}", f"≥ {GOAL_SHARE:.0%}")
-    table.add_row("engine step beside a batch, ms", f"{row.step_ms:,.0f}", "")
-    for role, cores in row.batch_cores.items():
-        table.add_row(f"{role} during the batch, cores", f"{cores:.2f}", "")
-    for name, empty, busy, steps in (
-        ("p50", row.first_empty_p50_ms, row.first_batch_p50_ms, 1),
-        ("p99", row.first_empty_p99_ms, row.first_batch_p99_ms, 2),
-    ):
-        table.add_row(f"first token {name}, empty system, ms", f"{empty:,.0f}", "")
-        goal = f"≤ {empty + steps * row.step_ms:,.0f}"
-        table.add_row(f"first token {name}, beside a batch, ms", f"{busy:,.0f}", goal)
-    Console(highlight=False).print(table)
+@dataclass(frozen=True, slots=True)
+class _Loads:
+    warm: Workload
+    batch: Workload
+    streams: Workload
+    long: Workload
+
+
+def _measure(args: argparse.Namespace, directory: Path) -> MixedRow:
+    subject = _subject(args, directory)
+    loads = _loads(args, subject)
+    bare: list[BareRates] = []
+    systems: list[_SystemRates] = []
+    empty = busy = Interactive()
+    for number in range(args.rounds):
+        bare.append(bare_rates(subject, args.device, loads.warm, loads.batch, loads.streams))
+        folder = directory / f"round-{number}"
+        folder.mkdir()
+        with running_system(folder, subject, args.device) as system:
+            client = Client(system.url)
+            systems.append(_system_rates(system, client, loads))
+            if number == args.rounds - 1:
+                empty, busy = _interactive(args, client, loads.long)
+            client.close()
+    return _row(args, subject, bare, systems, empty, busy)
+
+
+def _subject(args: argparse.Namespace, directory: Path) -> Subject:
+    if args.shape:
+        dtype = "bfloat16" if choose_device(args.device) == "cuda" else "float32"
+        return random_subject(args.shape, args.adapters, dtype, directory)
+    return given_subject(Path(args.model)) if args.model else demo_subject()
+
+
+def _loads(args: argparse.Namespace, subject: Subject) -> _Loads:
+    def load(lines: int, tokens: int, first: int) -> Workload:
+        return Workload(lines, tokens, subject.adapter_ids, first, args.prompt)
+
+    return _Loads(
+        # Every adapter once, so that none is loaded while it counts.
+        warm=load(max(8, len(subject.adapters) + 1), _WARM_TOKENS, _WARM_PROMPTS),
+        batch=load(args.lines, args.tokens, 0),
+        streams=load(args.streams, args.stream_tokens, _STREAM_PROMPTS),
+        long=load(args.lines * 8, args.tokens, _LONG_PROMPTS),
+    )
+
+
+def _system_rates(system: RunningSystem, client: Client, loads: _Loads) -> _SystemRates:
+    client.run_batch(loads.warm.batch_file())
+    before = system.cpu_seconds()
+    batch, seconds = client.run_batch(loads.batch.batch_file())
+    cores = shares(before, system.cpu_seconds(), seconds)
+    batch_tok_s = batch["progress"]["completion_tokens"] / seconds
+    streams_tok_s = run_streams(system.url, loads.streams) if loads.streams.lines else 0.0
+    return _SystemRates(batch_tok_s, streams_tok_s, cores)
+
+
+def _interactive(
+    args: argparse.Namespace, client: Client, long: Workload
+) -> tuple[Interactive, Interactive]:
+    client.ask(3, CHAT_TOKENS, 0)
+    empty = client.ask(args.requests, CHAT_TOKENS, CHAT_PAUSE_S)
+    batch_id = client.submit(long.batch_file())
+    client.wait_for_tokens(batch_id, args.tokens)
+    busy = client.ask(args.requests, CHAT_TOKENS, CHAT_PAUSE_S)
+    client.cancel(batch_id)
+    return empty, busy
+
+
+def _row(
+    args: argparse.Namespace,
+    subject: Subject,
+    bare: Sequence[BareRates],
+    systems: Sequence[_SystemRates],
+    empty: Interactive,
+    busy: Interactive,
+) -> MixedRow:
+    engine = [rates.batch_tok_s for rates in bare]
+    batch = [rates.batch_tok_s for rates in systems]
+    engine_streams = [rates.streams_tok_s for rates in bare]
+    streams = [rates.streams_tok_s for rates in systems]
+    return MixedRow(
+        model=subject.name,
+        device=args.device,
+        cores=os.cpu_count() or 1,
+        adapters=len(subject.adapters),
+        lines=args.lines,
+        tokens=args.tokens,
+        prompt_tokens=round(bare[0].prompt_tokens, 1),
+        engine_tok_s=round(median(engine), 1),
+        batch_tok_s=round(median(batch), 1),
+        share_of_engine=round(median(batch) / median(engine), 3),
+        engine_rounds=[round(rate, 1) for rate in engine],
+        batch_rounds=[round(rate, 1) for rate in batch],
+        streams=args.streams,
+        stream_tokens=args.stream_tokens,
+        engine_streams_tok_s=round(median(engine_streams), 1),
+        streams_tok_s=round(median(streams), 1),
+        streams_share_of_engine=round(median(streams) / (median(engine_streams) or 1.0), 3),
+        engine_streams_rounds=[round(rate, 1) for rate in engine_streams],
+        streams_rounds=[round(rate, 1) for rate in streams],
+        first_empty_p50_ms=round(empty.first(50), 1),
+        first_empty_p99_ms=round(empty.first(99), 1),
+        first_batch_p50_ms=round(busy.first(50), 1),
+        first_batch_p99_ms=round(busy.first(99), 1),
+        step_ms=round(busy.step_ms, 1),
+        batch_cores={
+            role: round(median([rates.cores.get(role, 0.0) for rates in systems]), 3)
+            for role in systems[-1].cores
+        },
+    )

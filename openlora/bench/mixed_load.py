@@ -1,17 +1,21 @@
-"""The two loads of ``bench mixed``: a batch over HTTP, interactive requests by websocket."""
+"""The loads of ``bench mixed``: a batch over HTTP, interactive requests by websocket."""
 
 from __future__ import annotations
 
 import json
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import httpx
+import msgspec
 from websockets.sync.client import ClientConnection, connect
 
+from openlora.bench.pipeline_plan import ClientPlan, ClientResult, StreamRequest
 from openlora.errors import SetupError
 
 POLL_S = 0.25
@@ -22,15 +26,28 @@ _OVER = ("completed", "failed", "cancelled", "expired")
 
 @dataclass(frozen=True, slots=True)
 class Workload:
-    """What is asked: ``lines`` prompts for ``tokens`` tokens each, over ``adapters`` in turn."""
+    """What is asked: ``lines`` prompts for ``tokens`` tokens each, over ``adapters`` in turn.
+
+    Attributes:
+        first: number of the first prompt; no two numbers have the same, so that no load profits
+            from another's prefixes.
+        prompt_chars: the prompts' least length.
+    """
 
     lines: int
     tokens: int
     adapters: tuple[str, ...]
+    first: int = 0
+    prompt_chars: int = 0
 
     def prompt(self, number: int) -> str:
-        """Of a line; each is different, so that none profits from another's prefix."""
-        return f"{number * 7919}: tell what happened on day {number} of the voyage."
+        """Of a line."""
+        number += self.first
+        text = f"{number * 7919}: tell what happened on day {number} of the voyage."
+        more = self.prompt_chars - len(text)
+        return (
+            text + (" The wind was fair and the sea was calm." * (more // 40 + 1))[: max(0, more)]
+        )
 
     def adapter(self, number: int) -> str | None:
         """Of a line; the base model takes its turn too."""
@@ -67,6 +84,33 @@ class Interactive:
     def step_ms(self) -> float:
         """The engine's step: what lies between two tokens of a stream, at the median."""
         return statistics.median(self.between_ms)
+
+
+def run_streams(url: str, load: Workload) -> float:
+    """All requests of ``load`` at once, a websocket for each, from a process of its own; → tokens
+    received per second, from the first request to the last end."""
+    plan = ClientPlan(
+        url=url.replace("http", "ws", 1) + "/v1/ws",
+        relay=False,
+        streams=load.lines,
+        tokens=load.tokens,
+        limit_s=TIMEOUT_S,
+        requests=tuple(
+            StreamRequest(load.prompt(number), load.adapter(number)) for number in range(load.lines)
+        ),
+    )
+    argument = msgspec.json.encode(plan).decode()
+    client = subprocess.run(
+        [sys.executable, "-m", "openlora.bench.pipeline_client", argument],
+        stdout=subprocess.PIPE,
+        check=False,
+    )
+    if client.returncode != 0:
+        raise SetupError(f"the client of the streams ended with status {client.returncode}")
+    result = msgspec.json.decode(client.stdout.splitlines()[-1], type=ClientResult)
+    if result.errors:
+        raise SetupError(f"{len(result.errors)} streams failed: {result.errors[0]}")
+    return result.tokens / result.seconds
 
 
 class Client:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import psutil
 
+from openlora.bench.mixed_subject import Subject
 from openlora.errors import SetupError
 from openlora.local import free_port
 from openlora.local.process import die_with_parent, end_child
@@ -56,19 +57,23 @@ def shares(
 
 
 @contextmanager
-def running_system(directory: Path, model: str | None, device: str) -> Iterator[RunningSystem]:
-    """`openlora up` with folders of its own, once it is ready.
+def running_system(directory: Path, subject: Subject, device: str) -> Iterator[RunningSystem]:
+    """`openlora up` of ``subject`` with folders of its own, once it is ready.
 
     Raises:
         SetupError: it does not become so.
     """
     port = free_port()
     argv = [sys.executable, "-m", "openlora", "up", "--port", str(port), "--device", device]
-    argv += ["--model", model] if model else []
+    if not subject.is_demo:
+        argv += ["--model", str(subject.model)]
+    if subject.adapters and not subject.is_demo:
+        argv += ["--adapters", str(subject.adapters[0].parent)]
     environ = {
         **os.environ,
         "XDG_STATE_HOME": str(directory / "state"),
         "OPENLORA_STORE": str(directory / "store"),
+        "OPENLORA_ENGINE": "dummy" if subject.load_format == "dummy" else "model",
     }
     log_path = directory / "up.log"
     with log_path.open("wb") as log:

@@ -180,12 +180,20 @@ class StreamProtocol(asyncio.Protocol):
         if self._plan.relay:
             self._send(Opcode.TEXT, str(self._number).encode())
             return
+        asked = self._plan.requests[self._number % len(self._plan.requests)]
         request = {
             "type": "generate",
             "request_id": "r",
-            "prompt": "benchmark",
-            "params": {"max_tokens": tokens, "temperature": 0, "seed": self._number},
+            "prompt": asked.prompt,
+            "params": {
+                "max_tokens": tokens,
+                "temperature": 0,
+                "seed": self._number,
+                "ignore_eos": True,
+            },
         }
+        if asked.adapter is not None:
+            request["adapter"] = asked.adapter
         self._next_index = self._first_token_ns = 0
         self._sent_ns = time.monotonic_ns()
         self._send(Opcode.TEXT, msgspec.json.encode(request))

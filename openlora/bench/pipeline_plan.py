@@ -8,6 +8,13 @@ WINDOW_OPEN = b"window open\n"
 """The client's first line: from here on it measures."""
 
 
+class StreamRequest(msgspec.Struct, frozen=True):
+    """What a stream asks for. ``adapter`` None: the base model."""
+
+    prompt: str
+    adapter: str | None = None
+
+
 class ClientPlan(msgspec.Struct, frozen=True):
     """What the client does.
 
@@ -23,6 +30,7 @@ class ClientPlan(msgspec.Struct, frozen=True):
             what is received in ``window_s`` after the ramp is measured.
         ramp_s: see ``window_s``.
         limit_s: the client gives up after so long.
+        requests: of the streams in turn.
     """
 
     url: str
@@ -32,6 +40,7 @@ class ClientPlan(msgspec.Struct, frozen=True):
     window_s: float = 0.0
     ramp_s: float = 0.0
     limit_s: float = 60.0
+    requests: tuple[StreamRequest, ...] = (StreamRequest("benchmark"),)
 
 
 class Spread(msgspec.Struct, frozen=True):

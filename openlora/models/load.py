@@ -41,7 +41,8 @@ def load_model(
 
     Args:
         source: a directory with config.json and safetensors, a .gguf file, a hub ID, or with
-            ``load_format="dummy"`` a shape: "8b" (Llama-3.1-8B) or "1b" (Llama-3.2-1B).
+            ``load_format="dummy"`` a shape, "8b" (Llama-3.1-8B), "1b" (Llama-3.2-1B), or a
+            directory of which only config.json is read.
         dtype: "float32", "bfloat16", "float16"; "auto" is the checkpoint's own on CUDA and
             float32 on CPU, where greedy output is then reproducible to the token.
         device: "cpu", "cuda" or "cuda:N".
@@ -57,11 +58,7 @@ def load_model(
     """
     base_weight: GetWeight | None = None
     if load_format == "dummy":
-        if source not in DUMMY_CONFIGS:
-            raise UnknownModel(
-                f"there is no dummy shape {source!r}; known: {', '.join(DUMMY_CONFIGS)}"
-            )
-        config = _adjusted(DUMMY_CONFIGS[source], configure)
+        config = _adjusted(_dummy_config(source), configure)
         target = _target_dtype(dtype, config, device)
         get = dummy_weights(weight_shapes(config), target, torch.device(device))
     elif load_format == "auto":
@@ -97,6 +94,16 @@ def _adjusted(
     config: ModelConfig, configure: Callable[[ModelConfig], ModelConfig] | None
 ) -> ModelConfig:
     return config if configure is None else configure(config)
+
+
+def _dummy_config(source: str) -> ModelConfig:
+    if source in DUMMY_CONFIGS:
+        return DUMMY_CONFIGS[source]
+    if Path(source).is_dir():
+        return read_config(Path(source))
+    raise UnknownModel(
+        f"there is no dummy shape {source!r}, nor a directory; known: {', '.join(DUMMY_CONFIGS)}"
+    )
 
 
 def find_model(source: str) -> Path:

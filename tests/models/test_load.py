@@ -139,6 +139,13 @@ def test_settings_that_make_no_sense(saved):
         load_model("70b", load_format="dummy")
 
 
+def test_random_weights_in_the_shape_of_a_directory(saved):
+    (saved / "model.safetensors").unlink()
+    model = load_model(str(saved), load_format="dummy")
+    assert (model.config.hidden_size, model.config.num_layers) == (32, 2)
+    assert model.base_weight is None
+
+
 def test_a_file_that_is_no_gguf(tmp_path):
     path = tmp_path / "x.gguf"
     path.write_bytes(b"not a gguf file at all")

@@ -36,8 +36,10 @@ def test_every_variable_is_read():
         "OPENLORA_ADAPTER_CACHE_BYTES": "1000",
         "OPENLORA_DEVICE": "cpu",
         "OPENLORA_DTYPE": "float16",
+        "OPENLORA_ENGINE": "dummy",
         "OPENLORA_DRAIN_TIMEOUT_S": "2.5",
         "OPENLORA_KEEP_ENDED_S": "60",
+        "OPENLORA_QUARANTINE_S": "90",
         "OPENLORA_LOG_LEVEL": "info",
     }
     assert set(values) == set(ENVIRONMENT)
@@ -45,7 +47,9 @@ def test_every_variable_is_read():
     assert config.store == Path("/s")
     assert (config.adapter_cache, config.adapter_cache_bytes) == (Path("/c"), 1000)
     assert (config.device, config.dtype, config.log_level) == ("cpu", "float16", "info")
-    assert (config.drain_timeout_s, config.keep_ended_s) == (2.5, 60)
+    assert config.engine == "dummy"
+    seconds = (config.drain_timeout_s, config.keep_ended_s, config.quarantine_s)
+    assert seconds == (2.5, 60, 90)
 
 
 def test_a_redis_password_is_never_shown():
@@ -61,10 +65,12 @@ def test_the_store_is_in_the_cache_directory():
     [
         ([], "no model given"),
         (["--model", "m", "--keep-ended-s", "29"], "keep-ended-s is '29'.*30 or more"),
+        (["--model", "m", "--quarantine-s", "0"], "quarantine-s is '0'.*1 or more"),
         (["--model", "m", "--device", "tpu"], "device is 'tpu'"),
         (["--model", "m", "--dtype", "int8"], "dtype is 'int8'"),
         (["--model", "m", "--engine", "scripted:fast"], "engine is 'scripted:fast'"),
         (["--model", "m", "--engine", "model:3"], "engine is 'model:3'"),
+        (["--model", "m", "--engine", "dummy:3"], "engine is 'dummy:3'"),
         (["--model", "m", "--batch-budget", "0"], "batch-budget is 0"),
         (["--model", "m", "--drain-timeout-s", "soon"], "drain-timeout-s is 'soon'"),
         (["--model", "m", "--log-level", "loud"], "log-level is 'loud'"),
