@@ -17,7 +17,7 @@ from openlora.joblog import AsyncJobLog
 from openlora.protocol.jobs import AdapterRef
 from openlora.protocol.names import job_key
 from openlora.registry import AsyncAdapterRegistry
-from producer.bulk.state import OPEN_KEY, contents_key
+from producer.bulk.keys import OPEN_KEY, contents_key
 
 PERIOD_S = 30.0
 GRACE_MS = 60_000

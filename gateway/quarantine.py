@@ -10,7 +10,7 @@ import redis.asyncio
 from openlora.errors import AdapterFailed
 from openlora.joblog.clients import redis_errors
 from openlora.protocol.jobs import AdapterRef
-from openlora.protocol.names import QUARANTINE_KEY, adapter_deaths_key
+from openlora.protocol.names import adapter_deaths_key, quarantine_key
 
 
 class Quarantine:
@@ -29,7 +29,10 @@ class Quarantine:
         if not hashes:
             return
         with redis_errors(self._redis):
-            reasons = await self._redis.hmget(QUARANTINE_KEY, hashes)
+            async with self._redis.pipeline(transaction=False) as pipeline:
+                for content_hash in hashes:
+                    pipeline.get(quarantine_key(content_hash))
+                reasons = await pipeline.execute()
         for reason in reasons:
             if reason is not None:
                 raise AdapterFailed(reason.decode())
@@ -37,5 +40,5 @@ class Quarantine:
     async def release(self, content_hash: str) -> None:
         """End an adapter's quarantine."""
         with redis_errors(self._redis):
-            await self._redis.hdel(QUARANTINE_KEY, content_hash)
+            await self._redis.delete(quarantine_key(content_hash))
             await self._redis.delete(adapter_deaths_key(content_hash))

@@ -52,7 +52,7 @@ class Aftermath:
 
     def __init__(self, parts: Parts, client: redis.Redis) -> None:
         self._parts = parts
-        self._crashes = CrashLog(client)
+        self._crashes = CrashLog(client, parts.config.quarantine_s)
         self._job_log = JobLog(client)
 
     def run(self, status: int | None) -> None:

@@ -22,6 +22,8 @@ ALONE_LIMIT = 2
 ADAPTER_LIMIT = 2
 """An adapter with which so many different jobs came to that is quarantined."""
 _DEATHS_TTL_S = 24 * 3600
+QUARANTINE_TTL_S = 30 * 24 * 3600
+"""How long an adapter stays quarantined, unless the operator says otherwise."""
 
 # Sent again after a lost reply, it finds its record at the end of the story.
 _CRASHED = """
@@ -67,10 +69,14 @@ class Suspicion(msgspec.Struct, frozen=True):
 
 
 class CrashLog:
-    """The worker's side, blocking. Every method may raise ``Overloaded``; calling again is safe."""
+    """The worker's side, blocking. Every method may raise ``Overloaded``; calling again is safe.
 
-    def __init__(self, client: redis.Redis) -> None:
+    ``quarantine_s``: how long an adapter that ends engines is not served.
+    """
+
+    def __init__(self, client: redis.Redis, quarantine_s: int = QUARANTINE_TTL_S) -> None:
         self._redis: Any = client  # redis-py's annotations leave replies open
+        self._quarantine_s = quarantine_s
 
     def crashed(self, job_ids: Sequence[str], crash: Crash) -> list[Suspicion]:
         """An engine crashed with these open jobs inside; what is held against each from now on."""
@@ -126,15 +132,18 @@ class CrashLog:
             pipeline.scard(key)
             count: int = pipeline.execute()[-1]
             if count >= ADAPTER_LIMIT:
-                self._redis.hset(names.QUARANTINE_KEY, content_hash, reason)
+                quarantine = names.quarantine_key(content_hash)
+                self._redis.set(quarantine, reason, ex=self._quarantine_s)
         return count >= ADAPTER_LIMIT
 
     def quarantined(self, content_hashes: Sequence[str]) -> dict[str, str]:
         """Those of the adapters that are quarantined, with the reason."""
         if not content_hashes:
             return {}
-        with redis_errors(self._redis):
-            found = self._redis.hmget(names.QUARANTINE_KEY, content_hashes)
+        with redis_errors(self._redis), self._redis.pipeline(transaction=False) as pipeline:
+            for content_hash in content_hashes:
+                pipeline.get(names.quarantine_key(content_hash))
+            found = pipeline.execute()
         return {
             content_hash: reason.decode()
             for content_hash, reason in zip(content_hashes, found, strict=True)
@@ -144,7 +153,7 @@ class CrashLog:
     def release(self, content_hash: str) -> None:
         """End an adapter's quarantine."""
         with redis_errors(self._redis):
-            self._redis.hdel(names.QUARANTINE_KEY, content_hash)
+            self._redis.delete(names.quarantine_key(content_hash))
             self._redis.delete(names.adapter_deaths_key(content_hash))
 
 

@@ -87,8 +87,9 @@ def adapter_versions_key(key: str) -> str:
     return f"{{openlora:adapters}}:versions:{key}"
 
 
-QUARANTINE_KEY = "openlora:quarantine"
-"""Hash: content hash of an adapter that ended engines → why, for its users."""
+def quarantine_key(content_hash: str) -> str:
+    """String with a time to live: why an adapter that ended engines is not served."""
+    return f"openlora:quarantine:{content_hash}"
 
 
 def adapter_deaths_key(content_hash: str) -> str:

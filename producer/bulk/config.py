@@ -8,14 +8,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from openlora.errors import SetupError
+from producer.bulk.state import KEEP_OVER_S
 
 ENVIRONMENT: dict[str, str] = {
     "OPENLORA_KAFKA": "Kafka bootstrap servers, host:port[,host:port…]",
     "OPENLORA_REDIS": "Redis URL, redis://[:password@]host:port/0",
     "OPENLORA_PARTITIONS": "partitions of the job topics when they are created (default 32)",
     "OPENLORA_BATCHES": "folder of input and result files, shared with gateways",
+    "OPENLORA_KEEP_BATCHES_S": "seconds that a batch is known after its end; its result files stay "
+    "(default 2592000, 30 days)",
     "OPENLORA_LOG_LEVEL": "debug, info, warning or error (default warning)",
 }
+MOST_KEEP_S = 100 * 366 * 86_400
 LOG_LEVELS = ("debug", "info", "warning", "error")
 
 
@@ -26,6 +30,7 @@ class ProducerConfig:
     Attributes:
         batches: root of the file store.
         concurrency: steps done at a time, of different batches.
+        keep_batches_s: how long a batch that is over is known; its result files stay.
     """
 
     kafka: str
@@ -33,6 +38,7 @@ class ProducerConfig:
     batches: Path
     partitions: int = 32
     concurrency: int = 2
+    keep_batches_s: int = KEEP_OVER_S
     log_level: str = "warning"
 
 
@@ -46,6 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     flag("--redis", "URL", "OPENLORA_REDIS")
     flag("--partitions", "N", "OPENLORA_PARTITIONS")
     flag("--batches", "DIR", "OPENLORA_BATCHES")
+    flag("--keep-batches-s", "S", "OPENLORA_KEEP_BATCHES_S")
     flag("--log-level", "L", "OPENLORA_LOG_LEVEL")
     parser.add_argument(
         "--concurrency", metavar="N", default="2", help="steps done at a time (default 2)"
@@ -65,6 +72,11 @@ def config_from(args: argparse.Namespace, environ: Mapping[str, str]) -> Produce
         batches=Path(batches).expanduser() if batches else batches_dir(environ),
         partitions=_integer("partitions", partitions, 10_000),
         concurrency=_integer("concurrency", args.concurrency, 64),
+        keep_batches_s=_integer(
+            "keep-batches-s",
+            args.keep_batches_s or environ.get("OPENLORA_KEEP_BATCHES_S") or str(KEEP_OVER_S),
+            MOST_KEEP_S,
+        ),
         log_level=log_level,
     )
 

@@ -47,7 +47,7 @@ def run(config: ProducerConfig) -> int:
     reach_redis(client, CONNECT_TIMEOUT_S)
     ensure_topics(config.kafka, config.partitions)
     _check_folder(config)
-    states = BatchStates(client)
+    states = BatchStates(client, config.keep_batches_s)
     store = FileStore(config.batches, client)
     sender = BundleSender(config.kafka)
     app = make_app(config.redis)

@@ -17,15 +17,26 @@ import redis
 from openlora.joblog.clients import redis_errors
 from openlora.protocol.bulk import stop_key
 from openlora.protocol.codec import encode
+from producer.bulk.keys import (
+    OPEN_KEY,
+    batch_key,
+    contents_key,
+    done_key,
+    errors_key,
+    progress_key,
+    tenant_key,
+    tenant_open_key,
+)
 from producer.bulk.records import BatchRecord, BatchState, Ending, LineError, Step
 
-OPEN_KEY = "openlora:batches:open"
-"""Set: IDs of batches that are not over."""
 MAX_ERRORS = 20
+KEEP_OVER_S = 30 * 86_400
+"""How long a batch is known after its end, unless the operator says otherwise."""
 _STOP_TTL_S = 7 * 86_400
 _CONTENTS_TTL_S = 8 * 86_400
 """A day longer than the longest window of a batch."""
 _MARKS_AT_ONCE = 2000
+_FORGET_AT_ONCE = 100
 
 _BEGIN = """
 local current = redis.call('HMGET', KEYS[1], 'step', 'step_ms')
@@ -89,10 +100,14 @@ def now_ms() -> int:
 
 
 class BatchStates:
-    """All batches. Safe for several threads; every method may raise Overloaded (no Redis)."""
+    """All batches. Safe for several threads; every method may raise Overloaded (no Redis).
 
-    def __init__(self, client: redis.Redis) -> None:
+    ``keep_over_s``: how long one is known after its end.
+    """
+
+    def __init__(self, client: redis.Redis, keep_over_s: int = KEEP_OVER_S) -> None:
         self._redis: Any = client
+        self._keep_over_s = keep_over_s
         self._begin = client.register_script(_BEGIN)
         self._finish = client.register_script(_FINISH)
         self._end = client.register_script(_END)
@@ -101,15 +116,15 @@ class BatchStates:
     def create(self, record: BatchRecord, max_open: int) -> bool:
         """Store a new batch; False where the tenant has ``max_open`` open ones already."""
         with redis_errors(self._redis):
-            tenant_open = _tenant_open_key(record.tenant)
+            tenant_open = tenant_open_key(record.tenant)
             if self._redis.scard(tenant_open) >= max_open:
                 return False
             with self._redis.pipeline() as pipeline:
                 pipeline.hset(
-                    _hash(record.id),
+                    batch_key(record.id),
                     mapping=_fields({"record": encode(record), "phase": "reading"}),
                 )
-                pipeline.zadd(_tenant_key(record.tenant), {record.id: record.created_ms})
+                pipeline.zadd(tenant_key(record.tenant), {record.id: record.created_ms})
                 pipeline.sadd(tenant_open, record.id)
                 pipeline.sadd(OPEN_KEY, record.id)
                 pipeline.execute()
@@ -118,12 +133,12 @@ class BatchStates:
     def get(self, batch_id: str) -> BatchState | None:
         """The batch as it is now; None where there is none."""
         with redis_errors(self._redis):
-            return _state(self._redis.hgetall(_hash(batch_id)))
+            return _state(self._redis.hgetall(batch_key(batch_id)))
 
     def page(self, tenant: str, limit: int, after: str | None) -> tuple[list[BatchState], bool]:
         """The tenant's batches behind ``after``, newest first; and whether there are more."""
         with redis_errors(self._redis):
-            key = _tenant_key(tenant)
+            key = tenant_key(tenant)
             rank = None if after is None else self._redis.zrevrank(key, after)
             first = 0 if rank is None else rank + 1
             ids = self._redis.zrevrange(key, first, first + limit)
@@ -137,7 +152,7 @@ class BatchStates:
 
     def begin(self, state: BatchState, step: Step) -> bool:
         """Note that ``step`` is queued; False where the batch moved on since ``state``."""
-        keys = [_hash(state.id)]
+        keys = [batch_key(state.id)]
         with redis_errors(self._redis):
             args: list[str | int] = [state.step, state.step_ms, step.token, now_ms()]
             return bool(self._begin(keys=keys, args=args))
@@ -153,17 +168,17 @@ class BatchStates:
     def _set(self, batch_id: str, step: str, fields: Mapping[str, object]) -> bool:
         words = [word for pair in _fields(fields).items() for word in pair]
         with redis_errors(self._redis):
-            return bool(self._finish(keys=[_hash(batch_id)], args=[step, *words]))
+            return bool(self._finish(keys=[batch_key(batch_id)], args=[step, *words]))
 
     def report_problem(self, batch_id: str, problem: str) -> None:
         """Show why the batch does not go on; the next step that is done takes it away."""
         with redis_errors(self._redis):
-            if self._redis.hexists(_hash(batch_id), "record"):
-                self._redis.hset(_hash(batch_id), "problem", problem)
+            if self._redis.hexists(batch_key(batch_id), "record"):
+                self._redis.hset(batch_key(batch_id), "problem", problem)
 
     def end(self, batch_id: str, ending: Ending) -> bool:
         """Ask for an early end: workers stop at once. False where there is no such batch."""
-        keys = [_hash(batch_id), stop_key(batch_id)]
+        keys = [batch_key(batch_id), stop_key(batch_id)]
         with redis_errors(self._redis):
             answer = self._end(keys=keys, args=[ending, now_ms(), _STOP_TTL_S])
             return bool(answer != b"missing")
@@ -184,7 +199,7 @@ class BatchStates:
             for mark in marks[first : first + _MARKS_AT_ONCE]:
                 args += [mark.line, mark.prompt_tokens, mark.completion_tokens, int(mark.failed)]
             with redis_errors(self._redis):
-                keys = [_hash(batch_id), _bits(batch_id), _adapters(batch_id)]
+                keys = [batch_key(batch_id), done_key(batch_id), progress_key(batch_id)]
                 count = int(self._mark(keys=keys, args=args))
             if count < 0:
                 return -1
@@ -194,12 +209,12 @@ class BatchStates:
     def finished_lines(self, batch_id: str) -> bytes:
         """A bit for every line: is its result there? See ``has_bit``."""
         with redis_errors(self._redis):
-            return self._redis.get(_bits(batch_id)) or b""
+            return self._redis.get(done_key(batch_id)) or b""
 
     def adapter_progress(self, batch_id: str) -> dict[str, int]:
         """Lines done by adapter ID; "" is the base model."""
         with redis_errors(self._redis):
-            counts = self._redis.hgetall(_adapters(batch_id))
+            counts = self._redis.hgetall(progress_key(batch_id))
         return {name.decode(): int(count) for name, count in counts.items()}
 
     def hold_contents(self, batch_id: str, hashes: Iterable[str]) -> None:
@@ -216,24 +231,42 @@ class BatchStates:
         """Keep the first ``MAX_ERRORS`` errors to show with the batch."""
         with redis_errors(self._redis), self._redis.pipeline() as pipeline:
             for error in errors:
-                pipeline.rpush(_errors(batch_id), encode(error))
-            pipeline.ltrim(_errors(batch_id), 0, MAX_ERRORS - 1)
+                pipeline.rpush(errors_key(batch_id), encode(error))
+            pipeline.ltrim(errors_key(batch_id), 0, MAX_ERRORS - 1)
             pipeline.execute()
 
     def errors(self, batch_id: str) -> list[LineError]:
         """The first errors."""
         with redis_errors(self._redis):
-            entries = self._redis.lrange(_errors(batch_id), 0, -1)
+            entries = self._redis.lrange(errors_key(batch_id), 0, -1)
         return [msgspec.json.decode(entry, type=LineError) for entry in entries]
 
     def close(self, state: BatchState) -> None:
-        """The batch is over: what only a running one needs goes."""
+        """The batch is over: what only a running one needs goes, the rest in a while.
+
+        With it, places in the tenant's list go whose batches were forgotten.
+        """
         with redis_errors(self._redis), self._redis.pipeline() as pipeline:
+            for key in (batch_key(state.id), progress_key(state.id), errors_key(state.id)):
+                pipeline.expire(key, self._keep_over_s)
             pipeline.srem(OPEN_KEY, state.id)
-            pipeline.srem(_tenant_open_key(state.record.tenant), state.id)
-            pipeline.delete(_bits(state.id))
+            pipeline.srem(tenant_open_key(state.record.tenant), state.id)
+            pipeline.delete(done_key(state.id))
             pipeline.delete(contents_key(state.id))
             pipeline.execute()
+        self._drop_forgotten(tenant_key(state.record.tenant))
+
+    def _drop_forgotten(self, key: str) -> None:
+        """Of the oldest places in a tenant's list, those whose batches are not known any more."""
+        with redis_errors(self._redis):
+            ids = self._redis.zrange(key, 0, _FORGET_AT_ONCE - 1)
+            with self._redis.pipeline(transaction=False) as pipeline:
+                for batch_id in ids:
+                    pipeline.exists(batch_key(batch_id.decode()))
+                known = pipeline.execute()
+            forgotten = [i for i, is_known in zip(ids, known, strict=True) if not is_known]
+            if forgotten:
+                self._redis.zrem(key, *forgotten)
 
 
 def has_bit(bits: bytes, line: int) -> bool:
@@ -261,32 +294,3 @@ def _state(fields: Mapping[bytes, bytes]) -> BatchState | None:
             values[key] = value.decode()
     # Redis gives numbers as text
     return msgspec.convert(values, BatchState, strict=False)
-
-
-def _hash(batch_id: str) -> str:
-    return f"openlora:{{{batch_id}}}:batch"
-
-
-def _bits(batch_id: str) -> str:
-    return f"openlora:{{{batch_id}}}:done"
-
-
-def contents_key(batch_id: str) -> str:
-    """Set: content hashes of the adapters that an open batch's lines name."""
-    return f"openlora:{{{batch_id}}}:contents"
-
-
-def _adapters(batch_id: str) -> str:
-    return f"openlora:{{{batch_id}}}:adapters"
-
-
-def _errors(batch_id: str) -> str:
-    return f"openlora:{{{batch_id}}}:errors"
-
-
-def _tenant_key(tenant: str) -> str:
-    return f"openlora:batches:of:{tenant}"
-
-
-def _tenant_open_key(tenant: str) -> str:
-    return f"openlora:batches:open:{tenant}"

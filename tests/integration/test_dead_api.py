@@ -20,7 +20,7 @@ from openlora.protocol.codec import encode
 from openlora.protocol.crashes import Crash
 from openlora.protocol.dead import DeadLetter
 from openlora.protocol.jobs import AdapterRef, Job
-from openlora.protocol.names import DEAD_TOPIC, QUARANTINE_KEY
+from openlora.protocol.names import DEAD_TOPIC, quarantine_key
 from tests.conftest import Broker
 from tests.gateway.client import wait_for
 from tests.gateway.running import RunningGateway, ScriptedWorker, running_gateway
@@ -98,7 +98,7 @@ def test_letters_are_listed_shown_and_tried_again(
         assert "letter 0 holds no job" in openlora(gateway, "retry", "0")
         assert httpx.get(f"{gateway.url}/v1/dead").status_code == 401
 
-        client.hset(QUARANTINE_KEY, HASH, "it ends engines")
+        client.set(quarantine_key(HASH), "it ends engines")
         said = openlora(gateway, "retry", "2", key="two")
         with ScriptedWorker(fresh_redis.address) as worker:
             wait_for(lambda: worker.jobs)
@@ -108,13 +108,13 @@ def test_letters_are_listed_shown_and_tried_again(
         assert (again.prompt, again.tenant, again.leased) == ("hi", "acme", False)
         assert again.job_id != job.job_id
         assert again.deadline_ms is None
-        assert not client.hexists(QUARANTINE_KEY, HASH)
+        assert not client.exists(quarantine_key(HASH))
 
-        client.hset(QUARANTINE_KEY, HASH, "its lines end engines")
+        client.set(quarantine_key(HASH), "its lines end engines")
         with ScriptedWorker(fresh_redis.address) as worker:
             said = openlora(gateway, "retry", "3")
             wait_for(lambda: worker.jobs)
             (line,) = worker.jobs
         assert line.job_id in said
         assert (line.prompt, line.params.max_tokens, line.priority) == ("a line", 3, "batch")
-        assert not client.hexists(QUARANTINE_KEY, HASH)
+        assert not client.exists(quarantine_key(HASH))

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 
 from openlora.joblog import JobLog, core, redis_client
-from openlora.joblog.crashes import ADAPTER_LIMIT, CrashLog, Suspicion
+from openlora.joblog.crashes import ADAPTER_LIMIT, QUARANTINE_TTL_S, CrashLog, Suspicion
 from openlora.protocol import names
 from openlora.protocol.crashes import Crash
 from tests.joblog.jobs import a_chunk, a_job
@@ -65,6 +67,7 @@ def test_an_adapter_is_quarantined_for_different_jobs_not_for_one(client):
     assert log.adapter_died("ab", "job 2", "why")
     assert log.quarantined(["cd", "ab"]) == {"ab": "why"}
     assert log.quarantined([]) == {}
+    assert 0 < client.ttl(names.quarantine_key("ab")) <= QUARANTINE_TTL_S
     log.release("ab")
     assert log.quarantined(["ab"]) == {}
     assert not log.adapter_died("ab", "job 3", "why")
@@ -83,3 +86,12 @@ def test_lines_of_a_batch_are_suspected_by_number(client):
     }
     assert log.lines_crashed("batch_x", [2], Crash(4, "w", "SIGABRT", 1))[2].is_deadly
     assert client.ttl(names.line_crashes_key("batch_x")) > 0
+
+
+def test_a_quarantine_is_over_when_the_operator_said(client):
+    log = CrashLog(client, quarantine_s=1)
+    for job_id in ("job 1", "job 2"):
+        log.adapter_died("ab", job_id, "why")
+    assert log.quarantined(["ab"]) == {"ab": "why"}
+    while log.quarantined(["ab"]):
+        time.sleep(0.05)

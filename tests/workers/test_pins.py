@@ -9,7 +9,7 @@ import pytest
 
 from openlora.adapters.store import AdapterStore
 from openlora.joblog import redis_client
-from openlora.protocol.names import QUARANTINE_KEY
+from openlora.protocol.names import quarantine_key
 from openlora.protocol.status import AdapterRecord
 from openlora.registry import AdapterRegistry
 from tests.gateway.peft_dirs import write_adapter
@@ -88,7 +88,7 @@ def test_a_pinned_adapter_that_is_quarantined_is_loaded_by_no_engine(redis_url, 
         for name, content in zip("ab", contents, strict=True):
             registry.put(AdapterRecord(name, 0, content, 4, ("q_proj",), "tiny", 1, "/x", 0))
             registry.pin(name, pinned=True)
-        client.hset(QUARANTINE_KEY, contents[0], "ends engines")
+        client.set(quarantine_key(contents[0]), "ends engines")
         pins = PinWatch(client, store, engine, woken.set)
         pins.start()
         wait_until(woken.is_set, 5)

@@ -18,9 +18,10 @@ from openlora.registry import AdapterRegistry
 from producer.bulk.adapters_known import KnownAdapters
 from producer.bulk.app import do_step
 from producer.bulk.files import FileStore
+from producer.bulk.keys import contents_key
 from producer.bulk.records import BatchRecord, Step, StepKind
 from producer.bulk.results import answered, write_segment
-from producer.bulk.state import BatchStates, Mark, contents_key, now_ms
+from producer.bulk.state import BatchStates, Mark, now_ms
 from producer.bulk.steps import Tools
 from producer.bulk.steward import Steward
 from producer.bulk.workers_seen import heartbeats, nothing_pending
