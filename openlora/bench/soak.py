@@ -8,6 +8,8 @@ of a straight line through the samples behind the warm-up.
 The exit status is 1 where a process grows by more than the bound (64 MB an hour: at 20,000 tok/s
 that is less than a byte a token), or a stream failed. The embedded broker keeps every message in
 memory, by its nature, and has no bound; so has a Redis whose clients ask for more than it can hold.
+What Redis holds is told beside what it takes: resident memory stays where the fullest moment so far
+has left it, and its fullest moments differ.
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ from pathlib import Path
 
 import msgspec
 import psutil
+import redis
 from rich.console import Console
 from rich.table import Table
 
@@ -31,6 +34,7 @@ from openlora.bench.pipeline_model import write_tokenizer
 from openlora.bench.pipeline_runs import measure_steady
 from openlora.bench.pipeline_system import System, running_brokers, running_system
 from openlora.errors import SetupError
+from openlora.joblog import redis_client
 
 KEEP_ENDED_S = 60
 WARM_UP_S = 120.0
@@ -41,11 +45,13 @@ SAMPLE_S = 10.0
 ROUND_S = 55.0
 BOUND_MB_PER_HOUR = 64.0
 UNBOUNDED = "broker"
+REDIS_DATA = "redis, data"
 MB = 1e6
 
 
 class Memory(msgspec.Struct, frozen=True):
-    """One process: resident MB behind the warm-up, at the end, at most, and their trend."""
+    """One process, resident, or what Redis holds: MB behind the warm-up, at the end, at most, and
+    their trend."""
 
     process: str
     first_mb: float
@@ -71,11 +77,13 @@ class SoakRow(msgspec.Struct, frozen=True):
 
 
 class Sampler:
-    """Resident memory of every process of ``system``, in a thread: [(seconds, {name: MB})]."""
+    """Resident memory of every process of ``system``, and what the Redis at ``redis_url`` says that
+    its data takes, in a thread: [(seconds, {name: MB})]."""
 
-    def __init__(self, system: System) -> None:
+    def __init__(self, system: System, redis_url: str) -> None:
         self.samples: list[tuple[float, dict[str, float]]] = []
         self._system = system
+        self._redis = redis_client(redis_url)
         self._began = time.monotonic()
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._run, name="sampler", daemon=True)
@@ -87,6 +95,7 @@ class Sampler:
     def __exit__(self, *_: object) -> None:
         self._stopping.set()
         self._thread.join()
+        self._redis.close()
 
     def _run(self) -> None:
         while True:
@@ -95,7 +104,8 @@ class Sampler:
                 sizes = {
                     name: process.memory_info().rss / MB for name, process in processes.items()
                 }
-            except psutil.NoSuchProcess:
+                sizes[REDIS_DATA] = self._redis.info("memory")["used_memory"] / MB
+            except (psutil.NoSuchProcess, redis.RedisError):
                 return  # the clients fail with it, and say so
             self.samples.append((time.monotonic() - self._began, sizes))
             if self._stopping.wait(SAMPLE_S):
@@ -124,7 +134,7 @@ def run(args: argparse.Namespace) -> int:
         with (
             running_brokers(Path(name)) as brokers,
             running_system(brokers, model, engine, ("--keep-ended-s", str(KEEP_ENDED_S))) as system,
-            Sampler(system) as sampler,
+            Sampler(system, brokers.redis.address) as sampler,
         ):
             ends_at = time.monotonic() + 60 * args.minutes
             while (left := ends_at - time.monotonic()) > 0:
