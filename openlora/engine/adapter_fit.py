@@ -38,6 +38,14 @@ def check_fit(adapters: Collection[Adapter], resident: ResidentAdapters) -> Adap
     )
 
 
+def fits(adapters: Collection[Adapter], resident: ResidentAdapters) -> bool | None:
+    """Whether these could be in pages at the same time, if no others were in use; None where one
+    of them has never been loaded."""
+    if not all(adapter.page_counts for adapter in adapters):
+        return None
+    return check_fit(adapters, resident) is None
+
+
 def any_misfit(adapters: Iterable[Adapter], resident: ResidentAdapters) -> bool:
     """Whether requests have adapters, of those that were loaded before, that can never be in pages
     at the same time."""

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Collection, Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from threading import Event
 
@@ -21,13 +22,13 @@ from openlora.adapters.lora_set import LoRASet
 from openlora.adapters.pages import PagePool, SitePages
 from openlora.adapters.tier_stats import TierStats
 from openlora.engine.adapter_entry import Adapter, State, unknown_adapter
-from openlora.engine.adapter_fit import any_misfit, check_exact, check_fit, check_tokens
+from openlora.engine.adapter_fit import any_misfit, check_exact, check_fit, check_tokens, fits
 from openlora.engine.adapter_loads import Loaded
 from openlora.engine.adapter_pins import AdapterPins
 from openlora.engine.adapter_supply import MAX_STAGED, AdapterSupply
+from openlora.engine.adapter_turns import Wait
 from openlora.engine.lora_sets import LoRASets
 from openlora.engine.residency import ResidentAdapters
-from openlora.engine.scheduler import Wait
 from openlora.engine.sequence import Sequence
 from openlora.errors import OpenLoRAError
 
@@ -72,7 +73,8 @@ class AdapterManager:
         self._by_name: dict[str, Adapter] = {}
         self._by_key: dict[str, Adapter] = {}
         self._num_registered = 0
-        self._pins = AdapterPins(self._resident, self._want, self.make_resident, self._misfits)
+        misfits = partial(any_misfit, self._by_key.values(), self._resident)
+        self._pins = AdapterPins(self._resident, self._want, self.make_resident, misfits)
         self._sets = LoRASets(self._resident)
 
     @property
@@ -197,6 +199,10 @@ class AdapterManager:
         self._supply.start()
         return self._sets.join((self._by_key[key], weight) for key, weight in sequence.adapters)
 
+    def fit_together(self, keys: Collection[str]) -> bool | None:
+        """As ``Residency`` says."""
+        return fits([self._by_key[key] for key in keys], self._resident)
+
     def release(self, sequence: Sequence) -> None:
         """Unpin what ``acquire`` pinned, as soon as no launched step names it."""
         keys = tuple(key for key, _ in sequence.adapters)
@@ -234,9 +240,7 @@ class AdapterManager:
     @property
     def pinned(self) -> tuple[str, ...]:
         """Names of the pinned adapters that are in pages."""
-        return tuple(
-            self._by_key[key].name for key in self._pins.keys if self._resident.is_held(key)
-        )
+        return tuple(self._by_key[k].name for k in self._pins.keys if self._resident.is_held(k))
 
     def device_stats(self) -> TierStats:
         """Of the tier of pages."""
@@ -269,9 +273,6 @@ class AdapterManager:
     def _place_pins(self) -> None:
         self._discard_unused(adapter.key for adapter in self._pins.place())
         self._supply.start()
-
-    def _misfits(self) -> bool:
-        return any_misfit(self._by_key.values(), self._resident)
 
     def _has_pages(self, adapter: Adapter) -> bool:
         return adapter.key in self._resident

@@ -223,7 +223,7 @@ class Engine:
 
         A step that returns no token is no sign of it: it may have computed a part of a prompt.
         """
-        can_run = self._scheduler.running or self._scheduler.num_waiting or self._in_flight
+        can_run = self._scheduler.num_running or self._scheduler.num_waiting or self._in_flight
         return not can_run and not self._requests.has_outputs and self._scheduler.num_parked > 0
 
     def wait_for_adapters(self, timeout_s: float) -> None:
@@ -235,7 +235,7 @@ class Engine:
         """A snapshot of queues, pools and counters."""
         host = () if self._host_stats is None else (self._host_stats(self._adapters.names()),)
         return EngineStats(
-            running=len(self._scheduler.running),
+            running=self._scheduler.num_running,
             waiting=self._scheduler.num_waiting,
             waiting_for_adapter=self._scheduler.num_parked,
             num_blocks=self._blocks.num_blocks,

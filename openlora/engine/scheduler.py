@@ -17,7 +17,8 @@ In 2 and 3 interactive work comes before batch work, but a batch sequence that w
 ``MAX_BATCH_PREEMPTIONS`` times counts as interactive from then on.
 
 A sequence whose adapter is not loaded, or for whose adapter there are no pages, leaves the queue
-(it is parked, see waiting.py) and holds up nobody. One that has been waiting for pages for
+(it is parked, see waiting.py) and holds up nobody. Where more adapters are wanted than there are
+pages for, sequences take turns (see adapter_turns.py). One that has been waiting for pages for
 ``ROOM_PATIENCE_STEPS`` steps keeps further sequences with adapters from starting until it has them,
 so that popular adapters cannot keep rare ones out for ever.
 """
@@ -25,10 +26,8 @@ so that popular adapters cannot keep rare ones out for ever.
 from __future__ import annotations
 
 from bisect import bisect_left, insort
-from enum import Enum, auto
-from typing import Protocol
 
-from openlora.adapters.lora_set import LoRASet
+from openlora.engine.adapter_turns import AdapterTurns, Residency, Wait
 from openlora.engine.kv_blocks import BlockManager
 from openlora.engine.request import Priority
 from openlora.engine.sequence import Sequence, Status
@@ -37,27 +36,6 @@ from openlora.engine.waiting import WaitingSequences
 
 BATCH_PATIENCE_STEPS = 7
 MAX_BATCH_PREEMPTIONS = 3
-
-
-class Wait(Enum):
-    """Why a sequence cannot have its LoRA set now."""
-
-    LOADING = auto()
-    NO_ROOM = auto()
-
-
-class Residency(Protocol):
-    """What the scheduler needs of the adapter manager."""
-
-    @property
-    def room_epoch(self) -> int:
-        """Changes whenever a sequence that was told ``NO_ROOM`` should ask again."""
-
-    def acquire(self, sequence: Sequence) -> LoRASet | Wait:
-        """The sequence's LoRA set, its pages kept in place until ``release``."""
-
-    def release(self, sequence: Sequence) -> None:
-        """The sequence no longer runs."""
 
 
 def _yields(sequence: Sequence) -> bool:
@@ -96,8 +74,14 @@ class Scheduler:
         self._max_num_seqs = max_num_seqs
         self._max_num_batched_tokens = max_num_batched_tokens
         self._waiting = WaitingSequences(residency.room_epoch)
+        self._turns = AdapterTurns(residency, blocks, self._waiting, max_num_seqs)
         self._batch_passed_over = 0
         self._batch_sat_out = False
+
+    @property
+    def num_running(self) -> int:
+        """Sequences that the next step may compute."""
+        return len(self.running) - self._turns.num_paused
 
     @property
     def num_waiting(self) -> int:
@@ -106,8 +90,8 @@ class Scheduler:
 
     @property
     def num_parked(self) -> int:
-        """Sequences that wait for an adapter."""
-        return self._waiting.num_parked
+        """Sequences that wait for an adapter, or for its pages."""
+        return self._waiting.num_parked + self._turns.num_paused
 
     def add(self, sequence: Sequence) -> None:
         """Queue a new sequence."""
@@ -117,6 +101,7 @@ class Scheduler:
         """Take a sequence out, wherever it is; ``forget`` drops its KV from the prefix cache."""
         if sequence.status is Status.RUNNING:
             self._stop_running(sequence, forget=forget)
+        self._turns.end(sequence)
         self._waiting.leave(sequence)
         sequence.status = Status.FINISHED
 
@@ -129,6 +114,7 @@ class Scheduler:
 
         ``batch_tokens``: most prompt tokens of batch sequences; None: as many as fit.
         """
+        self._turns.take(self.running, step)
         self._waiting.wake_for_room(self._residency.room_epoch)
         rows: list[ScheduledRow] = []
         tokens = self._max_num_batched_tokens
@@ -162,6 +148,7 @@ class Scheduler:
         assert len(everywhere) == len(set(everywhere)), "a sequence is in two places"
         assert all(s.status is Status.RUNNING for s in self.running)
         assert self.running == sorted(self.running, key=_rank)
+        self._turns.check_integrity(self.running)
 
     def _is_urgent(self) -> bool:
         """Whether interactive prompts wait while batch sequences run."""
@@ -180,7 +167,8 @@ class Scheduler:
             sequence = self.running[i]
             if _yields(sequence) is not batch:
                 break
-            if sequence.num_uncomputed_tokens != 1 or not sequence.is_ready:
+            is_due = sequence.num_uncomputed_tokens == 1 and sequence.paused_at_step < 0
+            if not is_due or not sequence.is_ready:
                 i += 1
             elif self._grow(sequence):
                 rows.append(budget.take_decode(sequence))
@@ -224,6 +212,7 @@ class Scheduler:
                     break  # preempted while its token was on the way: wait until it is read
                 wait = self._acquire(sequence, step)
                 if wait is Wait.LOADING:
+                    self._turns.unreserve(sequence)
                     self._waiting.park_until_loaded(sequence)
                     continue
                 if wait is Wait.NO_ROOM:
@@ -232,8 +221,9 @@ class Scheduler:
                 if not self._place(sequence, make_room=make_room):
                     # Nobody overtakes: smaller ones would keep a large one waiting for ever.
                     self._residency.release(sequence)
+                    self._turns.unreserve(sequence)
                     return
-                self._start_running(sequence)
+                self._start_running(sequence, step)
                 rows.append(budget.take_chunk(sequence))
 
     def _place(self, sequence: Sequence, *, make_room: bool) -> bool:
@@ -250,7 +240,8 @@ class Scheduler:
         """Fetch the sequence's LoRA set; None on success."""
         if not sequence.adapters:
             return None
-        if self._waiting.is_held_back(sequence, step):
+        is_held_back = self._waiting.is_held_back(sequence, step)
+        if is_held_back or self._turns.holds_back(sequence, self.running):
             return Wait.NO_ROOM
         outcome = self._residency.acquire(sequence)
         if isinstance(outcome, Wait):
@@ -258,15 +249,17 @@ class Scheduler:
         sequence.lora_set = outcome
         return None
 
-    def _start_running(self, sequence: Sequence) -> None:
+    def _start_running(self, sequence: Sequence, step: int) -> None:
         self._waiting.leave(sequence)
+        self._turns.begin(sequence, step)
         sequence.status = Status.RUNNING
         insort(self.running, sequence, key=_rank)
 
     def _stop_running(self, sequence: Sequence, *, forget: bool = False) -> None:
         del self.running[bisect_left(self.running, _rank(sequence), key=_rank)]
         self.blocks.release(sequence, forget=forget)
-        self._residency.release(sequence)
+        if not self._turns.end(sequence):
+            self._residency.release(sequence)
 
     def _preempt(self, victim: Sequence) -> None:
         self._stop_running(victim)

@@ -46,6 +46,9 @@ class Sequence:
         num_preemptions: how often it lost its blocks.
         lora_set: pages and weights while it runs; its key is the root of the hash chain.
         parked_at_step: since when it has been waiting for adapter pages; -1: it is not.
+        turn_began_step: since when it has run without a pause.
+        paused_at_step: since when it has made way for others' adapters, with its seat and blocks
+            but without pages; -1: it has not.
     """
 
     sequence_id: int
@@ -67,6 +70,8 @@ class Sequence:
     num_preemptions: int = 0  # set by the scheduler
     lora_set: LoRASet = LoRASet.EMPTY  # set by the scheduler
     parked_at_step: int = -1  # set by the scheduler
+    turn_began_step: int = 0  # set by the scheduler
+    paused_at_step: int = -1  # set by the scheduler
 
     @classmethod
     def of_request(

@@ -87,9 +87,25 @@ class WaitingSequences:
         if room_epoch == self._seen_room_epoch:
             return
         self._seen_room_epoch = room_epoch
-        for sequence in self._room_waiters.values():
-            if sequence.status is Status.PARKED and sequence.sequence_id not in self._loading:
-                self.enqueue(sequence)
+        for sequence in self.room_waiters():
+            self.enqueue(sequence)
+
+    @property
+    def has_room_waiters(self) -> bool:
+        """Whether any sequence has been waiting for adapter pages."""
+        return bool(self._room_waiters)
+
+    def room_waiters(self) -> list[Sequence]:
+        """Those that are parked and wait for nothing but room, in the order of their first wait."""
+        return [
+            s
+            for s in self._room_waiters.values()
+            if s.status is Status.PARKED and s.sequence_id not in self._loading
+        ]
+
+    def wake_at_next_chance(self) -> None:
+        """Let the next ``wake_for_room`` queue the room waiters, whatever the epoch."""
+        self._seen_room_epoch = -1
 
     def is_held_back(self, sequence: Sequence, step: int) -> bool:
         """Whether another one has waited for room so long that it goes before this one."""
@@ -108,7 +124,7 @@ class WaitingSequences:
         if self._room_waiters.pop(sequence.sequence_id, None) is not None:
             sequence.parked_at_step = -1
             # It may have been the one that held the others back.
-            self._seen_room_epoch = -1
+            self.wake_at_next_chance()
 
     def check_integrity(self) -> list[Sequence]:
         """Assert that states and places agree; returns all sequences held here."""

@@ -31,6 +31,9 @@ class Slots:
             self.users.setdefault(name, set()).add(sequence.sequence_id)
         return LoRASet(pages=((), (), (), ()), key="+".join(names))
 
+    def fit_together(self, keys) -> bool | None:
+        return None if self.cold & set(keys) else len(set(keys)) <= self.size
+
     def release(self, sequence: Sequence) -> None:
         for name, _ in sequence.adapters:
             self.users[name].remove(sequence.sequence_id)

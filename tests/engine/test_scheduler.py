@@ -184,7 +184,7 @@ def test_a_rare_adapter_gets_room_beside_one_that_is_always_in_use():
     bench = Bench(slots=Slots(size=1), num_blocks=999)
     bench.add(adapter="popular", n=5)
     bench.step()
-    rare = bench.add(adapter="rare", n=1)
+    rare = bench.add(adapter="rare", n=1, priority="batch")
     for _ in range(ROOM_PATIENCE_STEPS + 20):
         if bench.step_number % 3 == 0:
             bench.add(adapter="popular", n=5)
@@ -199,7 +199,7 @@ def test_aborting_the_one_that_holds_others_back_lets_them_go():
     bench = Bench(slots=Slots(size=1), num_blocks=999)
     bench.add(adapter="popular", n=ROOM_PATIENCE_STEPS + 20)
     bench.step()
-    rare = bench.add(adapter="rare")
+    rare = bench.add(adapter="rare", priority="batch")
     for _ in range(ROOM_PATIENCE_STEPS + 5):
         bench.step()
     held = bench.add(adapter="popular", n=1)
@@ -222,7 +222,7 @@ def test_a_sequence_with_an_unread_token_does_not_start_again_before_it_is_read(
 arrivals = st.lists(
     st.tuples(
         st.integers(1, 20),
-        st.integers(1, 8),
+        st.integers(1, 40),
         st.sampled_from(["interactive", "batch"]),
         st.sampled_from([None, None, "a", "b", "c"]),
         st.integers(0, 10),
@@ -231,7 +231,7 @@ arrivals = st.lists(
 )
 
 
-@given(jobs=arrivals, num_blocks=st.integers(7, 20), seqs=st.integers(1, 5), caching=st.booleans())
+@given(jobs=arrivals, num_blocks=st.integers(16, 24), seqs=st.integers(1, 5), caching=st.booleans())
 @settings(max_examples=100, deadline=None)
 def test_everything_ends_and_the_same_input_gives_the_same_schedule(
     jobs, num_blocks, seqs, caching

@@ -1,0 +1,187 @@
+"""Turns: who makes way for whom where more adapters are wanted than fit, and who never does."""
+
+from __future__ import annotations
+
+import pytest
+
+from openlora.engine import adapter_turns
+from openlora.engine.adapter_turns import NEW_PATIENCE_STEPS, TURN_STEPS
+from openlora.engine.sequence import Status
+from openlora.engine.waiting import ROOM_PATIENCE_STEPS
+from tests.engine.fake_device import expected_tokens, fake_engine
+from tests.engine.requests import drain, ids, request
+from tests.engine.scheduler_bench import Bench, Slots
+
+
+def running(bench):
+    return {s.sequence_id for s in bench.scheduler.running if s.paused_at_step < 0}
+
+
+def test_a_new_one_is_let_in_by_the_one_that_has_run_longest():
+    bench = Bench(slots=Slots(size=2))
+    bench.add(adapter="a", n=99)
+    bench.step()
+    bench.add(adapter="b", n=99)
+    for _ in range(TURN_STEPS):
+        bench.step()
+    new = bench.add(adapter="c", n=99)
+    for _ in range(NEW_PATIENCE_STEPS + 1):
+        assert new.status is not Status.RUNNING
+        bench.step()
+    assert running(bench) == {2, 3}
+    assert bench.scheduler.num_parked == 1
+    assert bench.scheduler.num_running == 2
+    assert bench.scheduler.num_preemptions == 0, "it keeps its blocks"
+
+
+def test_nobody_pauses_before_its_turn_is_over():
+    bench = Bench(slots=Slots(size=1))
+    first = bench.add(adapter="a", n=99)
+    bench.add(adapter="b", n=99)
+    for _ in range(TURN_STEPS):
+        bench.step()
+        assert running(bench) == {1}
+    bench.step()
+    assert running(bench) == {2}
+    for _ in range(TURN_STEPS - 1):
+        bench.step()
+        assert running(bench) == {2}
+    bench.step()
+    assert running(bench) == {1}, "and they take turns"
+    assert first.paused_at_step == -1
+
+
+def test_all_who_have_the_adapter_pause_together_or_none():
+    bench = Bench(slots=Slots(size=1), num_blocks=99)
+    bench.add(adapter="a", n=99)
+    for _ in range(TURN_STEPS - 2):
+        bench.step()
+    bench.add(adapter="a", n=99)
+    bench.add(adapter="b", n=99)
+    for _ in range(TURN_STEPS):
+        bench.step()
+        assert running(bench) == {1, 2}
+    bench.step()
+    assert running(bench) == {3}
+    assert bench.scheduler.num_parked == 2
+
+
+def test_where_all_fit_nobody_ever_pauses(monkeypatch):
+    def never(*args):
+        raise AssertionError("somebody was asked to pause")
+
+    monkeypatch.setattr(adapter_turns, "_may_pause", never)
+    bench = Bench(slots=Slots(size=3), num_blocks=99)
+    for name in "abcabc":
+        bench.add(adapter=name, n=4 * TURN_STEPS)
+    bench.run()
+
+
+def test_batch_work_makes_way_first_waits_in_its_place_and_comes_back():
+    bench = Bench(slots=Slots(size=2), num_blocks=999)
+    bench.add(adapter="a", n=9999)
+    batch = bench.add(adapter="b", n=99, priority="batch")
+    for _ in range(TURN_STEPS + 1):
+        bench.step()
+    bench.add(adapter="c", n=9999)
+    for _ in range(NEW_PATIENCE_STEPS + 1):
+        bench.step()
+    assert running(bench) == {1, 3}
+    for _ in range(ROOM_PATIENCE_STEPS - 1):
+        bench.step()
+    assert running(bench) == {1, 3}, "interactive ones need not pause for it so soon"
+    bench.step()
+    assert batch.paused_at_step == -1
+
+
+def test_batch_work_lets_nobody_pause_for_its_start():
+    bench = Bench(slots=Slots(size=1), num_blocks=999)
+    bench.add(adapter="a", n=200)
+    bench.step()
+    late = bench.add(adapter="b", n=1, priority="batch")
+    for _ in range(150):
+        bench.step()
+    assert late.status is Status.PARKED
+
+
+def test_without_a_seat_or_blocks_for_the_new_one_nobody_pauses():
+    for bench in (Bench(slots=Slots(size=1), seqs=1), Bench(slots=Slots(size=1), num_blocks=10)):
+        bench.add(adapter="a", n=34)
+        bench.step()
+        bench.add(20, adapter="b", n=9)
+        for _ in range(30):
+            bench.step()
+            assert running(bench) == {1}
+
+
+def test_one_that_pauses_can_be_aborted_and_lose_its_blocks():
+    bench = Bench(slots=Slots(size=1), num_blocks=16)
+    first = bench.add(adapter="a", n=60)
+    bench.step()
+    bench.add(adapter="b", n=40)
+    while first.paused_at_step < 0:
+        bench.step()
+    bench.scheduler.finish(first)
+    bench.step()
+    assert bench.scheduler.num_parked == 0
+    bench.add(8, adapter="c", n=30)
+    for _ in range(120):
+        bench.step()
+    assert bench.finished == [2, 3]
+
+
+def test_room_is_made_for_one_that_goes_away_and_is_anybody_s_again():
+    bench = Bench(slots=Slots(size=1))
+    first = bench.add(adapter="a", n=60)
+    bench.step()
+    gone = bench.add(adapter="b", n=60)
+    for _ in range(TURN_STEPS - 1):
+        bench.step()
+    bench.scheduler._turns.take(bench.scheduler.running, TURN_STEPS + 1)
+    assert first.paused_at_step > 0
+    bench.scheduler.finish(gone)
+    bench.step()
+    bench.step()
+    assert running(bench) == {1}
+
+
+@pytest.mark.parametrize("steps_ahead", [0, 1])
+def test_each_gets_its_own_tokens_however_often_it_pauses(steps_ahead):
+    engine, _ = fake_engine(
+        num_pages=(2, 2, 2, 2), steps_ahead=steps_ahead, num_blocks=400, max_num_seqs=16
+    )
+    names = [f"n{number}" for number in range(6)]
+    for name in names:
+        engine.register_adapter(name, f"/adapters/{name}-1-1-1-1")
+    added = [
+        (engine.add(request([1, index], n=60, **{names[index % 6]: 1.0})), index)
+        for index in range(12)
+    ]
+    paused = set()
+    first_tokens = []
+    outputs = {number: [] for number, _ in added}
+    while engine.has_work():
+        engine.wait_for_adapters(5)
+        for token in engine.step():
+            outputs[token.request_id].append(token)
+            if token.index == 0:
+                first_tokens.append(engine.stats().steps)
+        engine.check_integrity()
+        paused |= {s.sequence_id for s in engine._scheduler.running if s.paused_at_step >= 0}
+    for number, index in added:
+        content = ((names[index % 6], 1.0),)
+        assert ids(outputs[number]) == expected_tokens([1, index], content, 7, 60)
+    assert len(paused) >= 6
+    assert max(first_tokens) < 60, "no answer's end was waited for"
+    engine.close()
+
+
+def test_an_engine_whose_only_sequence_pauses_for_its_adapter_waits_without_turning():
+    engine, _ = fake_engine(num_pages=(1, 1, 1, 1))
+    for name in ("rose", "fern"):
+        engine.register_adapter(name, f"/adapters/{name}-1-1-1-1")
+    first = engine.add(request([1], n=60, rose=1.0))
+    second = engine.add(request([2], n=TURN_STEPS * 3, fern=1.0))
+    outputs = drain(engine)
+    assert ids(outputs[first]) == expected_tokens([1], (("rose", 1.0),), 7, 60)
+    assert len(outputs[second]) == TURN_STEPS * 3
