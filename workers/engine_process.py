@@ -49,6 +49,7 @@ LOAD_INTERVAL_S = 0.5
 PROGRESS_INTERVAL_S = 0.1
 PIN_WAIT_MS = 20
 """How often an idle engine looks whether a pinned adapter was loaded."""
+SWITCH_INTERVAL_S = 0.0005
 STALLED_WAIT_MS = 1
 """Pause between steps that said nothing while every request waits (for an adapter to load)."""
 
@@ -113,8 +114,9 @@ class EngineServer:
             busy = self._engine.has_work() or bool(self._failed)
             wait_ms: int | None = STALLED_WAIT_MS if stalled else 0
             if not busy:
-                # In this order: what has come of a load is told before the wait.
-                wait_ms = self._idle_wait_ms()
+                # Without requests only pinned adapters are loaded; what has come of that is told
+                # before the wait.
+                wait_ms = PIN_WAIT_MS if self._engine.take_loads() else None
                 self._send((), force_load=True)
             if self._poll.poll(wait_ms):
                 data = self._sock.recv(RECEIVE_BYTES)
@@ -127,10 +129,6 @@ class EngineServer:
                 outputs += self._outputs(self._engine.step())
             stalled = not outputs and self._engine.only_waits_for_adapters()
             self._send(tuple(outputs), force_load=False)
-
-    def _idle_wait_ms(self) -> int | None:
-        """Without requests only pinned adapters are loaded; None: nothing is under way."""
-        return PIN_WAIT_MS if self._engine.take_loads() else None
 
     def _apply(self, commands: Commands) -> None:
         for name, path in commands.register:
@@ -265,6 +263,8 @@ def _end_with_parent(sock: socket.socket) -> None:
 
 def main() -> int:
     """Serve on the inherited socket; the exit status."""
+    # Threads that load adapters work in Python too: by default one may keep a step waiting for 5 ms.
+    sys.setswitchinterval(SWITCH_INTERVAL_S)
     sock = socket.socket(fileno=int(sys.argv[1]))
     splitter = FrameSplitter()
     bodies = receive_frame(sock, splitter)
