@@ -263,7 +263,7 @@ def _end_with_parent(sock: socket.socket) -> None:
 
 def main() -> int:
     """Serve on the inherited socket; the exit status."""
-    # Threads that load adapters work in Python too: by default one may keep a step waiting for 5 ms.
+    # Threads that load adapters work in Python too: by default one may stop a step for 5 ms.
     sys.setswitchinterval(SWITCH_INTERVAL_S)
     sock = socket.socket(fileno=int(sys.argv[1]))
     splitter = FrameSplitter()
