@@ -29,13 +29,13 @@ from workers.tokenizer import PromptTokenizer
 
 ADMIT_AT_ONCE = 32
 ADMIT_BESIDE_INTERACTIVE = 8
-"""Lines admitted in one turn of the loop: each keeps the tokens of others waiting for 0.1 ms. How
-many of their prompts are computed in a step is the engine's affair (engine/batch_pace.py)."""
+"""Lines admitted in one turn of the loop: each keeps the tokens of others waiting for 0.1 ms."""
 ABOUT_S = 30.0
 """Interactive work counts as being about for so long after it was last there."""
 SPARE_SEATS = 8
-"""One seat of the engine in so many stays free for interactive jobs while they are about; while
-none is, as many lines wait at the engine for a seat, so that none is empty for a step."""
+"""One seat of the engine in so many stays free for interactive jobs while they are about."""
+AHEAD_SHARE = 2
+"""While none is, one line for so many seats waits at the engine: no seat is empty for a step."""
 UPKEEP_S = 1.0
 
 
@@ -64,7 +64,7 @@ class BulkLane:
         self._engine = engine
         self._opener = opener
         self._budget = budget
-        self._spare = 0
+        self._spare = self._ahead = 0
         self._owns = owns
         self._next_ticket = next_ticket
         self._others_inside = others_inside
@@ -84,8 +84,8 @@ class BulkLane:
         """Model and tokenizer are loaded; once, before the first turn."""
         self._tokenizer, self._facts = tokenizer, facts
         self._tokenizers = AdapterTokenizers(tokenizer)
-        self._spare = min(self._budget, facts.max_num_seqs) // SPARE_SEATS
         self._budget = min(self._budget, facts.max_num_seqs)
+        self._spare, self._ahead = self._budget // SPARE_SEATS, self._budget // AHEAD_SHARE
 
     def brings_tokens(self, adapter: Path) -> bool:
         """Whether the adapter of this directory has other tokens than the model.
@@ -184,7 +184,7 @@ class BulkLane:
 
     def _has_room(self, interactive: int) -> bool:
         if time.monotonic() >= self._interactive_until:
-            return len(self._runs) < self._budget + self._spare
+            return len(self._runs) < self._budget + self._ahead
         return len(self._runs) < self._budget - self._spare - interactive
 
     def _is_line_there(self) -> bool:

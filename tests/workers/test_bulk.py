@@ -92,10 +92,10 @@ def test_what_cannot_be_run_is_answered_and_the_rest_goes_on(bench):
     assert bench.letters.codes == ["invalid_request"]
 
 
-def test_lines_fill_the_seats_and_a_few_more_wait_behind_them(bench):
+def test_lines_fill_the_seats_and_half_as_many_wait_behind_them(bench):
     bench.deliver(bundle(*(line(n) for n in range(1, 65))))
     bench.lane.refill(0)
-    assert len(bench.engine.started) == 16 + 2
+    assert len(bench.engine.started) == 16 + 8
     assert not bench.lane.could_admit(0)
     bench.say(0, finish_reason="stop")
     assert bench.lane.could_admit(0)
