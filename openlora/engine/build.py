@@ -147,7 +147,11 @@ def build_parts(config: EngineConfig, progress: Progress | None = None) -> Engin
         # Not at the top: it needs Triton, which a machine without a GPU may lack.
         from openlora.engine.cuda_parts import cuda_parts
 
-        parts = cuda_parts(config, model, pages, kv_cache, info)
+        with _named_out_of_memory(
+            f"the decode graphs of up to {config.max_num_seqs} requests",
+            "lower max_num_seqs or memory_fraction",
+        ):
+            parts = cuda_parts(config, model, pages, kv_cache, info)
         return replace(parts, page_bytes=page_bytes(model.config, model.dtype))
     tier: HostTier[LoadedAdapter] = HostTier(
         lambda path, zeros: load_adapter(

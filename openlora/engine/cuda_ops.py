@@ -110,6 +110,7 @@ class CudaOps(EdgeOps):
         kv_layers: per layer its cache.
         attention_binding: what attention reads.
         lora: None: no row of the step has pages, and no LoRA kernel is launched.
+        logits: [at least the sampled rows, vocab], where the head writes; None: to new memory.
     """
 
     config: ModelConfig
@@ -119,6 +120,10 @@ class CudaOps(EdgeOps):
     kv_layers: Sequence[torch.Tensor]
     attention_binding: AttentionBinding
     lora: LoRABinding | None
+    logits: torch.Tensor | None = None
+
+    def linear(self, linear: Linear, x: torch.Tensor) -> torch.Tensor:
+        return linear(x) if self.logits is None else linear.into(x, self.logits[: x.shape[0]])
 
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         return triton_norms.rms_norm(x, weight, self.config.rms_norm_eps)

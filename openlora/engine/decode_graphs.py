@@ -1,16 +1,22 @@
-"""CUDA graphs of the decode step: per batch bucket with LoRA or without, captured lazily.
+"""CUDA graphs of the decode step: per batch bucket with LoRA or without, captured at the start.
 
 A graph reads everything that changes from step to step out of persistent buffers: tokens,
 positions, slots, block tables and the SGMV plan with its work counts. So it serves any mix of
 adapters, ranks and weights; only the number of rows is rounded up, with rows that write nothing.
 Of those with LoRA there are two, for how the kernels are cut: each serves every mix, but one is
 faster where rows share adapters, the other where each has its own.
+
+A capture takes about as long as an eager step, 40 ms for 32 layers. In the middle of serving it
+would hold up every stream, and batches that shrink as their requests end need one size after
+another.
 """
 
 from __future__ import annotations
 
+import gc
 import logging
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -41,6 +47,8 @@ PAGES_PER_ROW = 32
 USUAL_PAGES_PER_ROW = 4
 """Pages a row that the launches have programs for: one adapter of rank 64."""
 LoRAKind = Literal["none", "shared", "distinct"]
+_KINDS: tuple[LoRAKind, ...] = ("none", "shared", "distinct")
+_WARM_LAYERS = 2
 _FIELDS = 5
 """Ints a row takes in the upload: token, source, position, slot, context length."""
 
@@ -53,7 +61,8 @@ def buckets(max_rows: int) -> tuple[int, ...]:
 
 @dataclass(frozen=True, slots=True)
 class _Graph:
-    """``ops`` and ``scratch`` are not used again: they keep the memory that the kernels write."""
+    """``ops`` and ``scratch`` are not used again: they keep the memory that the kernels write, and
+    the logits, which all graphs share."""
 
     graph: torch.cuda.CUDAGraph
     ops: CudaOps
@@ -116,7 +125,12 @@ class DecodeGraphs:
         self._uploaded_plan: SGMVPlan | None = None
         self._memory = torch.cuda.graph_pool_handle()
         self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self._logits = torch.empty(
+            max_rows, model.config.vocab_size, dtype=model.dtype, device=device
+        )
         self._graphs: dict[tuple[int, LoRAKind], _Graph] = {}
+        with torch.inference_mode():
+            self._capture_all(_KINDS if any(len(site.a) for site in pages.sites) else _KINDS[:1])
 
     @property
     def chunk_rows(self) -> int:
@@ -138,41 +152,46 @@ class DecodeGraphs:
         """
         num_rows = len(inputs.token_ids)
         bucket = next(size for size in self._buckets if size >= num_rows)
-        graph = self._graph(bucket, _kind(plan))
+        graph = self._graphs[bucket, _kind(plan)]
         self._upload(inputs, bucket)
         if not plan.is_empty and plan is not self._uploaded_plan:
             self._upload_plan(plan)
         graph.graph.replay()
         return graph.logits, graph.token_ids
 
-    def _graph(self, bucket: int, kind: LoRAKind) -> _Graph:
-        graph = self._graphs.get((bucket, kind))
-        if graph is None:
-            started = time.perf_counter()
-            graph = self._graphs[bucket, kind] = self._capture(bucket, kind)
-            logger.info(
-                "captured the decode graph of %d rows, LoRA %s, in %.0f ms",
-                bucket,
-                kind,
-                (time.perf_counter() - started) * 1000,
-            )
-        return graph
+    def _capture_all(self, kinds: Sequence[LoRAKind]) -> None:
+        started = time.perf_counter()
+        # What the collector finds in the middle of a capture, graphs of an engine before this one
+        # say, could end it: freeing them is not allowed then.
+        gc.collect()
+        was_enabled = gc.isenabled()
+        gc.disable()
+        try:
+            # The largest first: all others find room in what it has used.
+            for bucket in reversed(self._buckets):
+                for kind in kinds:
+                    self._graphs[bucket, kind] = self._capture(bucket, kind)
+        finally:
+            if was_enabled:
+                gc.enable()
+        seconds = time.perf_counter() - started
+        logger.info("captured %d decode graphs in %.1f s", len(self._graphs), seconds)
 
     def _capture(self, bucket: int, kind: LoRAKind) -> _Graph:
         ops = self._ops(bucket, kind)
         scratch = GreedyScratch(bucket, self._processors, self._model.device)
-        # Rows of padding alone: the warm-up compiles and allocates, and writes no KV.
+        # Rows of padding alone: the warm-up loads the matmuls' kernels, which is not allowed in a
+        # capture, and writes no KV. All layers have the same; those in Triton are loaded already.
         self._fields.zero_()
         self._fields[1].fill_(-1)
         self._fields[3].fill_(-1)
         if kind != "none":
             self._plan.zero_()
             self._uploaded_plan = None
-        self._forward(bucket, ops, scratch)
+        self._forward(bucket, ops, scratch, _WARM_LAYERS)
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
-        # Not by torch.cuda.graph, which first gives all cached memory back to the driver: in the
-        # middle of serving that took most of a second, and the next prefill takes it all again.
+        # Not by torch.cuda.graph, which gives all cached memory back to the driver each time.
         self._stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self._stream):
             # Other threads load adapters meanwhile; what they allocate is no part of the capture.
@@ -185,10 +204,15 @@ class DecodeGraphs:
         return _Graph(graph, ops, scratch, logits, token_ids)
 
     def _forward(
-        self, bucket: int, ops: CudaOps, scratch: GreedyScratch
+        self,
+        bucket: int,
+        ops: CudaOps,
+        scratch: GreedyScratch,
+        num_layers: int | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         tokens = take_tokens(self._fields[0, :bucket], self._fields[1, :bucket], self._drawn.tokens)
-        logits = self._model.logits(self._model.forward(tokens, ops), ops)
+        hidden = self._model.forward(tokens, ops, num_layers)
+        logits = self._model.logits(hidden, ops)
         return logits, greedy(logits, scratch)
 
     def _ops(self, bucket: int, kind: LoRAKind) -> CudaOps:
@@ -224,6 +248,7 @@ class DecodeGraphs:
                 tiles=self._no_tiles,
             ),
             lora=None if kind == "none" else lora,
+            logits=self._logits,
         )
 
     def _upload(self, inputs: StepInputs, bucket: int) -> None:

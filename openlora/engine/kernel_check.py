@@ -6,6 +6,7 @@ import logging
 import os
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -175,6 +176,7 @@ class MetaSteps:
         max_model_len: int,
         num_processors: int,
     ) -> None:
+        config = _shortened(config)
         shapes = weight_shapes(config)
         model = Decoder(
             config, lambda name: torch.empty(shapes[name], dtype=dtype, device=_META), dtype, _META
@@ -256,6 +258,14 @@ class MetaSteps:
             h_rows=h_rows,
             tiles=tiles,
         )
+
+
+def _shortened(config: ModelConfig) -> ModelConfig:
+    """The first layers, as many as show every kind there is: all that follow launch the same."""
+    kinds = config.sliding_layers or (False,)
+    num_layers = max(2, 1 + max(kinds.index(kind) for kind in set(kinds)))
+    num_layers = min(num_layers, config.num_layers)
+    return replace(config, num_layers=num_layers, sliding_layers=config.sliding_layers[:num_layers])
 
 
 def _ints(*shape: int) -> torch.Tensor:

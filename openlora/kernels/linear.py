@@ -45,6 +45,13 @@ class Linear:
             weight = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), PACK_ROWS)
         self.weight = weight
 
+    def into(self, x: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+        """As a call, bit for bit, into ``out`` [rows, out_features]; not where ``is_packed``."""
+        assert not self.is_packed
+        if self.bias is None:
+            return torch.mm(x, self.weight.t(), out=out)
+        return torch.addmm(self.bias, x, self.weight.t(), out=out)
+
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """x: [rows, in_features] of the weight's dtype; returns a new [rows, out_features]."""
         if self.is_packed:

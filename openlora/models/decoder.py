@@ -95,12 +95,15 @@ class Decoder:
             config.rotary_dim, config.rope_theta, config.rope_scaling, config.max_model_len
         ).to(self.device)
 
-    def forward(self, token_ids: torch.Tensor, ops: DecoderOps) -> torch.Tensor:
+    def forward(
+        self, token_ids: torch.Tensor, ops: DecoderOps, num_layers: int | None = None
+    ) -> torch.Tensor:
         """Hidden states before the final norm; writes the step's KV through ``ops``.
 
         Args:
             token_ids: [tokens] int64.
             ops: the step's operations.
+            num_layers: the first so many alone, for a warm-up; None: all.
 
         Returns:
             [tokens, hidden].
@@ -108,7 +111,7 @@ class Decoder:
         residual = ops.embed(self._embedding, token_ids, self._embedding_scale)
         x = ops.rms_norm(residual, self._layers[0].input_norm)
         mlp = residual
-        for index, layer in enumerate(self._layers):
+        for index, layer in enumerate(self._layers[:num_layers]):
             if index:
                 x = ops.add_rms_norm(mlp, residual, layer.input_norm)
             qkv = ops.lora_linear(layer.qkv, x, index, QKV)
