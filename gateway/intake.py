@@ -23,6 +23,7 @@ from gateway.quarantine import Quarantine
 from gateway.queue_estimate import QueueEstimate
 from openlora.errors import DeadlineExceeded, OpenLoRAError, Overloaded
 from openlora.joblog import AsyncJobLog
+from openlora.joblog.hints import AsyncHints
 from openlora.protocol.jobs import AdapterRef, Job
 from openlora.protocol.names import new_job_id
 from openlora.registry.records import is_remote
@@ -56,6 +57,7 @@ class Intake:
         queue: QueueEstimate,
         rates: RateLimits,
         metrics: Metrics,
+        hints: AsyncHints,
         *,
         shard: int,
         lease_ms: int,
@@ -68,6 +70,7 @@ class Intake:
         self._queue = queue
         self._rates = rates
         self._metrics = metrics
+        self._hints = hints
         self._shard = shard
         self._lease_ms = lease_ms
         self.draining = False
@@ -153,6 +156,7 @@ class Intake:
         return job.job_id
 
     async def _mark(self, job_id: str, where: tuple[str, int, int]) -> None:
+        await self._hints.say()
         try:
             await self._log.mark_published(job_id, *where)
         except Overloaded as error:

@@ -42,6 +42,7 @@ from gateway.threads import in_daemon_thread
 from openlora.adapters.stores import open_store
 from openlora.errors import Overloaded, SetupError
 from openlora.joblog import AsyncJobLog, async_redis_client
+from openlora.joblog.hints import AsyncHints
 from openlora.protocol.names import JOB_TOPICS, SHARD_COUNT
 from openlora.protocol.status import Heartbeat
 from producer.group_offsets import read_group_offsets
@@ -98,6 +99,7 @@ class Gateway:
             self._queue,
             self.rates,
             self.metrics,
+            AsyncHints(self.redis),
             shard=shard,
             lease_ms=lease_ms,
         )

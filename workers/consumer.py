@@ -23,6 +23,7 @@ from openlora.errors import SetupError
 from openlora.protocol.names import BATCH_TOPIC, JOB_TOPICS, JOBS_TOPIC
 from openlora.protocol.status import PartitionStatus
 from workers.assignor import SamePartitionsAssignor
+from workers.attention import Attention
 from workers.backlog import Backlog, Fetched
 from workers.budgets import Budgets
 from workers.commits import Commits, kafka_offsets
@@ -39,12 +40,6 @@ TAKE_ALL = 1 << 30
 """Whatever a fetch brought is taken at once: ``Backlog`` says why."""
 STATUS_INTERVAL_S = 0.5
 ERROR_PAUSE_S = 0.5
-IDLE_AFTER_S = 30.0
-IDLE_PAUSE_S = 0.08
-"""Fetching 50 times a second costs a fifth of a core here and at an embedded broker. A worker that
-got no interactive job for a while fetches 10 times a second; the next job waits up to that much
-longer, those after it do not. To bundles of lines it makes no difference: all that are there come
-at once."""
 LEAVE_TIMEOUT_MS = 3_000
 CONNECT_TIMEOUT_MS = 3_000
 FINISH_JOIN_S = 4.0
@@ -70,6 +65,7 @@ class JobConsumer:
     Attributes:
         status: the owned partitions, half a second old at most.
         joined: whether this worker is a member of the group, with partitions or without.
+        attention: how often it looks for messages.
     """
 
     def __init__(
@@ -85,6 +81,7 @@ class JobConsumer:
         # written here, read by the loop's heartbeat
         self.status: tuple[PartitionStatus, ...] = ()
         self.joined = False
+        self.attention = Attention()
         self._servers = bootstrap_servers
         self._client_id = client_id
         self._deliver = deliver
@@ -98,7 +95,7 @@ class JobConsumer:
         self._pauses = Pauses()
         self._join_watch = JoinWatch(random.Random())
         self._stopping = threading.Event()
-        self._last_fetch = -IDLE_AFTER_S  # none yet
+        self._wake_at_ended = max(1, budgets.batch // 4)
         self._batch_flows = False
         self._status_due = 0.0
         self._consumer: Any = None
@@ -125,6 +122,8 @@ class JobConsumer:
         ``job_id`` is given where its log may be retired once the offset is committed.
         """
         self._ended.append(_Ended(position, job_id))
+        if len(self._ended) >= self._wake_at_ended:
+            self.attention.wake()  # there is room for many bundles
 
     def owns(self, position: Position) -> bool:
         """Whether the message's partition is still ours, as of the last rebalance. Thread-safe."""
@@ -133,6 +132,7 @@ class JobConsumer:
     def begin_leave(self) -> None:
         """Fetch no more, commit what has ended, leave the group, end the thread. Does not wait."""
         self._stopping.set()
+        self.attention.wake()
 
     def wait_left(self, timeout_s: float) -> bool:
         """Wait until the group is left; False if that took longer than ``timeout_s``."""
@@ -158,7 +158,7 @@ class JobConsumer:
         self._deliver_backlog()
         now = time.monotonic()
         is_member = self._assignor.joined and not self._assignor.joining
-        is_idle = is_member and now - self._last_fetch > IDLE_AFTER_S
+        is_quiet = is_member and self.attention.is_quiet
         if self._join_watch.is_stuck(joined=self._assignor.joined, now=now):
             self._join_anew()
             return
@@ -168,7 +168,7 @@ class JobConsumer:
                 self._offsets.partitions(),
                 self._held_back(),
                 batch_flows=self._batch_flows,
-                is_idle=is_idle,
+                is_idle=is_quiet,
             )
             if is_member:  # others are refused
                 self._commits.commit_if_due(self._consumer, now)
@@ -188,9 +188,9 @@ class JobConsumer:
         if records:
             self._take(records)
         if any(partition.topic == JOBS_TOPIC for partition in records):
-            self._last_fetch = now
-        elif is_idle:
-            self._stopping.wait(IDLE_PAUSE_S)
+            self.attention.took_job()
+        elif is_quiet:
+            self.attention.rest(batch_flows=self._batch_flows)
 
     def _join_anew(self) -> None:
         logger.warning("event=join_stuck next=leave_and_join_anew")
@@ -269,6 +269,7 @@ class JobConsumer:
             self._pauses.forget(names)
             if isinstance(event, Assigned):
                 self._offsets.assign(names)
+                self.attention.hint()
                 logger.info("event=partitions_assigned partitions=%s next=fetch", names)
                 continue
             # Nothing is committed here: what ended a moment ago is skipped by the new owner's

@@ -52,6 +52,7 @@ from workers.heartbeat import (
     HeartbeatWriter,
     LoadingHeartbeats,
 )
+from workers.hint_watch import HintWatch
 from workers.messages import EngineSetup
 from workers.pins import PinWatch
 from workers.run import now_ms
@@ -144,6 +145,8 @@ class Worker:
             parts.loop.wake,
         )
         pins.start()
+        hints = HintWatch(redis_client(self._config.redis), parts.consumer.attention)
+        hints.start()
         try:
             self._work(parts, heartbeats, pins)
             self._drain(parts, heartbeats)
@@ -153,6 +156,7 @@ class Worker:
             Aftermath(parts, client).run(error.status)
         finally:
             pins.stop()
+            hints.stop()
             self._leave(parts, heartbeats)
             client.close()
         return 1 if self._failure else 0

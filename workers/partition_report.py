@@ -9,6 +9,7 @@ from kafka.errors import IllegalStateError
 from kafka.structs import TopicPartition
 
 from openlora.protocol.status import PartitionStatus
+from workers.kafka_client import position_of
 from workers.offsets import Offsets, Partition
 
 
@@ -34,7 +35,7 @@ def report_partitions(
                 continue
             position = undelivered.get(partition)
             if position is None:
-                position = consumer.position(kafka_partition)
+                position = position_of(consumer, kafka_partition)
         except (IllegalStateError, KeyError):
             continue  # just revoked, by kafka-python's own thread; the event is on its way
         if position is None:
@@ -62,7 +63,7 @@ def beyond_end(consumer: Any, offsets: Offsets) -> list[Partition]:
         kafka_partition = TopicPartition(*partition)
         try:
             high_water = consumer.highwater(kafka_partition)
-            position = consumer.position(kafka_partition)
+            position = position_of(consumer, kafka_partition)
         except (IllegalStateError, KeyError):
             continue  # as above
         if high_water is not None and position is not None and 0 <= high_water < position:

@@ -14,8 +14,6 @@ from workers.offsets import Partition
 BATCH_EVERY = 8
 """Polls from one look at the batch topic to the next while it is empty: most of what a fetch costs
 here is to go through its partitions, and nobody watches for a batch job's first token."""
-BATCH_EVERY_IDLE = 2
-"""The same where polls are rare."""
 
 
 class Pauses:
@@ -45,14 +43,13 @@ class Pauses:
     ) -> None:
         """Before each poll.
 
-        ``batch_flows``: the last poll brought batch jobs, so look again. ``is_idle``: a pause was
-        made before this poll.
+        ``batch_flows``: the last poll brought batch jobs, so look again. ``is_idle``: polls are
+        rare, or there is word of new messages: look at everything.
         """
         self.held_back = {TopicPartition(*partition) for partition in held_back}
         wanted = set(self.held_back)
         self._polls += 1
-        every = BATCH_EVERY_IDLE if is_idle else BATCH_EVERY
-        if not batch_flows and self._polls % every:
+        if not (batch_flows or is_idle) and self._polls % BATCH_EVERY:
             wanted |= {TopicPartition(*p) for p in owned if p[0] == BATCH_TOPIC}
         if wanted == self._paused:
             return

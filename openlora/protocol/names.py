@@ -37,6 +37,8 @@ ADAPTERS_HOLDER_KEY = "{openlora:adapters}:holder"
 """String: the name under which this registry holds content in stores."""
 ADAPTERS_CHANNEL = "openlora:adapters:changed"
 """Pub/sub: the revision and the key of an adapter that was added, replaced or removed."""
+MESSAGES_CHANNEL = "openlora:messages"
+"""Pub/sub: something was published to a job topic a moment ago (see joblog/hints.py)."""
 
 
 def new_job_id(shard: int) -> str:

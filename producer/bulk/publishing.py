@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import msgspec
 
+from openlora.joblog import hints
 from openlora.protocol.bulk import MAX_BUNDLE_LINES, BulkGroup
 from openlora.protocol.codec import encode
 from producer.bulk.blocks import read_block
@@ -51,6 +52,7 @@ def publish(tools: Tools, state: BatchState, number: int) -> Fields:
             )
             bundles.append((key, encode(bundle)))
     tools.sender.send(bundles)
+    hints.say(tools.client)
     if number == state.again:
         return {"again": number + 1 if number + 1 < state.unit else -1, "last_ms": now_ms()}
     return {

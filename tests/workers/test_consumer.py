@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import deque
 
 import pytest
@@ -10,6 +11,7 @@ from kafka import KafkaProducer
 from openlora.protocol.names import BATCH_TOPIC, DEAD_TOPIC, JOBS_TOPIC
 from producer.topics import ensure_topics
 from tests.workers.running import wait_until
+from workers import attention
 from workers.budgets import Budgets
 from workers.consumer import JobConsumer
 
@@ -82,6 +84,23 @@ def test_a_full_budget_pauses_batch_and_leaves_interactive(servers, publish):
         jobs.end(batch[ended])
         ended += 1
     assert jobs.values(BATCH_TOPIC) == [b"b%d" % i for i in range(9)]
+    jobs.leave()
+
+
+def test_a_quiet_worker_fetches_behind_a_hint(servers, publish, monkeypatch):
+    monkeypatch.setattr(attention, "QUIET_AFTER_S", 0.0)
+    monkeypatch.setattr(attention, "QUIET_PAUSE_S", 60.0)
+    jobs = Jobs(servers, Budgets(50, 50))
+    publish(JOBS_TOPIC, b"before")
+    wait_until(lambda: jobs.values() == [b"before"])
+    jobs.consumer.attention.hears_hints(True)
+    time.sleep(1.0)  # it rests by now
+    publish(JOBS_TOPIC, b"0")
+    publish(BATCH_TOPIC, b"b0", partition=1)
+    assert jobs.values() == [b"before"]
+    jobs.consumer.attention.hint()
+    wait_until(lambda: jobs.values() == [b"before", b"0"], timeout_s=1.0)
+    wait_until(lambda: jobs.values(BATCH_TOPIC) == [b"b0"], timeout_s=1.0)
     jobs.leave()
 
 

@@ -6,9 +6,10 @@ The consumer is a fake: on a real one nothing makes a revocation fall between tw
 from __future__ import annotations
 
 from collections.abc import Iterable
+from types import SimpleNamespace
 
 from kafka.errors import IllegalStateError
-from kafka.structs import TopicPartition
+from kafka.structs import OffsetAndMetadata, TopicPartition
 
 from openlora.protocol.names import BATCH_TOPIC, JOBS_TOPIC
 from openlora.protocol.status import PartitionStatus
@@ -46,8 +47,14 @@ class FakeConsumer:
             raise IllegalStateError("Partition is not assigned")
         return 9 if partition in self.positions else None
 
-    def position(self, partition: TopicPartition) -> int | None:
-        return self.positions[partition]
+    @property
+    def _subscription(self) -> SimpleNamespace:
+        def state(offset: int | None) -> SimpleNamespace:
+            return SimpleNamespace(
+                position=None if offset is None else OffsetAndMetadata(offset, "", -1)
+            )
+
+        return SimpleNamespace(assignment={tp: state(at) for tp, at in self.positions.items()})
 
 
 A, B, C = (JOBS_TOPIC, 0), (JOBS_TOPIC, 1), (BATCH_TOPIC, 0)
@@ -72,6 +79,13 @@ def test_an_empty_batch_topic_is_looked_at_now_and_then():
     assert looks == 3
     pauses.apply(consumer, [A, C], [], batch_flows=True)
     assert not consumer.paused
+
+
+def test_a_quiet_worker_looks_at_everything():
+    consumer, pauses = FakeConsumer([A, C]), Pauses()
+    for _ in range(3):
+        pauses.apply(consumer, [A, C], [], batch_flows=False, is_idle=True)
+        assert not consumer.paused
 
 
 def test_a_partition_taken_away_meanwhile_keeps_no_other_from_its_pause():
