@@ -19,6 +19,8 @@ from typing import Any, BinaryIO
 from openlora.errors import InvalidRequest
 
 MAX_ROW_CHARS = 900_000
+"""Of a CSV's line: a longer one is cut right behind, and refused with its number as too long."""
+_SKIP_CHARS = 1 << 20
 _TEXT_FIELDS = ("adapter", "custom_id")
 _NUMBER_FIELDS = {
     "max_tokens": int,
@@ -133,7 +135,9 @@ def _as_lines(rows: Iterable[Mapping[str, Any]], column: str) -> Iterator[bytes]
                 f"there is no column {column!r}; name the prompt's with --column, one of "
                 f"{', '.join(map(str, row))}"
             )
-        yield json.dumps(_line(row, column), ensure_ascii=False).encode() + b"\n"
+        line = json.dumps(_line(row, column), ensure_ascii=False)
+        # What is no UTF-8 is sent as it was, and refused with its line's number.
+        yield line.encode("utf-8", "surrogateescape") + b"\n"
 
 
 def _line(row: Mapping[str, Any], column: str) -> dict[str, Any]:
@@ -152,23 +156,31 @@ def _line(row: Mapping[str, Any], column: str) -> dict[str, Any]:
 
 
 def _csv_rows(file: BinaryIO) -> Iterator[Mapping[str, Any]]:
-    text = io.TextIOWrapper(file, encoding="utf-8-sig", newline="")
-    csv.field_size_limit(MAX_ROW_CHARS)
+    text = io.TextIOWrapper(file, encoding="utf-8-sig", errors="surrogateescape", newline="")
+    csv.field_size_limit(2 * MAX_ROW_CHARS)
     reader = csv.DictReader(_bounded(text), restkey="", restval="")
     try:
         yield from reader
-    except (csv.Error, UnicodeDecodeError) as error:
+    except csv.Error as error:
         raise InvalidRequest(
             f"the CSV cannot be read at line {reader.line_num + 1}: {error}"
         ) from error
 
 
 def _bounded(text: io.TextIOWrapper) -> Iterator[str]:
-    number = 0
+    """The lines; of one that is too long the beginning, with quotes open behind it as they are."""
+    is_open = False
     while line := text.readline(MAX_ROW_CHARS + 1):
-        number += 1
-        if len(line) > MAX_ROW_CHARS:
-            raise InvalidRequest(f"line {number} of the CSV is over {MAX_ROW_CHARS} characters")
+        is_open ^= line.count('"') % 2 == 1
+        if len(line) > MAX_ROW_CHARS and not line.endswith("\n"):
+            is_open_at_cut = is_open
+            while rest := text.readline(_SKIP_CHARS):
+                is_open ^= rest.count('"') % 2 == 1
+                if rest.endswith("\n"):
+                    break
+            if is_open != is_open_at_cut:
+                line += '"' if is_open_at_cut else ',"'
+            line += "\n"
         yield line
 
 

@@ -12,6 +12,8 @@ from pyarrow import parquet
 from openlora.commands import batch_input
 from openlora.commands.batch_input import open_input
 from openlora.errors import InvalidRequest
+from producer.bulk.lines import Rules, parse_line
+from producer.bulk.reader import MAX_LINE_BYTES, RawLine
 
 
 def sent(path, column="prompt"):
@@ -73,9 +75,36 @@ def test_parquet_is_read_by_column(tmp_path):
         sent(tmp_path / "bad.parquet")
 
 
-@pytest.mark.parametrize("content", [b"prompt\n" + b"x" * 2_000_000, b"prompt\n\xff\xfe\n"])
-def test_a_table_that_cannot_be_read_is_said_with_its_line(tmp_path, content):
-    (tmp_path / "in.csv").write_bytes(content)
+@pytest.mark.parametrize(
+    "long",
+    [
+        b"x" * 3_000_000,
+        b'"' + b"x" * 3_000_000 + b'",b',
+        b'"' + b"x, " * 1_000_000 + b'\n end",b',
+        b"x" * 2_000_000 + b',"two\nlines"',
+        b'"' + b'""' * 1_500_000 + b'"',
+    ],
+)
+def test_a_row_that_is_too_long_is_cut_and_the_rest_goes_on(tmp_path, long):
+    (tmp_path / "in.csv").write_bytes(b"prompt,adapter\nfirst,a\n" + long + b"\nlast,c\n")
+    first, cut, last = sent(tmp_path / "in.csv").splitlines()
+    assert json.loads(first) == {"prompt": "first", "adapter": "a"}
+    assert MAX_LINE_BYTES < len(cut) < 2 * MAX_LINE_BYTES  # so the server says: too long
+    assert json.loads(last) == {"prompt": "last", "adapter": "c"}
+
+
+def test_a_row_that_is_no_utf8_is_sent_as_it_is(tmp_path):
+    (tmp_path / "in.csv").write_bytes(b"prompt\nfirst\n\xff\xfe\nl\xc3\xa4st\n")
+    _, bad, last = sent(tmp_path / "in.csv").splitlines()
+    assert bad == b'{"prompt": "\xff\xfe"}'
+    assert json.loads(last) == {"prompt": "läst"}
+    with pytest.raises(InvalidRequest):
+        parse_line(RawLine(2, bad, len(bad)), Rules())
+
+
+def test_a_table_that_cannot_be_read_is_said_with_its_line(tmp_path):
+    # a quote that nobody closes: where the row was to end, nobody knows
+    (tmp_path / "in.csv").write_bytes(b'prompt\nok\n"' + b"x\n" * 1_000_000)
     with pytest.raises(InvalidRequest, match="line"):
         sent(tmp_path / "in.csv")
 
