@@ -53,6 +53,8 @@ class FilesApi:
                 f"the body is no form with a file ({error.detail}); send multipart/form-data with "
                 f"file and purpose={PURPOSE}"
             ) from error
+        except OSError as error:  # what comes is kept in a temporary file
+            raise _no_room(error) from error
         try:
             upload = form.get("file")
             purpose = form.get("purpose")
@@ -102,12 +104,16 @@ def storing(call: Callable[[], T]) -> Callable[[], T]:
         try:
             return call()
         except OSError as error:
-            raise Overloaded(
-                f"the file store cannot be written now: {error.strerror or error}",
-                retry_after_ms=_RETRY_AFTER_MS,
-            ) from error
+            raise _no_room(error) from error
 
     return checked
+
+
+def _no_room(error: OSError) -> Overloaded:
+    return Overloaded(
+        f"the file store cannot be written now: {error.strerror or error}",
+        retry_after_ms=_RETRY_AFTER_MS,
+    )
 
 
 def file_fields(record: FileRecord) -> dict[str, object]:
