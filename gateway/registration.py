@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from gateway.system import Gateway
 
 MAX_LICENCE_CHARS = 200
+STORING_MS = 3_600_000
+"""Longer than it takes to copy the largest adapter into a store."""
 MAX_FETCHES = 4
 """Processes that fetch at a time."""
 _READS_HIDDEN = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "qkv_proj", "gate_up_proj")
@@ -92,8 +94,16 @@ class Registrar:
         registry = self._gateway.directory.registry
         async with self._turn:
             holder = await registry.holder()
+            loop = asyncio.get_running_loop()
+
+            def announce(content_hash: str) -> None:
+                # In the registry before it is in the store: were this gateway to die in between,
+                # nobody would ever delete it.
+                expected = registry.expect(content_hash, STORING_MS)
+                asyncio.run_coroutine_threadsafe(expected, loop).result()
+
             info = await asyncio.to_thread(
-                _store, self._gateway.store, source, holder, hidden_sizes
+                _store, self._gateway.store, source, holder, hidden_sizes, announce
             )
             await registry.expect(info.hash)
             visibility = new.visibility or ("public" if tenant == OPERATOR else "private")
@@ -204,12 +214,18 @@ def _directory(source: str, tenant: str) -> Path:
     return path
 
 
-def _store(store: Store, source: Path, holder: str, hidden_sizes: set[int]) -> AdapterInfo:
+def _store(
+    store: Store,
+    source: Path,
+    holder: str,
+    hidden_sizes: set[int],
+    announce: Callable[[str], None],
+) -> AdapterInfo:
     def check(layout: AdapterLayout) -> None:
         check_hidden_size(layout.tensors, hidden_sizes)
 
     try:
-        return store.put(source, holder=holder, check=check)
+        return store.put(source, holder=holder, check=check, announce=announce)
     except OSError as error:
         raise AdapterFailed(
             f"{source.name} cannot be copied into the store {store.name}: {error}; free space "

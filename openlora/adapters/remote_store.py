@@ -3,6 +3,7 @@
     URL/<hash>/                   the files of the adapter; adapter_config.json is written last and
                                   deleted first, so that what has one is complete
     URL/.holds/<hash>/<holder>    a registry that still names it
+    URL/.deletions/<hash>/<nonce> somebody is about to delete it
 
 Who serves an adapter has it in a ``DiskCache``, which checks what it gets; nothing here trusts the
 store's bytes. The same contract as ``AdapterStore``, for processes of many machines.
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import re
+import secrets
 import tempfile
 import threading
 import time
@@ -28,7 +30,11 @@ from openlora.adapters.store import AdapterStore
 from openlora.errors import AdapterFailed, SetupError
 
 FETCH_TIMEOUT_S = 300.0
-_HOLDS = ".holds"
+DELETION_S = 30.0
+"""A few requests to the store; a process that has not ended them by then is dead."""
+_LOOK_AGAIN_S = 0.1
+_MARK_TRIES = 5
+_HOLDS, _DELETIONS = ".holds", ".deletions"
 _HASH = re.compile(r"[0-9a-f]{64}")
 
 
@@ -72,6 +78,7 @@ class RemoteStore:
         *,
         holder: str | None = None,
         check: Callable[[AdapterLayout], None] | None = None,
+        announce: Callable[[str], None] | None = None,
     ) -> AdapterInfo:
         """As ``AdapterStore.put``.
 
@@ -83,12 +90,14 @@ class RemoteStore:
         with tempfile.TemporaryDirectory(prefix=".incoming-", dir=self.scratch) as temporary:
             local = AdapterStore(Path(temporary))
             info = local.put(directory, check=lambda layout: _check(layout, check))
+            if announce is not None:
+                announce(info.hash)
             with self._reached():
                 if holder is not None:
-                    # First: whoever lets go of the content meanwhile sees that it is wanted.
+                    # First: whoever deletes the content from now on sees that it is wanted.
                     self._writable()
-                    self._make_folder(_HOLDS, info.hash)
-                    self._system.pipe_file(self._at(_HOLDS, info.hash, holder), b"")
+                    self._mark(_HOLDS, info.hash, holder)
+                    self._wait_for_deletions(info.hash)
                 if not self._is_whole(local.path(info.hash)):
                     self._upload(local.path(info.hash), info.hash)
         return info
@@ -107,16 +116,24 @@ class RemoteStore:
             system, hold = self._writable(), self._at(_HOLDS, _checked(content_hash), holder)
             if not system.exists(hold):
                 return False
-            system.rm_file(hold)
-            if self.held(content_hash):
-                return False
-            files = self._list(content_hash)
-            for file in sorted(files, key=lambda name: name != CONFIG_FILE):
-                system.rm_file(self._at(content_hash, file))
-            with contextlib.suppress(OSError):
-                # Where folders are no mere prefixes of names.
-                system.rmdir(self._at(content_hash))
-                system.rmdir(self._at(_HOLDS, content_hash))
+            # Before the holders are looked at: whoever becomes one behind that look sees this, and
+            # waits until what it would have taken for stored is gone.
+            mark = self._mark(_DELETIONS, content_hash, secrets.token_hex(8))
+            try:
+                system.rm_file(hold)
+                if self.held(content_hash):
+                    return False
+                files = self._list(content_hash)
+                for file in sorted(files, key=lambda name: name != CONFIG_FILE):
+                    if not system.exists(mark):
+                        return False  # it took so long that somebody stores the content anew
+                    system.rm_file(self._at(content_hash, file))
+                self._remove_folder(content_hash)
+                self._remove_folder(_HOLDS, content_hash)
+            finally:
+                with contextlib.suppress(FileNotFoundError):
+                    system.rm_file(mark)
+                self._remove_folder(_DELETIONS, content_hash)
             return True
 
     def held(self, content_hash: str) -> tuple[str, ...]:
@@ -173,10 +190,39 @@ class RemoteStore:
         for path in sorted(directory.iterdir(), key=lambda path: path.name == CONFIG_FILE):
             self._system.put_file(str(path), self._at(content_hash, path.name))
 
+    def _mark(self, *parts: str) -> str:
+        """Make an empty file; where it is."""
+        path = self._at(*parts)
+        for _ in range(_MARK_TRIES):
+            self._make_folder(*parts[:-1])
+            try:
+                self._system.pipe_file(path, b"")
+            except FileNotFoundError:
+                continue  # somebody else found the folder empty, and removed it
+            return path
+        raise OSError(f"{'/'.join(parts)} cannot be written in {self.name}")
+
+    def _wait_for_deletions(self, content_hash: str) -> None:
+        """Until those have ended that began before a hold was there; one that takes too long has
+        died, and has its mark taken from it."""
+        until = time.monotonic() + DELETION_S
+        while marks := self._list(_DELETIONS, content_hash):
+            if time.monotonic() < until:
+                time.sleep(_LOOK_AGAIN_S)
+                continue
+            for mark in marks:
+                with contextlib.suppress(FileNotFoundError):
+                    self._system.rm_file(self._at(_DELETIONS, content_hash, mark))
+
     def _make_folder(self, *parts: str) -> None:
         """Where folders are more than prefixes of names."""
         with contextlib.suppress(FileExistsError, NotImplementedError):
             self._system.makedirs(self._at(*parts), exist_ok=True)
+
+    def _remove_folder(self, *parts: str) -> None:
+        """An empty one, where folders are more than prefixes of names."""
+        with contextlib.suppress(OSError, NotImplementedError):
+            self._system.rmdir(self._at(*parts))
 
     def _list(self, *parts: str) -> list[str]:
         try:

@@ -61,12 +61,15 @@ class AdapterStore:
         *,
         holder: str | None = None,
         check: Callable[[AdapterLayout], None] | None = None,
+        announce: Callable[[str], None] | None = None,
     ) -> AdapterInfo:
         """Check ``directory`` and copy it into the store, unless its content is there already.
 
         Args:
             holder: the registry that will name it, see ``release``.
             check: called with the layout before anything is copied; raises to refuse it.
+            announce: called with the content hash before the store has it, so that it can be
+                collected wherever its holder dies before it names it.
 
         Raises:
             AdapterFailed: the adapter is unusable; nothing was stored.
@@ -77,7 +80,7 @@ class AdapterStore:
         if check is not None:
             check(layout)
         self._root.mkdir(parents=True, exist_ok=True)
-        return self._copy_in(directory, layout, holder)
+        return self._copy_in(directory, layout, holder, announce)
 
     def path(self, content_hash: str) -> Path:
         """Directory of the adapter with this hash.
@@ -129,7 +132,13 @@ class AdapterStore:
                         swept += 1
         return swept
 
-    def _copy_in(self, directory: Path, layout: AdapterLayout, holder: str | None) -> AdapterInfo:
+    def _copy_in(
+        self,
+        directory: Path,
+        layout: AdapterLayout,
+        holder: str | None,
+        announce: Callable[[str], None] | None,
+    ) -> AdapterInfo:
         with tempfile.TemporaryDirectory(prefix=_INCOMING, dir=self._root) as temporary:
             copy = Path(temporary) / "adapter"
             copy.mkdir()
@@ -144,6 +153,8 @@ class AdapterStore:
                 tensors = {t: entry for t, entry in layout.tensors.items() if entry.file == name}
                 check_finite(copy / name, tensors)
             info = describe(layout, digest.hexdigest())
+            if announce is not None:
+                announce(info.hash)
             with self._locked():
                 # Where somebody else put the same content there first, theirs is as good.
                 if not (self._root / info.hash).is_dir():

@@ -31,6 +31,7 @@ class Store(Protocol):
         *,
         holder: str | None = None,
         check: Callable[[AdapterLayout], None] | None = None,
+        announce: Callable[[str], None] | None = None,
     ) -> AdapterInfo:
         """Check a directory and store its content."""
 

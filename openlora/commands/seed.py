@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from gateway.registration import check_hidden_size, record_of
+from gateway.registration import STORING_MS, check_hidden_size, record_of
 from openlora.adapters.peft_format import AdapterLayout
 from openlora.adapters.stores import Store
 from openlora.errors import AdapterFailed, Forbidden, InvalidRequest, OpenLoRAError, SetupError
@@ -62,7 +62,12 @@ def register_dirs(
     for path in dirs:
         try:
             check_adapter_id(path.name)
-            info = store.put(path, holder=holder, check=check)
+            info = store.put(
+                path,
+                holder=holder,
+                check=check,
+                announce=lambda content_hash: registry.expect(content_hash, STORING_MS),
+            )
             registry.expect(info.hash)
             registry.put(record_of(path.name, info, str(path.resolve())))
         except (AdapterFailed, Forbidden, InvalidRequest) as error:

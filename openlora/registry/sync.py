@@ -164,12 +164,13 @@ class AdapterRegistry:
         """Whether a version names this content."""
         return bool(self._redis.hexists(ADAPTERS_CONTENTS_KEY, content_hash))
 
-    def expect(self, content_hash: str) -> None:
-        """Content was stored for a version that may never come: collect it then.
+    def expect(self, content_hash: str, within_ms: int = 0) -> None:
+        """Content is stored for a version that may never come: collect it then.
 
-        Where the content was dropped long ago it counts as dropped now: the version gets its time.
+        Where the content was dropped long ago it counts as dropped now, or ``within_ms`` from now,
+        for as long as storing takes: the version gets its time.
         """
-        self._redis.zadd(ADAPTERS_DROPPED_KEY, {content_hash: _now_ms()})
+        self._redis.zadd(ADAPTERS_DROPPED_KEY, {content_hash: _now_ms() + within_ms})
 
     def forget(self, content_hash: str) -> None:
         """Dropped content was released from the store."""

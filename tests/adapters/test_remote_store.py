@@ -13,6 +13,7 @@ from pathlib import Path
 import fsspec
 import pytest
 
+from openlora.adapters import remote_store
 from openlora.adapters.adapter_source import Cancelled
 from openlora.adapters.disk_cache import DiskCache
 from openlora.adapters.peft_format import inspect_adapter
@@ -193,3 +194,74 @@ def test_what_a_dead_process_left_on_its_way_is_swept(tmp_path):
     os.utime(left.parent, (0, 0))
     assert store.sweep() == 1
     assert list(store.scratch.iterdir()) == []
+
+
+def test_content_that_is_put_while_its_last_holder_lets_go_is_there_afterwards(store, tmp_path):
+    """At each request that the deletion makes of the store, another process puts it again."""
+    adapter = write_adapter(tmp_path / "a")
+    other = RemoteStore(store.url, tmp_path / "other")
+    for stop_at in range(30):
+        content = store.put(adapter, holder="here").hash
+        other.release(content, "there")
+        putting, calls = [], []
+
+        def counted(call, *args, stop_at=stop_at, putting=putting, calls=calls):
+            if len(calls) == stop_at:
+                thread = threading.Thread(
+                    target=other.put, args=(adapter,), kwargs={"holder": "there"}
+                )
+                putting.append(thread)
+                thread.start()
+                thread.join(0.2)
+            calls.append(call)
+            return call(*args)
+
+        with pytest.MonkeyPatch.context() as patch:
+            for name in ("exists", "pipe_file", "rm_file", "ls", "rmdir"):
+                at_store = getattr(store._system, name)
+                mine = threading.get_ident()
+
+                def call(*args, at_store=at_store, mine=mine, **kwargs):
+                    if threading.get_ident() != mine:
+                        return at_store(*args, **kwargs)
+                    return counted(lambda: at_store(*args, **kwargs))
+
+                patch.setattr(store._system, name, call)
+            store.release(content, "here")
+        if not putting:
+            break
+        putting[0].join()
+        assert other.held(content) == ("there",), stop_at
+        assert other._is_whole(adapter_named(tmp_path, adapter, content)), stop_at
+    assert stop_at > 6
+
+
+def adapter_named(tmp_path, adapter, content):
+    """``adapter`` in a folder of its hash's name."""
+    named = tmp_path / "named" / content
+    if not named.exists():
+        shutil.copytree(adapter, named)
+    return named
+
+
+def test_a_deletion_whose_process_died_holds_nobody_up_for_ever(store, tmp_path, monkeypatch):
+    monkeypatch.setattr(remote_store, "DELETION_S", 0.2)
+    adapter = write_adapter(tmp_path / "a")
+    content = inspect_adapter(adapter).hash
+    store._mark(".deletions", content, "dead")
+    store.put(adapter, holder="here")
+    assert store.held(content) == ("here",)
+    assert store._list(".deletions", content) == []
+
+
+def test_the_hash_is_told_before_the_store_has_anything(store, tmp_path):
+    adapter = write_adapter(tmp_path / "a")
+    told = []
+
+    def announce(content):
+        told.append(content)
+        assert store.contents() == []
+        assert store.held(content) == ()
+
+    content = store.put(adapter, holder="here", announce=announce).hash
+    assert told == [content]

@@ -180,3 +180,13 @@ def test_what_is_no_hash(tmp_path, name):
 def test_a_hash_it_does_not_hold(tmp_path):
     with pytest.raises(AdapterFailed, match="not in the store"):
         AdapterStore(tmp_path).path("0" * 64)
+
+
+def test_the_hash_is_told_before_the_store_has_anything(tmp_path):
+    store, told = AdapterStore(tmp_path / "store"), []
+
+    def announce(content):
+        told.append(content)
+        assert not (tmp_path / "store" / content).exists()
+
+    assert [store.put(write_adapter(tmp_path / "a"), announce=announce).hash] == told

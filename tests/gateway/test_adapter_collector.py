@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import time
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
-from gateway.adapter_collector import AdapterCollector
+from gateway.adapter_collector import GRACE_MS, AdapterCollector
+from gateway.registration import STORING_MS, NewAdapter, Registrar
 from openlora.adapters.store import AdapterStore
 from openlora.joblog import AsyncJobLog, async_redis_client
 from openlora.protocol.status import AdapterRecord
-from openlora.registry import AsyncAdapterRegistry
+from openlora.registry import OPERATOR, AsyncAdapterRegistry
 from tests.gateway.peft_dirs import write_adapter
 
 pytestmark = pytest.mark.services
@@ -44,6 +48,35 @@ def test_content_that_is_added_again_while_jobs_are_looked_at_stays(
         assert store.path(content).is_dir()
         collector._in_use = in_use  # type: ignore[method-assign]
         assert await collector.collect(0) == [content]
+        await client.aclose()
+
+    asyncio.run(main())
+
+
+def test_content_of_a_gateway_that_dies_before_it_names_it_is_collected(
+    redis_url: str, tmp_path: Path
+) -> None:
+    store, source = AdapterStore(tmp_path / "store"), write_adapter(tmp_path / "one")
+
+    class Dying:
+        """A store whose process ends as soon as it has the content."""
+
+        def put(self, *args: Any, **kwargs: Any) -> None:
+            store.put(*args, **kwargs)
+            raise KeyboardInterrupt
+
+    async def main() -> None:
+        client = async_redis_client(redis_url)
+        registry, job_log = AsyncAdapterRegistry(client), AsyncJobLog(client)
+        gateway: Any = SimpleNamespace(
+            store=Dying(), job_log=job_log, directory=SimpleNamespace(registry=registry)
+        )
+        with pytest.raises(KeyboardInterrupt):
+            await Registrar(gateway).register(NewAdapter("one", str(source)), OPERATOR)
+        (content,) = [name for name in os.listdir(tmp_path / "store") if len(name) == 64]
+        collector = AdapterCollector(registry, job_log, client, store)
+        assert await collector.collect(GRACE_MS) == [], "it may be on its way still"
+        assert await collector.collect(-2 * STORING_MS) == [content]
         await client.aclose()
 
     asyncio.run(main())
