@@ -12,11 +12,14 @@ Stamp = tuple[tuple[str, int, int, int, int], ...]
 
 
 def stamp(directory: Path) -> Stamp:
+    """As ``files_stamp``; empty where the directory is named by its content: it never changes."""
+    return () if _CONTENT_NAME.fullmatch(directory.name) else files_stamp(directory)
+
+
+def files_stamp(directory: Path) -> Stamp:
     """(name, inode, modified, changed, size) of its files, by name, times in ns; another one after
     any change, also one that puts the time of modification back (``cp -p``, ``rsync -t``). Empty
-    where the directory is named by its content, or cannot be read (yet)."""
-    if _CONTENT_NAME.fullmatch(directory.name):
-        return ()
+    where the directory cannot be read (yet)."""
     try:
         with os.scandir(directory) as entries:
             found = [(entry.name, entry.stat()) for entry in entries if entry.is_file()]

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from redis.exceptions import RedisError
 
-from openlora.adapters.stamp import Stamp, stamp
+from openlora.adapters.stamp import Stamp, files_stamp
 from openlora.commands.seed import Skipped, adapter_dirs
 from openlora.errors import OpenLoRAError
 
@@ -30,12 +30,12 @@ class FolderChanges:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self._handled = {path: stamp(path) for path in adapter_dirs(folder)}
+        self._handled = {path: files_stamp(path) for path in adapter_dirs(folder)}
         self._seen: dict[Path, Stamp] = {}
 
     def scan(self) -> list[Path]:
         """The subfolders to register now. OSError: the folder cannot be read."""
-        found = {path: stamp(path) for path in adapter_dirs(self._folder)}
+        found = {path: files_stamp(path) for path in adapter_dirs(self._folder)}
         due = [
             path
             for path, now in found.items()

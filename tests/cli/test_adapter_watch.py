@@ -91,3 +91,18 @@ def test_the_thread_registers_versions(folder, redis_url):
         time.sleep(0.05)
     watch.stop()
     assert [record.id for record in registry.list()] == ["poet"]
+
+
+def test_a_folder_whose_name_looks_like_a_content_hash_is_watched_as_any_other(tmp_path):
+    folder = tmp_path / "adapters"
+    folder.mkdir()
+    changes = FolderChanges(folder)
+    named = folder / ("0123456789abcdef" * 4)
+    write_adapter(named)
+    assert changes.scan() == []
+    (named / "adapter_model.safetensors").write_bytes(b"still being copied")
+    assert changes.scan() == [], "it changed since the last scan"
+    assert changes.scan() == [named]
+    (named / "adapter_config.json").write_text("{}")
+    changes.scan()
+    assert changes.scan() == [named]
