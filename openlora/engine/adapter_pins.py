@@ -74,11 +74,14 @@ class AdapterPins:
                 continue
             if not self._make_resident(key):
                 continue
-            is_held = self._resident.hold(key)
-            if is_held and self._misfits():
-                self._resident.unhold(key)  # held once they have ended
-                self._unheld.add(key)
-            elif not is_held:
+            if self._resident.may_hold(key):
+                with self._resident.as_if_held(key):
+                    has_misfits = self._misfits()
+                if has_misfits:
+                    self._unheld.add(key)  # held once they have ended
+                else:
+                    self._resident.hold(key)
+            else:
                 logger.warning(
                     "adapter %s is not pinned: the pins would take more than half of the pages; "
                     "unpin others, or give the engine a larger adapter budget",

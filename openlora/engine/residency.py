@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 
 from openlora.adapters.extras import AdapterExtras
 from openlora.adapters.pages import PagePool, SitePages
@@ -108,20 +109,34 @@ class ResidentAdapters:
         )
 
     def hold(self, key: str) -> bool:
-        """Never evict an adapter that is resident; False where held ones would then take more
-        than ``HELD_SHARE`` of any site's pages, or of the extras' memory."""
+        """Never evict an adapter that is resident, until ``unhold``; False where it ``may_hold``
+        not."""
+        if not self.may_hold(key):
+            return False
+        self._held[key] = None
+        return True
+
+    @contextmanager
+    def as_if_held(self, key: str) -> Iterator[None]:
+        """What would be, if it were held: nobody need ask again for room afterwards."""
+        self._held[key] = None
+        try:
+            yield
+        finally:
+            del self._held[key]
+
+    def may_hold(self, key: str) -> bool:
+        """Whether held adapters and this one would take no more than ``HELD_SHARE`` of any site's
+        pages, and of the extras' memory."""
         counts = [0] * len(self.num_pages)
         extras_bytes = 0
         for each in {**self._held, key: None}:
             counts = [n + len(p) for n, p in zip(counts, self._pool.pages(each), strict=True)]
             extras_bytes += _size(self._extras.get(each))
         limits = [have * HELD_SHARE for have in self.num_pages]
-        if extras_bytes > self.extras_bytes * HELD_SHARE or any(
-            count > limit for count, limit in zip(counts, limits, strict=True)
-        ):
-            return False
-        self._held[key] = None
-        return True
+        return extras_bytes <= self.extras_bytes * HELD_SHARE and all(
+            count <= limit for count, limit in zip(counts, limits, strict=True)
+        )
 
     def unhold(self, key: str) -> None:
         """Take back ``hold``, if there was one."""

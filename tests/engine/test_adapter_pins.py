@@ -71,6 +71,20 @@ def test_what_does_not_fit_beside_pins_is_refused_and_what_waits_already_goes_fi
     assert bench.manager.misfit(later) is None
 
 
+def test_a_pin_that_has_to_wait_wakes_nobody_who_waits_for_room():
+    bench = Bench(pages=(4,) * 4)
+    bench.register("a-2-2-2-2", "big-3-3-3-3")
+    bench.want(big=1.0)
+    bench.load_all()
+    pinned(bench, "a")
+    epoch = bench.manager.room_epoch
+    for _ in range(3):
+        bench.manager.poll()
+    assert bench.manager.resident == ("a",)
+    assert bench.manager.pinned == ()
+    assert bench.manager.room_epoch == epoch
+
+
 def test_an_ensemble_that_waits_already_goes_before_a_pin_that_its_parts_would_fit_beside():
     bench = Bench(pages=(4,) * 4)
     bench.register("a-2-2-2-2", "b-2-2-2-2", "c-2-2-2-2")
