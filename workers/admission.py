@@ -181,6 +181,7 @@ class Admission:
             adapters=weights_of(job.adapters),
             priority=job.priority,
             merge=job.merge,
+            tenant=job.tenant,
         )
 
 

@@ -151,6 +151,7 @@ class EngineServer:
             output_token_ids=start.output_token_ids,
             priority=cast(Priority, start.priority),
             merge=MergeSpec(**msgspec.structs.asdict(start.merge)),
+            tenant=start.tenant,
         )
         try:
             request_id = self._engine.add(request)

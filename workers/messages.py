@@ -80,6 +80,7 @@ class Start(msgspec.Struct, frozen=True, array_like=True):
     output_token_ids: tuple[int, ...] = ()
     priority: str = "interactive"
     merge: Merge = Merge()
+    tenant: str = ""
 
 
 def weights_of(adapters: Iterable[AdapterRef]) -> tuple[tuple[str, float], ...]:

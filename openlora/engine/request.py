@@ -30,6 +30,7 @@ class Request:
             index ``len(output_token_ids)`` with the noise of that index: a resumed generation
             continues its own stream.
         priority: interactive requests are scheduled before batch ones.
+        tenant: whose it is; where seats are wanted by more, tenants share them.
     """
 
     prompt_token_ids: Sequence[int]
@@ -38,6 +39,7 @@ class Request:
     output_token_ids: Sequence[int] = ()
     priority: Priority = "interactive"
     merge: MergeSpec = CAT
+    tenant: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,6 +16,9 @@ In 2 and 3 interactive work comes before batch work, but a batch sequence that w
 ``BATCH_PATIENCE_STEPS`` steps comes first in the next one, and one that was preempted
 ``MAX_BATCH_PREEMPTIONS`` times counts as interactive from then on.
 
+New sequences come by age, but tenants share the seats, and nobody's flood of one adapter keeps
+others waiting (see fair_queue.py).
+
 A sequence whose adapter is not loaded, or for whose adapter there are no pages, leaves the queue
 (it is parked, see waiting.py) and holds up nobody. Where more adapters are wanted than there are
 pages for, sequences take turns (see adapter_turns.py). One that has been waiting for pages for
@@ -205,7 +208,7 @@ class Scheduler:
         """``make_room``: batch sequences, which have no rows yet, give up seats and blocks."""
         for priority in order:
             while budget.left(priority) and (make_room or len(self.running) < self._max_num_seqs):
-                sequence = self._waiting.first(priority)
+                sequence = self._waiting.first(priority, self.running)
                 if sequence is None:
                     break
                 if sequence.num_pending_tokens:
@@ -250,7 +253,7 @@ class Scheduler:
         return None
 
     def _start_running(self, sequence: Sequence, step: int) -> None:
-        self._waiting.leave(sequence)
+        self._waiting.start(sequence)
         self._turns.begin(sequence, step)
         sequence.status = Status.RUNNING
         insort(self.running, sequence, key=_rank)

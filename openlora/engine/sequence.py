@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from enum import Enum, auto
 
 from openlora.adapters.lora_set import LoRASet
+from openlora.engine.fair_line import Place
 from openlora.engine.request import Priority, Request
 from openlora.sampling_params import SEED_LIMIT, SamplingParams
 
@@ -33,7 +34,7 @@ class Sequence:
         num_prompt_tokens: how many of them are the prompt.
         max_output_tokens: most tokens to generate: ``params.max_tokens``, or what the context has
             left.
-        params, seed, priority: from the request; the seed is drawn where none was given.
+        params, seed, priority, tenant: from the request; the seed is drawn where none was given.
         adapters: (adapter key, weight) as the adapter manager resolved them.
         status: see ``Status``.
         num_computed_tokens: positions whose KV has been launched.
@@ -44,6 +45,7 @@ class Sequence:
         num_hashed_blocks: leading blocks of ``block_table`` that are in the prefix cache.
         num_cached_tokens: tokens that the prefix cache saved at the last admission.
         num_preemptions: how often it lost its blocks.
+        place: where it stands among those of its tenant that wait.
         lora_set: pages and weights while it runs; its key is the root of the hash chain.
         parked_at_step: since when it has been waiting for adapter pages; -1: it is not.
         turn_began_step: since when it has run without a pause.
@@ -58,6 +60,7 @@ class Sequence:
     params: SamplingParams
     seed: int
     priority: Priority = "interactive"
+    tenant: str = ""
     adapters: tuple[tuple[str, float], ...] = ()
     status: Status = Status.WAITING
     num_computed_tokens: int = 0  # set by the scheduler
@@ -68,6 +71,7 @@ class Sequence:
     num_hashed_blocks: int = 0  # set by the block manager
     num_cached_tokens: int = 0  # set by the block manager
     num_preemptions: int = 0  # set by the scheduler
+    place: Place | None = None  # set by the queue
     lora_set: LoRASet = LoRASet.EMPTY  # set by the scheduler
     parked_at_step: int = -1  # set by the scheduler
     turn_began_step: int = 0  # set by the scheduler
@@ -91,6 +95,7 @@ class Sequence:
             params=params,
             seed=params.seed if params.seed is not None else secrets.randbelow(SEED_LIMIT),
             priority=request.priority,
+            tenant=request.tenant,
             adapters=adapters,
         )
 

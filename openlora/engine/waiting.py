@@ -6,8 +6,9 @@ its patience is not counted anew each time it is queued again and finds no room.
 
 from __future__ import annotations
 
-from bisect import bisect_left, insort
+from collections.abc import Collection
 
+from openlora.engine.fair_queue import FairQueue
 from openlora.engine.request import Priority
 from openlora.engine.sequence import Sequence, Status
 
@@ -26,7 +27,11 @@ class WaitingSequences:
     """
 
     def __init__(self, room_epoch: int) -> None:
-        self._queues: dict[Priority, list[Sequence]] = {"interactive": [], "batch": []}
+        # Batches come grouped by adapter, so that each is loaded once.
+        self._queues: dict[Priority, FairQueue] = {
+            "interactive": FairQueue(by_adapter=True),
+            "batch": FairQueue(by_adapter=False),
+        }
         self._loading: dict[int, Sequence] = {}
         # In order of their first wait; one that is back in the queue stays until it runs.
         self._room_waiters: dict[int, Sequence] = {}
@@ -42,20 +47,23 @@ class WaitingSequences:
         """Sequences that wait for an adapter."""
         return len(self._parked())
 
-    def first(self, priority: Priority) -> Sequence | None:
-        """The oldest queued one of this priority."""
-        queue = self._queues[priority]
-        return queue[0] if queue else None
+    def first(self, priority: Priority, running: Collection[Sequence] = ()) -> Sequence | None:
+        """The queued one of this priority that is to start next beside ``running``."""
+        return self._queues[priority].first(running)
+
+    def start(self, sequence: Sequence) -> None:
+        """It has its seat: it runs from now on."""
+        self.leave(sequence)
+        self._queues[sequence.priority].serve(sequence)
 
     def enqueue(self, sequence: Sequence) -> None:
         """Queue a sequence that is in no other place."""
         sequence.status = Status.WAITING
-        insort(self._queues[sequence.priority], sequence, key=_age)
+        self._queues[sequence.priority].add(sequence)
 
     def dequeue(self, sequence: Sequence) -> None:
         """Take a queued sequence out."""
-        queue = self._queues[sequence.priority]
-        del queue[bisect_left(queue, sequence.sequence_id, key=_age)]
+        self._queues[sequence.priority].remove(sequence)
 
     def park_until_loaded(self, sequence: Sequence) -> None:
         """Park a queued sequence until ``wake_loaded`` names one of its adapters."""

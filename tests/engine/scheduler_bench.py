@@ -54,12 +54,13 @@ class Bench:
         self.step_number = 0
         self.finished: list[int] = []
 
-    def add(self, length=4, *, n=4, priority="interactive", adapter=None) -> Sequence:
+    def add(self, length=4, *, n=4, priority="interactive", adapter=None, tenant="") -> Sequence:
         self.number += 1
         adapters = ((adapter, 1.0),) if adapter else ()
         sequence = make_sequence(
             self.number, [0] * length, max_tokens=n, priority=priority, adapters=adapters
         )
+        sequence.tenant = tenant
         self.scheduler.add(sequence)
         return sequence
 
