@@ -30,7 +30,7 @@ import msgspec
 
 from openlora.bench.mixed_engine import BareRates, bare_rates
 from openlora.bench.mixed_load import Client, Interactive, Workload, run_streams
-from openlora.bench.mixed_report import MixedRow, median, print_table
+from openlora.bench.mixed_report import MixedRow, median, print_round, print_table
 from openlora.bench.mixed_subject import Subject, demo_subject, given_subject, random_subject
 from openlora.bench.mixed_system import RunningSystem, running_system, shares
 from openlora.engine.build import choose_device
@@ -109,6 +109,7 @@ def _measure(args: argparse.Namespace, directory: Path) -> MixedRow:
         with running_system(folder, subject, args.device) as system:
             client = Client(system.url)
             systems.append(_system_rates(system, client, loads))
+            print_round(number + 1, bare[-1].batch_tok_s, systems[-1].batch_tok_s)
             if number == args.rounds - 1:
                 empty, busy = _interactive(args, client, loads.long)
             client.close()

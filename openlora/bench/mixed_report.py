@@ -49,6 +49,13 @@ def median(values: Sequence[float]) -> float:
     return statistics.median(values)
 
 
+def print_round(number: int, engine_tok_s: float, batch_tok_s: float) -> None:
+    """What a round gave, while the others are still to come."""
+    Console(highlight=False, stderr=True).print(
+        f"round {number}: bare engine {engine_tok_s:,.0f} tok/s, batch {batch_tok_s:,.0f}"
+    )
+
+
 def print_table(row: MixedRow) -> None:
     """What was measured beside what is aimed at."""
     table = Table(box=None, pad_edge=False)
