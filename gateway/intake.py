@@ -92,7 +92,7 @@ class Intake:
             )
         for choice in draft.adapters:
             policy.check_adapter(choice.id.partition("@")[0])
-        self._queue.check(draft.deadline_s)
+        self._queue.take(draft.deadline_s, time.monotonic())
         await self._rates.take(policy)
         created_ms = time.time_ns() // 1_000_000
         adapters = await self._resolve(draft, tenant)

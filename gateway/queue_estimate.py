@@ -1,7 +1,9 @@
 """How long a job accepted now would wait, from the workers' heartbeats. Pure.
 
 Jobs that wait are those behind the workers' positions and in their engines' queues. How fast they
-are served shows in how the committed offsets move.
+are served shows in how the committed offsets move. Heartbeats are a second old when they are read,
+and are read once a second: what this gateway took since, it adds itself. Without that a crowd would
+be let in until the first of it shows there, and then nobody until it was served.
 """
 
 from __future__ import annotations
@@ -14,6 +16,8 @@ from openlora.errors import Overloaded
 from openlora.protocol.status import Heartbeat
 
 WINDOW_S = 30.0
+AGE_S = 1.0
+"""How old what a heartbeat tells is when it is read, about."""
 SHORT_QUEUE = 64
 """So many waiting jobs are no sign of anything: they start within moments of each other."""
 MAX_RETRY_AFTER_MS = 30_000
@@ -32,12 +36,17 @@ class QueueEstimate:
     def __init__(self, max_wait_s: float) -> None:
         self._max_wait_s = max_wait_s
         self._served: deque[tuple[float, dict[tuple[str, int], int]]] = deque()
+        self._taken: deque[float] = deque()
+        self._updated_at = 0.0
         self.depth = 0
         self.rate: float | None = None
 
     def update(self, heartbeats: Sequence[Heartbeat], now: float) -> None:
         """``now``: monotonic seconds."""
         self.depth = queue_depth(heartbeats)
+        self._updated_at = now
+        while self._taken and self._taken[0] < now - AGE_S:
+            self._taken.popleft()
         committed = {
             (status.topic, status.partition): status.committed
             for heartbeat in heartbeats
@@ -52,24 +61,31 @@ class QueueEstimate:
         steps = [max(0, committed[p] - before[p]) for p in committed.keys() & before.keys()]
         self.rate = sum(steps) / (now - since) if now > since else None
 
-    def wait_s(self) -> float:
-        """Seconds until a job accepted now would start; 0 where that cannot be told."""
-        if self.depth <= SHORT_QUEUE or not self.rate:
-            return 0.0
-        return self.depth / self.rate
+    def depth_at(self, now: float) -> int:
+        """Jobs that wait by now: those of the heartbeats, what came and what was served since."""
+        served = (self.rate or 0.0) * (now - self._updated_at + AGE_S)
+        return max(0, round(self.depth + len(self._taken) - served))
 
-    def check(self, deadline_s: float | None) -> None:
-        """Refuse a job that would wait too long, or past its own deadline.
+    def wait_s(self, now: float) -> float:
+        """Seconds until a job accepted now would start; 0 where that cannot be told."""
+        depth = self.depth_at(now)
+        if depth <= SHORT_QUEUE or not self.rate:
+            return 0.0
+        return depth / self.rate
+
+    def take(self, deadline_s: float | None, now: float) -> None:
+        """Count one more job, or refuse it: it would wait too long, or past its own deadline.
 
         Raises:
             Overloaded: says how long the queue is; carries ``retry_after_ms``.
         """
-        wait_s = self.wait_s()
+        wait_s = self.wait_s(now)
         limit_s = self._max_wait_s if deadline_s is None else min(self._max_wait_s, deadline_s)
         if wait_s > limit_s:
             retry_after_ms = round(min(MAX_RETRY_AFTER_MS, 1000 * max(1.0, wait_s - limit_s)))
             raise Overloaded(
-                f"{self.depth} jobs wait, about {wait_s:.0f} s of work; this one could not start "
-                f"within {limit_s:g} s, so send it again later",
+                f"{self.depth_at(now)} jobs wait, about {wait_s:.0f} s of work; this one could not "
+                f"start within {limit_s:g} s, so send it again later",
                 retry_after_ms=retry_after_ms,
             )
+        self._taken.append(now)

@@ -9,6 +9,8 @@ from openlora.errors import Overloaded
 from openlora.protocol.status import PartitionStatus
 from tests.joblog.test_log import a_heartbeat
 
+NOW = 10.0
+
 
 def beat(committed, position, high_water, waiting=0, partition=0):
     status = PartitionStatus("t", partition, committed, position, high_water)
@@ -23,32 +25,46 @@ def served(estimate, per_second, depth, seconds=10):
 
 def test_the_wait_is_what_waits_over_what_is_served():
     estimate = QueueEstimate(60)
-    served(estimate, per_second=20, depth=1000)
-    assert (estimate.depth, estimate.rate) == (1000, 20)
-    assert estimate.wait_s() == 50
-    estimate.check(None)
-    served(estimate, per_second=20, depth=1400)
+    served(estimate, per_second=20, depth=1020)
+    assert (estimate.depth, estimate.rate) == (1020, 20)
+    assert estimate.wait_s(NOW) == 50
+    estimate.take(None, NOW)
+    estimate = QueueEstimate(60)
+    served(estimate, per_second=20, depth=1420)
     with pytest.raises(Overloaded, match="1400 jobs wait, about 70 s of work") as caught:
-        estimate.check(None)
+        estimate.take(None, NOW)
     assert caught.value.retry_after_ms == 10_000
+
+
+def test_what_was_taken_since_the_heartbeats_is_counted_until_they_tell_of_it():
+    estimate = QueueEstimate(10)
+    served(estimate, per_second=20, depth=20)
+    for _ in range(211):  # 20 waited, and 30 were served meanwhile
+        estimate.take(None, NOW + 0.5)
+    with pytest.raises(Overloaded):
+        estimate.take(None, NOW + 0.5)
+    estimate.update([beat(210, 210, 220)], NOW + 1.0)  # as of NOW
+    assert estimate.depth_at(NOW + 1.0) == pytest.approx(10 + 211 - 20, abs=2)
+    estimate.update([beat(220, 220, 431)], NOW + 2.0)
+    assert estimate.depth_at(NOW + 2.0) == pytest.approx(211 - 20, abs=2)
 
 
 def test_a_deadline_that_the_queue_would_eat_up_is_refused_at_once():
     estimate = QueueEstimate(60)
     served(estimate, per_second=20, depth=400)
-    estimate.check(30.0)
+    estimate.take(30.0, NOW)
     with pytest.raises(Overloaded, match="could not start within 5 s"):
-        estimate.check(5.0)
+        estimate.take(5.0, NOW)
 
 
 def test_a_short_queue_and_an_unknown_pace_refuse_nobody():
     estimate = QueueEstimate(1)
-    estimate.check(0.1)
+    estimate.take(0.1, 0.0)
     estimate.update([beat(0, 0, SHORT_QUEUE)], 0.0)
     estimate.update([beat(0, 0, SHORT_QUEUE)], 10.0)
-    estimate.check(0.1)
+    estimate.take(0.1, 10.0)
     estimate.update([beat(0, 0, 5000)], 20.0)  # nothing has ended yet: long jobs, or a start
-    estimate.check(0.1)
+    estimate.take(0.1, 20.0)
 
 
 def test_what_was_served_long_ago_does_not_count_and_a_handover_is_no_leap():
@@ -67,5 +83,5 @@ def test_nobody_is_told_to_come_back_in_an_hour():
     estimate = QueueEstimate(1)
     served(estimate, per_second=1, depth=100_000)
     with pytest.raises(Overloaded) as caught:
-        estimate.check(None)
+        estimate.take(None, NOW)
     assert caught.value.retry_after_ms == MAX_RETRY_AFTER_MS
