@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import signal
+import time
+
 import pytest
 
 from openlora.bench import chaos_faults as faults
-from openlora.bench.chaos_report import FaultRow
+from openlora.bench.chaos_report import FaultRow, fault_row
 
 pytestmark = [pytest.mark.services, pytest.mark.long, pytest.mark.timeout(170)]
 
@@ -25,6 +28,26 @@ def test_kill_9_of_a_whole_worker(storm):
     row = storm.strike("worker", faults.kill_whole_worker)
     check(row)
     assert row.restarted == 0
+
+
+def test_what_is_asked_right_behind_a_death_begins_no_later_than_streams_go_on(storm):
+    """Half of it waits in partitions of the dead worker, until the group gives them away."""
+    rows = []
+
+    def kill_and_ask(system, chance):
+        at = time.monotonic()
+        worker = chance.choice(system.workers)
+        worker.signal(signal.SIGKILL)
+        streams = [storm.clients.begin(ask, storm.answers[ask.name]) for ask in storm.asks]
+        system.wait_until(lambda: not worker.running, 60)
+        worker.start()
+        storm.clients.wait(streams, 60)
+        rows.append(fault_row("asked behind a death", streams, at, time.monotonic()))
+
+    check(storm.strike("worker", kill_and_ask))
+    (row,) = rows
+    assert row.is_clean, row
+    assert row.worst_wait_s < EMBEDDED_FAILOVER_S, row
 
 
 def test_kill_9_of_an_engine_hands_its_jobs_over_at_once(storm):
