@@ -10,6 +10,9 @@ from openlora.engine.residency import ResidentAdapters
 from openlora.engine.sequence import Sequence as TokenSequence
 from openlora.errors import AdapterFailed, InvalidRequest
 
+MOST_OVER = 2.25
+"""Times the pages that adapters may be wanted for and still take turns in them."""
+
 
 def check_fit(adapters: Collection[Adapter], resident: ResidentAdapters) -> AdapterFailed | None:
     """Why these can never be in pages at the same time; None where they can."""
@@ -44,6 +47,32 @@ def fits(adapters: Collection[Adapter], resident: ResidentAdapters) -> bool | No
     if not all(adapter.page_counts for adapter in adapters):
         return None
     return check_fit(adapters, resident) is None
+
+
+def misfit(
+    sequence: TokenSequence,
+    adapters: Sequence[tuple[Adapter, float]],
+    resident: ResidentAdapters,
+    vocab_size: int,
+) -> AdapterFailed | InvalidRequest | None:
+    """Why the sequence can never run with these adapters, all loaded before; None where it can."""
+    fit = check_fit([adapter for adapter, _ in adapters], resident)
+    return fit or check_exact(adapters) or check_tokens(sequence, adapters, vocab_size)
+
+
+def may_take_turns(
+    adapters: Sequence[Adapter], resident: ResidentAdapters, max_staged: int
+) -> bool:
+    """Whether all these together are at most ``MOST_OVER`` times the pages, and in host memory
+    beside each other; ``max_staged``: adapters of one page a site that it has room for."""
+    known = [adapter.page_counts for adapter in adapters if adapter.page_counts]
+    if not known:
+        return False
+    # Those that were never loaded count as the others do.
+    counts = [sum(site) * len(adapters) / len(known) for site in zip(*known, strict=True)]
+    return max(counts) <= max_staged and all(
+        count <= MOST_OVER * have for count, have in zip(counts, resident.num_pages, strict=True)
+    )
 
 
 def any_misfit(adapters: Iterable[Adapter], resident: ResidentAdapters) -> bool:

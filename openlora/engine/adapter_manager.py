@@ -21,8 +21,8 @@ from threading import Event
 from openlora.adapters.lora_set import LoRASet
 from openlora.adapters.pages import PagePool, SitePages
 from openlora.adapters.tier_stats import TierStats
+from openlora.engine import adapter_fit
 from openlora.engine.adapter_entry import Adapter, State, unknown_adapter
-from openlora.engine.adapter_fit import any_misfit, check_exact, check_fit, check_tokens, fits
 from openlora.engine.adapter_loads import Loaded
 from openlora.engine.adapter_pins import AdapterPins
 from openlora.engine.adapter_supply import MAX_STAGED, AdapterSupply
@@ -66,14 +66,14 @@ class AdapterManager:
             max_staged=max_staged,
             is_missing=is_missing,
             fetch=fetch,
-            check=lambda adapter: check_fit([adapter], self._resident),
+            check=lambda adapter: adapter_fit.check_fit([adapter], self._resident),
             may_overfill=lambda: not self._resident.any_pinned(),
         )
-        self._vocab_size = vocab_size
+        self._vocab_size, self._max_staged = vocab_size, max_staged
         self._by_name: dict[str, Adapter] = {}
         self._by_key: dict[str, Adapter] = {}
         self._num_registered = 0
-        misfits = partial(any_misfit, self._by_key.values(), self._resident)
+        misfits = partial(adapter_fit.any_misfit, self._by_key.values(), self._resident)
         self._pins = AdapterPins(self._resident, self._want, self.make_resident, misfits)
         self._sets = LoRASets(self._resident)
 
@@ -174,8 +174,7 @@ class AdapterManager:
         adapters = [(self._by_key[key], weight) for key, weight in sequence.adapters]
         if not all(adapter.page_counts for adapter, _ in adapters):
             return None
-        fit = check_fit([adapter for adapter, _ in adapters], self._resident)
-        return fit or check_exact(adapters) or check_tokens(sequence, adapters, self._vocab_size)
+        return adapter_fit.misfit(sequence, adapters, self._resident, self._vocab_size)
 
     def acquire(self, sequence: Sequence) -> LoRASet | Wait:
         """Pin the pages of all adapters of the sequence, or of none."""
@@ -201,7 +200,12 @@ class AdapterManager:
 
     def fit_together(self, keys: Collection[str]) -> bool | None:
         """As ``Residency`` says."""
-        return fits([self._by_key[key] for key in keys], self._resident)
+        return adapter_fit.fits([self._by_key[key] for key in keys], self._resident)
+
+    def may_take_turns(self, keys: Collection[str]) -> bool:
+        """As ``Residency`` says."""
+        adapters = [self._by_key[key] for key in keys]
+        return adapter_fit.may_take_turns(adapters, self._resident, self._max_staged)
 
     def release(self, sequence: Sequence) -> None:
         """Unpin what ``acquire`` pinned, as soon as no launched step names it."""
@@ -236,11 +240,6 @@ class AdapterManager:
     def resident(self) -> tuple[str, ...]:
         """Names of the adapters in pages, the longest unused first."""
         return tuple(self._by_key[key].name for key in self._resident.keys)
-
-    @property
-    def pinned(self) -> tuple[str, ...]:
-        """Names of the pinned adapters that are in pages."""
-        return tuple(self._by_key[k].name for k in self._pins.keys if self._resident.is_held(k))
 
     def device_stats(self) -> TierStats:
         """Of the tier of pages."""

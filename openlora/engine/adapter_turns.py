@@ -1,15 +1,19 @@
 """Turns of requests whose adapters do not fit the pages together. Pure and deterministic.
 
 A request that has waited for pages for ``NEW_PATIENCE_STEPS`` and has no token yet is let in: those
-that have run longest, and for ``TURN_STEPS`` at least, pause. They keep their seats and KV blocks,
-but not their adapters' pages, and go on as soon as there is room; after ``TURN_STEPS`` others pause
-for them in turn. So first tokens come soon however many adapters are hot, an adapter that was
-loaded is used before it goes, and nobody waits for the whole of another's answer. Where all that
-are hot fit, nobody ever pauses.
+that have run longest, and for a turn at least, pause. They keep their seats and KV blocks, but not
+their adapters' pages, and go on as soon as there is room; after a turn others pause for them. So
+first tokens come soon, an adapter that was loaded is used before it goes, and nobody waits for the
+whole of another's answer.
+
+Turns cost loads and give no throughput. So there are none where all that are hot fit; nor where
+they are many times what fits, or more than host memory keeps: there each runs to its end. And no
+more requests pause than come in for them, so that steps stay as full as they were.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
 from enum import Enum, auto
 from typing import Protocol
@@ -22,6 +26,8 @@ from openlora.engine.waiting import ROOM_PATIENCE_STEPS, WaitingSequences
 NEW_PATIENCE_STEPS = 2
 """Usually somebody ends by then."""
 TURN_STEPS = 16
+TURN_S = 0.7
+"""A turn has so many steps and seconds at least: long beside what its loads take."""
 _RESERVED_STEPS = 8
 """Room that was made is taken in the next steps, or is anybody's again."""
 
@@ -49,6 +55,10 @@ class Residency(Protocol):
     def fit_together(self, keys: Collection[str]) -> bool | None:
         """Whether these adapters could be in pages at the same time, if no others were in use;
         None where one of them has never been loaded."""
+
+    def may_take_turns(self, keys: Collection[str]) -> bool:
+        """Whether these, all that are wanted, are not many times what fits into pages, and stay in
+        host memory when they have to leave them."""
 
 
 class AdapterTurns:
@@ -78,11 +88,25 @@ class AdapterTurns:
         # Whom room was made for, and in which step.
         self._reserved: dict[int, tuple[TokenSequence, int]] = {}
         self._seen_room_epoch = -1
+        # Unfinished sequences by adapter.
+        self._wanted: Counter[str] = Counter()
+        self._turn_steps = TURN_STEPS
 
     @property
     def num_paused(self) -> int:
         """Running sequences that have no pages now."""
         return len(self._paused)
+
+    def add(self, sequence: TokenSequence) -> None:
+        """A new sequence, wherever it waits."""
+        self._wanted.update(_keys(sequence))
+
+    def remove(self, sequence: TokenSequence) -> None:
+        """The sequence is finished."""
+        for key in _keys(sequence):
+            self._wanted[key] -= 1
+            if self._wanted[key] <= 0:
+                del self._wanted[key]
 
     def begin(self, sequence: TokenSequence, step: int) -> None:
         """The sequence runs from this step on."""
@@ -109,9 +133,10 @@ class AdapterTurns:
         keys = _users(running).keys() | self._reserved_keys() | set(_keys(sequence))
         return self._residency.fit_together(keys) is False
 
-    def take(self, running: Sequence[TokenSequence], step: int) -> None:
+    def take(self, running: Sequence[TokenSequence], step: int, step_s: float = 0.0) -> None:
         """Before a step is filled: pause those whose turn is over, where others wait; let those
-        go on for whom there is room."""
+        go on for whom there is room. ``step_s``: what a step takes; 0: not known."""
+        self._turn_steps = max(TURN_STEPS, round(TURN_S / step_s) if step_s else 0)
         if not self._paused and not self._waiting.has_room_waiters:
             return
         for sequence, since in list(self._reserved.values()):
@@ -127,15 +152,18 @@ class AdapterTurns:
         assert self._loaded <= paused
 
     def _make_room(self, running: Sequence[TokenSequence], step: int) -> None:
+        due = self._due(step)
+        if not due or not self._residency.may_take_turns(self._wanted.keys()):
+            return
         users = _users(running)
-        for sequence in self._due(step):
+        for sequence in due:
             if self._waiting.is_held_back(sequence, step):
                 return  # another has waited so long that nobody may take room before it
             if sequence.sequence_id in self._reserved or not self._has_place(sequence, running):
                 continue
             wanted = self._reserved_keys() | set(_keys(sequence))
             victims = self._victims(users, wanted, step)
-            if victims is None:
+            if victims is None or len(victims) > sum(_keys(s) == _keys(sequence) for s in due):
                 return  # nobody overtakes: the next may want less
             for victim in victims:
                 self._residency.release(victim)
@@ -153,7 +181,7 @@ class AdapterTurns:
         by_turn = sorted(
             (max((u.priority == "interactive", u.turn_began_step) for u in found), key)
             for key, found in users.items()
-            if key not in wanted and all(_may_pause(u, step) for u in found)
+            if key not in wanted and all(self._may_pause(u, step) for u in found)
         )
         for key in (None, *(key for _, key in by_turn)):
             if key is not None:
@@ -172,15 +200,22 @@ class AdapterTurns:
         due = []
         for sequence in self._waiting.room_waiters():
             if sequence.priority == "interactive":
-                patience = TURN_STEPS if sequence.num_output_tokens else NEW_PATIENCE_STEPS
+                patience = NEW_PATIENCE_STEPS
+                if sequence.num_output_tokens:
+                    patience = self._turn_steps
                 due.append((sequence.parked_at_step + patience, sequence.sequence_id, sequence))
         for number in self._loaded:
             sequence = self._paused[number]
             # A batch one makes way first and comes back last.
             is_batch = sequence.priority == "batch"
-            patience = ROOM_PATIENCE_STEPS if is_batch else TURN_STEPS
+            patience = ROOM_PATIENCE_STEPS if is_batch else self._turn_steps
             due.append((sequence.paused_at_step + patience, number, sequence))
         return [sequence for at, _, sequence in sorted(due, key=lambda d: d[:2]) if at <= step]
+
+    def _may_pause(self, sequence: TokenSequence, step: int) -> bool:
+        """Whether it has had its turn; a prompt is computed to its end."""
+        is_over = step - sequence.turn_began_step >= self._turn_steps
+        return is_over and sequence.num_uncomputed_tokens <= 1
 
     def _has_place(self, sequence: TokenSequence, running: Sequence[TokenSequence]) -> bool:
         """Whether pages are all that it lacks."""
@@ -227,8 +262,3 @@ def _users(running: Iterable[TokenSequence]) -> dict[str, list[TokenSequence]]:
             for key in _keys(sequence):
                 users.setdefault(key, []).append(sequence)
     return users
-
-
-def _may_pause(sequence: TokenSequence, step: int) -> bool:
-    """Whether it has had its turn; a prompt is computed to its end."""
-    return step - sequence.turn_began_step >= TURN_STEPS and sequence.num_uncomputed_tokens <= 1

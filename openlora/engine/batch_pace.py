@@ -47,6 +47,11 @@ class BatchPace:
         """Of the next step: most prompt tokens of batch sequences."""
         return 0 if self._decoded and not self._steps % PROBE_EVERY else self._limit
 
+    @property
+    def step_s(self) -> float:
+        """What the last step took that held no prompt; 0: there was none."""
+        return self._plain_s
+
     def skip(self) -> None:
         """Nothing could run in a step."""
         self._steps += 1

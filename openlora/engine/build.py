@@ -32,6 +32,8 @@ logger = logging.getLogger(__name__)
 
 Progress = Callable[[int, int], None]
 
+STAGED_SHARE = 0.75
+"""Of the host tier, for adapters on their way to pages: the others' last use was long ago."""
 _CPU_HOST_BYTES = 1 << 30
 _CPU_HOST_SHARE = 8
 """Of the memory that is free, so much at most: pages are host memory themselves there."""
@@ -153,11 +155,13 @@ def build_parts(config: EngineConfig, progress: Progress | None = None) -> Engin
         ):
             parts = cuda_parts(config, model, pages, kv_cache, info)
         return replace(parts, page_bytes=page_bytes(model.config, model.dtype))
+    memory = HostMemory(_cpu_host_bytes(config, num_pages), pin=False)
+    usual_bytes = sum(page_bytes(model.config, model.dtype))
     tier: HostTier[LoadedAdapter] = HostTier(
         lambda path, zeros: load_adapter(
             path, model.config, model.dtype, zeros, base=model.base_weight, native=native
         ),
-        HostMemory(_cpu_host_bytes(config, num_pages), pin=False),
+        memory,
         lambda loaded: 0 if loaded.extras is None else loaded.extras.size_bytes,
     )
     return EngineParts(
@@ -171,6 +175,7 @@ def build_parts(config: EngineConfig, progress: Progress | None = None) -> Engin
         cached_adapter=tier.cached,
         is_in_memory=tier.__contains__,
         host_stats=tier.stats,
+        max_staged=max(MAX_STAGED, int(memory.num_bytes * STAGED_SHARE / usual_bytes)),
         page_bytes=page_bytes(model.config, model.dtype),
     )
 

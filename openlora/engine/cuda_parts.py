@@ -8,7 +8,7 @@ from openlora.adapters.loader import LoadedAdapter, load_adapter
 from openlora.adapters.page_tensors import PageTensors, page_bytes
 from openlora.adapters.pages import PagePool
 from openlora.engine.adapter_supply import MAX_STAGED
-from openlora.engine.build import EngineParts
+from openlora.engine.build import STAGED_SHARE, EngineParts
 from openlora.engine.config import EngineConfig
 from openlora.engine.cpu_kernels import loading_kernels
 from openlora.engine.cuda_runner import CudaRunner
@@ -23,8 +23,6 @@ from openlora.models.decoder import Decoder
 _DEFAULT_HOST_BYTES = 8 << 30
 _DEFAULT_HOST_SHARE = 8
 """Of the memory that is free, so much at most."""
-_STAGED_SHARE = 0.75
-"""Of the host tier, for adapters on their way to pages: the others' last use was long ago."""
 
 
 def cuda_parts(
@@ -78,7 +76,7 @@ def cuda_parts(
         cached_adapter=tier.cached,
         is_in_memory=tier.__contains__,
         host_stats=tier.stats,
-        max_staged=max(MAX_STAGED, int(memory.num_bytes * _STAGED_SHARE / usual_bytes)),
+        max_staged=max(MAX_STAGED, int(memory.num_bytes * STAGED_SHARE / usual_bytes)),
     )
 
 

@@ -131,7 +131,7 @@ class Engine:
         Returns at once, with an empty list, where nothing can run yet.
         """
         self._take_loads()
-        rows = self._scheduler.schedule(self._num_steps + 1, self._pace.tokens)
+        rows = self._scheduler.schedule(self._num_steps + 1, self._pace.tokens, self._pace.step_s)
         if rows:
             self._launch(rows)
         else:

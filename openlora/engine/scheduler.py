@@ -98,6 +98,7 @@ class Scheduler:
 
     def add(self, sequence: Sequence) -> None:
         """Queue a new sequence."""
+        self._turns.add(sequence)
         self._waiting.enqueue(sequence)
 
     def finish(self, sequence: Sequence, *, forget: bool = False) -> None:
@@ -105,6 +106,7 @@ class Scheduler:
         if sequence.status is Status.RUNNING:
             self._stop_running(sequence, forget=forget)
         self._turns.end(sequence)
+        self._turns.remove(sequence)
         self._waiting.leave(sequence)
         sequence.status = Status.FINISHED
 
@@ -112,12 +114,15 @@ class Scheduler:
         """``adapter`` was loaded or failed: its waiters queue again, and are returned by age."""
         return self._waiting.wake_loaded(adapter)
 
-    def schedule(self, step: int, batch_tokens: int | None = None) -> list[ScheduledRow]:
+    def schedule(
+        self, step: int, batch_tokens: int | None = None, step_s: float = 0.0
+    ) -> list[ScheduledRow]:
         """Choose the rows of step number ``step`` and count their tokens as computed.
 
-        ``batch_tokens``: most prompt tokens of batch sequences; None: as many as fit.
+        ``batch_tokens``: most prompt tokens of batch sequences; None: as many as fit. ``step_s``:
+        what a step takes; 0: not known.
         """
-        self._turns.take(self.running, step)
+        self._turns.take(self.running, step, step_s)
         self._waiting.wake_for_room(self._residency.room_epoch)
         rows: list[ScheduledRow] = []
         tokens = self._max_num_batched_tokens

@@ -34,6 +34,9 @@ class Slots:
     def fit_together(self, keys) -> bool | None:
         return None if self.cold & set(keys) else len(set(keys)) <= self.size
 
+    def may_take_turns(self, keys) -> bool:
+        return len(keys) <= 2 * self.size
+
     def release(self, sequence: Sequence) -> None:
         for name, _ in sequence.adapters:
             self.users[name].remove(sequence.sequence_id)
@@ -50,6 +53,7 @@ class Bench:
             self.blocks, self.slots, max_num_seqs=seqs, max_num_batched_tokens=budget
         )
         self.batch_tokens: int | None = None
+        self.step_s = 0.0
         self.number = 0
         self.step_number = 0
         self.finished: list[int] = []
@@ -67,7 +71,7 @@ class Bench:
     def step(self) -> list[tuple[int, int]]:
         """Run one step; (sequence, tokens) of each row."""
         self.step_number += 1
-        rows = self.scheduler.schedule(self.step_number, self.batch_tokens)
+        rows = self.scheduler.schedule(self.step_number, self.batch_tokens, self.step_s)
         self.scheduler.check_integrity()
         assert sum(row.num_tokens for row in rows) <= self.scheduler._max_num_batched_tokens
         assert len(self.scheduler.running) <= self.scheduler._max_num_seqs

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from openlora.engine import adapter_turns
-from openlora.engine.adapter_turns import NEW_PATIENCE_STEPS, TURN_STEPS
+from openlora.engine.adapter_turns import NEW_PATIENCE_STEPS, TURN_S, TURN_STEPS
 from openlora.engine.sequence import Status
 from openlora.engine.waiting import ROOM_PATIENCE_STEPS
 from tests.engine.fake_device import expected_tokens, fake_engine
@@ -51,26 +51,52 @@ def test_nobody_pauses_before_its_turn_is_over():
     assert first.paused_at_step == -1
 
 
-def test_all_who_have_the_adapter_pause_together_or_none():
+def test_all_who_have_the_adapter_pause_together_and_for_no_fewer():
     bench = Bench(slots=Slots(size=1), num_blocks=99)
     bench.add(adapter="a", n=99)
     for _ in range(TURN_STEPS - 2):
         bench.step()
     bench.add(adapter="a", n=99)
     bench.add(adapter="b", n=99)
-    for _ in range(TURN_STEPS):
+    for _ in range(3 * TURN_STEPS):
         bench.step()
-        assert running(bench) == {1, 2}
-    bench.step()
-    assert running(bench) == {3}
+        assert running(bench) == {1, 2}, "steps would be less full"
+    bench.add(adapter="b", n=99)
+    for _ in range(NEW_PATIENCE_STEPS + 1):
+        bench.step()
+    assert running(bench) == {3, 4}
     assert bench.scheduler.num_parked == 2
+
+
+def test_many_times_what_fits_run_to_their_ends():
+    bench = Bench(slots=Slots(size=1), num_blocks=999)
+    for name in "abc":
+        bench.add(adapter=name, n=2 * TURN_STEPS)
+    for _ in range(2 * TURN_STEPS):
+        bench.step()
+        assert running(bench) <= {1}
+    for _ in range(TURN_STEPS + 1):
+        bench.step()
+    assert running(bench) == {3}, "two of them are no more than twice as many"
+
+
+def test_a_turn_is_long_beside_what_loads_take():
+    bench = Bench(slots=Slots(size=1), num_blocks=999)
+    bench.step_s = TURN_S / 50
+    bench.add(adapter="a", n=200)
+    bench.add(adapter="b", n=200)
+    for _ in range(50):
+        bench.step()
+        assert running(bench) == {1}
+    bench.step()
+    assert running(bench) == {2}
 
 
 def test_where_all_fit_nobody_ever_pauses(monkeypatch):
     def never(*args):
         raise AssertionError("somebody was asked to pause")
 
-    monkeypatch.setattr(adapter_turns, "_may_pause", never)
+    monkeypatch.setattr(adapter_turns.AdapterTurns, "_may_pause", never)
     bench = Bench(slots=Slots(size=3), num_blocks=99)
     for name in "abcabc":
         bench.add(adapter=name, n=4 * TURN_STEPS)
@@ -146,16 +172,17 @@ def test_room_is_made_for_one_that_goes_away_and_is_anybody_s_again():
 
 
 @pytest.mark.parametrize("steps_ahead", [0, 1])
-def test_each_gets_its_own_tokens_however_often_it_pauses(steps_ahead):
+def test_each_gets_its_own_tokens_however_often_it_pauses(steps_ahead, monkeypatch):
+    monkeypatch.setattr(adapter_turns, "TURN_S", 0)
     engine, _ = fake_engine(
         num_pages=(2, 2, 2, 2), steps_ahead=steps_ahead, num_blocks=400, max_num_seqs=16
     )
-    names = [f"n{number}" for number in range(6)]
+    names = [f"n{number}" for number in range(4)]
     for name in names:
         engine.register_adapter(name, f"/adapters/{name}-1-1-1-1")
     added = [
-        (engine.add(request([1, index], n=60, **{names[index % 6]: 1.0})), index)
-        for index in range(12)
+        (engine.add(request([1, index], n=60, **{names[index % 4]: 1.0})), index)
+        for index in range(8)
     ]
     paused = set()
     first_tokens = []
@@ -169,11 +196,31 @@ def test_each_gets_its_own_tokens_however_often_it_pauses(steps_ahead):
         engine.check_integrity()
         paused |= {s.sequence_id for s in engine._scheduler.running if s.paused_at_step >= 0}
     for number, index in added:
-        content = ((names[index % 6], 1.0),)
+        content = ((names[index % 4], 1.0),)
         assert ids(outputs[number]) == expected_tokens([1, index], content, 7, 60)
-    assert len(paused) >= 6
+    assert len(paused) >= 4
     assert max(first_tokens) < 60, "no answer's end was waited for"
     engine.close()
+
+
+def test_what_host_memory_does_not_keep_is_not_paused(monkeypatch):
+    monkeypatch.setattr(adapter_turns, "TURN_S", 0)
+
+    def most_paused(max_staged):
+        engine, _ = fake_engine(num_pages=(2, 2, 2, 2), max_num_seqs=16)
+        engine._adapters._max_staged = max_staged
+        for number in range(4):
+            engine.register_adapter(f"n{number}", f"/adapters/n{number}-1-1-1-1")
+            engine.add(request([1], n=60, **{f"n{number}": 1.0}))
+        most = 0
+        while engine.has_work():
+            engine.wait_for_adapters(5)
+            engine.step()
+            most = max(most, sum(s.paused_at_step >= 0 for s in engine._scheduler.running))
+        return most
+
+    assert most_paused(4) > 0
+    assert most_paused(1) == 0
 
 
 def test_an_engine_whose_only_sequence_pauses_for_its_adapter_waits_without_turning():
