@@ -23,10 +23,10 @@ from typing import TYPE_CHECKING, Protocol, cast
 import msgspec
 
 from openlora.adapters.merge_spec import MergeSpec
-from openlora.adapters.tier_stats import LOAD_BUCKETS_S, TierStats
+from openlora.adapters.tier_stats import TierStats
 from openlora.engine.request import Priority, Request, TokenOutput
 from openlora.errors import OpenLoRAError
-from openlora.protocol.status import MAX_CONTENTS, TierStatus
+from workers.engine_report import facts_of, tier_status
 from workers.framing import RECEIVE_BYTES, FrameSplitter, pack_frame, receive_frame
 from workers.messages import (
     Commands,
@@ -34,13 +34,12 @@ from workers.messages import (
     Fault,
     Load,
     LoadProgress,
-    ModelFacts,
     Output,
     SetupFailed,
     Start,
     StepOutputs,
 )
-from workers.scripted_engine import SCRIPTED_SEATS, ScriptedEngine
+from workers.scripted_engine import ScriptedEngine
 
 if TYPE_CHECKING:
     from openlora.engine import Engine
@@ -112,7 +111,8 @@ class EngineServer:
         stalled = False
         while True:
             busy = self._engine.has_work() or bool(self._failed)
-            wait_ms: int | None = STALLED_WAIT_MS if stalled else 0
+            hold_ms = self._hold_ms()
+            wait_ms: int | None = STALLED_WAIT_MS if stalled else hold_ms
             if not busy:
                 # Without requests only pinned adapters are loaded; what has come of that is told
                 # before the wait.
@@ -124,11 +124,16 @@ class EngineServer:
                     return
                 for body in self._splitter.feed(data):
                     self._apply(self._decode(body))
+                if hold_ms and self._hold_ms():
+                    continue  # nothing of it makes the next step urgent
             outputs = self._take_failed()
             if self._engine.has_work():
                 outputs += self._outputs(self._engine.step())
             stalled = not outputs and self._engine.only_waits_for_adapters()
             self._send(tuple(outputs), force_load=False)
+
+    def _hold_ms(self) -> int:
+        return int(self._engine.launch_wait_s() * 1e3)
 
     def _apply(self, commands: Commands) -> None:
         for name, path in commands.register:
@@ -196,7 +201,7 @@ class EngineServer:
                 stats.running,
                 stats.waiting,
                 tuple(stats.resident_adapters),
-                tuple(map(_tier_status, stats.tiers)),
+                tuple(map(tier_status, stats.tiers)),
             )
             self._load_due = now + LOAD_INTERVAL_S
             if force_load and load == self._last_load:
@@ -205,39 +210,6 @@ class EngineServer:
                 self._last_load = load
         if outputs or load is not None:
             self._sock.sendall(pack_frame(StepOutputs(outputs, load)))
-
-
-def _tier_status(stats: TierStats) -> TierStatus:
-    return TierStatus(
-        stats.tier,
-        stats.adapters,
-        stats.bytes_used,
-        stats.bytes_limit,
-        stats.hits,
-        stats.loads,
-        stats.failures,
-        stats.evictions,
-        round(stats.load_seconds, 6),
-        stats.load_counts,
-        LOAD_BUCKETS_S,
-        stats.names[-MAX_CONTENTS:],
-    )
-
-
-def _facts(engine: Engine | ScriptedEngine) -> ModelFacts:
-    info = engine.model_info
-    return ModelFacts(
-        pid=os.getpid(),
-        device=str(info.device),
-        dtype=str(info.dtype).removeprefix("torch."),
-        max_model_len=info.max_model_len,
-        vocab_size=info.vocab_size,
-        eos_token_ids=tuple(info.eos_token_ids),
-        hidden_size=info.hidden_size,
-        max_lora_rank=getattr(info, "max_lora_rank", 0),
-        attention_backend=info.attention_backend,
-        max_num_seqs=engine.config.max_num_seqs if hasattr(engine, "config") else SCRIPTED_SEATS,
-    )
 
 
 def _progress_sender(sock: socket.socket) -> Callable[[int, int], None]:
@@ -283,7 +255,7 @@ def main() -> int:
     except OpenLoRAError as error:
         sock.sendall(pack_frame(SetupFailed(error.message)))
         return 1
-    sock.sendall(pack_frame(_facts(engine)))
+    sock.sendall(pack_frame(facts_of(engine)))
     # What is loaded stays: a collection that looks at it would hold up a step.
     gc.collect()
     gc.freeze()

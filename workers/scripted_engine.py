@@ -118,6 +118,10 @@ class ScriptedEngine:
         """Whether a step would say anything."""
         return bool(self._runs)
 
+    def launch_wait_s(self) -> float:
+        """Never: it launches nothing ahead."""
+        return 0.0
+
     def pin_adapters(self, names: Collection[str]) -> None:
         """Nothing: it keeps none."""
 

@@ -58,7 +58,7 @@ class BatchPace:
 
     def take(self, rows: Sequence[ScheduledRow], began_s: float, now_s: float) -> None:
         """These rows' step, launched at ``began_s``, was done at ``now_s`` (monotonic)."""
-        seconds = now_s - max(began_s, self._done_s)
+        seconds = now_s - self.begin_of(began_s)
         self._done_s = now_s
         self._steps += 1
         decodes = tokens = 0
@@ -73,14 +73,22 @@ class BatchPace:
         if not tokens:
             self._plain_s, self._plain_rows = seconds, decodes
             return
-        self._learn(tokens, max(0.0, seconds - self._plain(decodes)))
-        longer_s = SHARE * self._plain(decodes)
-        if now_s >= self._about_until:
+        self._learn(tokens, max(0.0, seconds - self.plain_s(decodes)))
+        longer_s = SHARE * self.plain_s(decodes)
+        if not self.is_interactive_about(now_s):
             longer_s = max(LONGER_S, longer_s)
         limit = round(self._tokens_per_s * longer_s)
         self._limit = min(MOST_TOKENS, max(LEAST_TOKENS, limit))
 
-    def _plain(self, rows: int) -> float:
+    def is_interactive_about(self, now_s: float) -> bool:
+        """Whether interactive work was there a while ago."""
+        return now_s < self._about_until
+
+    def begin_of(self, launched_s: float) -> float:
+        """When a step that was launched then began: not before the one in front of it was done."""
+        return max(launched_s, self._done_s)
+
+    def plain_s(self, rows: int) -> float:
         """Seconds of a step of so many decodes and no prompt, as far as is known."""
         if not rows:
             return 0.0

@@ -25,6 +25,7 @@ from openlora.engine.build import EngineParts, build_parts
 from openlora.engine.config import EngineConfig
 from openlora.engine.generation import generate, load_tokenizer
 from openlora.engine.kv_blocks import BlockManager
+from openlora.engine.launch_hold import LaunchHold
 from openlora.engine.request import Completion, Request, TokenOutput
 from openlora.engine.scheduler import Scheduler
 from openlora.engine.sequence import Sequence, Status
@@ -64,8 +65,7 @@ class Engine:
         self.config = config
         parts = parts if parts is not None else build_parts(config, progress)
         self.model_info: ModelInfo = parts.model_info
-        self._runner = parts.runner
-        self._steps_ahead = parts.steps_ahead
+        self._runner, self._steps_ahead = parts.runner, parts.steps_ahead
         self._blocks = BlockManager(
             parts.num_blocks,
             config.block_size,
@@ -96,8 +96,8 @@ class Engine:
         self._requests = UnfinishedRequests(self._scheduler, self._adapters, self.model_info)
         self._in_flight: deque[LaunchedStep] = deque()
         self._pace = BatchPace()
-        self._num_added = 0
-        self._num_steps = 0
+        self._hold = LaunchHold(self._pace)
+        self._num_added = self._num_steps = 0
 
     def add(self, request: Request) -> int:
         """Queue a request; its tokens come from ``step`` under the ID returned.
@@ -140,6 +140,11 @@ class Engine:
             self._postprocess(self._in_flight.popleft())
         return self._requests.drain()
 
+    def launch_wait_s(self) -> float:
+        """For how long ``step`` may be put off, so that who comes meanwhile is in it."""
+        now_s = time.monotonic()
+        return self._hold.wait_s(self._in_flight, self._requests.has_interactive, now_s)
+
     def abort(self, request_id: int) -> None:
         """Drop a request; nothing more comes of it. One that has ended already is ignored."""
         sequence = self._requests.get(request_id)
@@ -151,17 +156,13 @@ class Engine:
         return bool(self._requests or self._in_flight)
 
     def generate(
-        self,
-        requests: Items[Request],
-        progress: Callable[[int, int], None] | None = None,
+        self, requests: Items[Request], progress: Callable[[int, int], None] | None = None
     ) -> list[Completion]:
         """Run requests to their ends; completions come in the order of the requests.
 
         A request that fails on its way has ``error`` set, and the others are not touched by it.
-        Texts are given where the model's directory has a tokenizer.
-
-        Args:
-            progress: called with (requests done, requests in all).
+        Texts are given where the model's directory has a tokenizer. ``progress`` is called with
+        (requests done, requests in all).
 
         Raises:
             InvalidRequest, PromptTooLong, UnknownAdapter, AdapterFailed: as in ``add``; no
@@ -278,6 +279,7 @@ class Engine:
         self._num_steps += 1
         began_s = time.monotonic()
         pending = self._runner.launch([step_row(row, self._blocks.block_size) for row in rows])
+        self._hold.launched(time.monotonic() - began_s)
         for row in rows:
             row.sequence.last_step = self._num_steps
             row.sequence.num_pending_tokens += row.samples

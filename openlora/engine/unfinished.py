@@ -41,6 +41,11 @@ class UnfinishedRequests:
         """Whether ``drain`` would return something."""
         return bool(self._outputs)
 
+    @property
+    def has_interactive(self) -> bool:
+        """Whether one of them is no line of a batch."""
+        return any(sequence.priority == "interactive" for sequence in self._sequences.values())
+
     def get(self, request_id: int) -> Sequence | None:
         """The sequence of a request that has not ended."""
         return self._sequences.get(request_id)

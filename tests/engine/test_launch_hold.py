@@ -1,0 +1,76 @@
+"""When the next step is launched while one runs: late, where somebody may ask at any moment."""
+
+from __future__ import annotations
+
+import pytest
+
+from openlora.engine.batch_pace import ABOUT_S, BatchPace
+from openlora.engine.launch_hold import MARGIN_S, MOST_S, LaunchHold
+from openlora.engine.step_budget import LaunchedStep, ScheduledRow
+from tests.engine.sequences import make_sequence
+
+LINE = make_sequence(1, [0], priority="batch")
+STEP_S = 0.010
+DECODES = [ScheduledRow(LINE, 5, 1, samples=True)] * 64
+
+
+def launched(rows, at):
+    return LaunchedStep(1, rows, None, at)
+
+
+@pytest.fixture
+def pace():
+    """Knows that a step of 64 lines takes 10 ms; somebody asked at 1000.0. Its last ended then."""
+    found = BatchPace()
+    asked = ScheduledRow(make_sequence(2, [0], priority="interactive"), 0, 1, samples=True)
+    found.take([asked], 999.0, 999.9)
+    found.take(DECODES, 1000.0 - STEP_S, 1000.0)
+    return found
+
+
+def test_the_launch_waits_until_shortly_before_the_step_in_flight_is_done(pace):
+    hold = LaunchHold(pace)
+    hold.launched(0.001)
+    # It was launched while the one before it ran, which was done at 1000.0.
+    [step] = [launched(DECODES, 999.995)]
+    wait_s = hold.wait_s([step], False, 1000.0)
+    assert wait_s == pytest.approx(STEP_S - 2 * 0.001 - MARGIN_S)
+    assert hold.wait_s([step], False, 1000.0 + wait_s) == pytest.approx(0, abs=1e-6)
+    assert hold.wait_s([step], False, 1001.0) == 0
+
+
+def test_prompts_make_a_step_no_shorter(pace):
+    hold = LaunchHold(pace)
+    with_prompt = [*DECODES, ScheduledRow(LINE, 0, 20, samples=True)]
+    waits = [
+        hold.wait_s([launched(rows, 1000.0)], False, 1000.0) for rows in (DECODES, with_prompt)
+    ]
+    assert waits[0] == waits[1] > 0
+
+
+def test_a_host_that_is_slow_to_launch_waits_for_less(pace):
+    hold = LaunchHold(pace)
+    step = launched(DECODES, 1000.0)
+    hold.launched(0.004)
+    assert hold.wait_s([step], False, 1000.0) == pytest.approx(0.001)
+    for _ in range(50):
+        hold.launched(0.001)
+    assert hold.wait_s([step], False, 1000.0) > 0.006
+
+
+@pytest.mark.parametrize(
+    ("rows", "count", "has_interactive", "now_s"),
+    [
+        (DECODES, 1, True, 1000.0),  # somebody waits for it
+        (DECODES, 0, False, 1000.0),  # the device has nothing to do
+        ([ScheduledRow(LINE, 0, 20, samples=True)], 1, False, 1000.0),  # it may be short
+        (DECODES, 1, False, 1000.0 + ABOUT_S + 1),  # nobody has asked for long
+    ],
+)
+def test_else_the_next_step_is_launched_at_once(pace, rows, count, has_interactive, now_s):
+    assert LaunchHold(pace).wait_s([launched(rows, now_s)] * count, has_interactive, now_s) == 0
+
+
+def test_a_step_that_was_slow_by_chance_holds_up_nothing(pace):
+    pace.take(DECODES, 1000.0, 1003.0)
+    assert LaunchHold(pace).wait_s([launched(DECODES, 1003.0)], False, 1003.0) == MOST_S
