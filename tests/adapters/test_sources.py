@@ -8,6 +8,7 @@ import socket
 import threading
 import zipfile
 from functools import partial
+from pathlib import Path
 
 import pytest
 
@@ -20,6 +21,20 @@ WEIGHTS = "adapter_model.safetensors"
 
 
 class Quiet(http.server.SimpleHTTPRequestHandler):
+    """Refuses what is below /secret, and sends half of what is below /cut."""
+
+    def do_GET(self):
+        if self.path.startswith("/secret"):
+            self.send_error(403)
+        elif self.path.startswith("/cut") and self.path.endswith(WEIGHTS):
+            data = Path(self.translate_path(self.path)).read_bytes()
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(data)))
+            self.end_headers()
+            self.wfile.write(data[: len(data) // 2])
+        else:
+            super().do_GET()
+
     def log_message(self, *args):
         pass
 
@@ -77,6 +92,18 @@ def test_an_archive_behind_a_url(site, into, tmp_path, folder):
     fetch(f"{url}/poet.zip", into)
     assert inspect_adapter(into).hash == inspect_adapter(source).hash
     assert len(list(into.iterdir())) == 2
+
+
+def test_a_server_that_refuses_is_named(site, into):
+    failed(f"{site[1]}/secret/poet", into, "403: Forbidden")
+
+
+def test_an_answer_that_ends_too_soon_is_found_out(site, into):
+    root, url = site
+    write_adapter(root / "cut")
+    fetch(f"{url}/cut", into)
+    with pytest.raises(AdapterFailed, match=f"{WEIGHTS} (is cut short|holds .* bytes of data)"):
+        inspect_adapter(into)
 
 
 def test_an_archive_with_two_adapters_or_none(site, into, tmp_path):
