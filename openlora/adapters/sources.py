@@ -86,8 +86,15 @@ def copy_adapter(url: str, directory: Path) -> None:
 
 
 def copy_files(opened: Open, directory: Path) -> None:
-    if _copy_one(opened, CONFIG_FILE, directory, MAX_CONFIG_BYTES) is None:
-        raise AdapterFailed(f"{CONFIG_FILE} is missing there")
+    try:
+        with opened(CONFIG_FILE) as source:
+            _copy(source, directory / CONFIG_FILE, MAX_CONFIG_BYTES)
+    except FileNotFoundError as error:
+        # Libraries say so too of what they may not read, or of a repository that is not there.
+        cause = " ".join(str(error.__cause__ or "").split())
+        raise AdapterFailed(
+            f"{CONFIG_FILE} is missing there" + (f" ({cause[:300]})" if cause else "")
+        ) from error
     if _copy_one(opened, WEIGHTS_FILE, directory, MAX_ADAPTER_BYTES) is not None:
         _copy_tokenizer(opened, directory, (WEIGHTS_FILE,))
         return
