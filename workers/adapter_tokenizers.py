@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections import OrderedDict
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+import msgspec
 
 from openlora.errors import AdapterFailed
 from workers.tokenizer import PromptTokenizer, is_tokenizers_own
@@ -42,7 +45,9 @@ class AdapterTokenizers:
     def __init__(self, base: PromptTokenizer) -> None:
         self._base = ChosenTokenizer(base)
         self._known = _tokens(base.backend)
-        self._kept: OrderedDict[Path, ChosenTokenizer] = OrderedDict()
+        self._model = _Saved.of(base.backend.to_str(pretty=True).encode()).model_digest
+        # What cannot be read stays unreadable: a directory is named by its content.
+        self._kept: OrderedDict[Path, ChosenTokenizer | AdapterFailed] = OrderedDict()
 
     def of(self, directories: Iterable[Path]) -> ChosenTokenizer:
         """That of the first of these adapters that has one with other tokens than the model's.
@@ -62,18 +67,24 @@ class AdapterTokenizers:
     def _load(self, directory: Path) -> ChosenTokenizer:
         chosen = self._kept.get(directory)
         if chosen is None:
-            chosen = self._read(directory)
+            try:
+                chosen = self._read(directory)
+            except AdapterFailed as error:
+                chosen = error
             self._kept[directory] = chosen
             if len(self._kept) > KEPT:
                 self._kept.popitem(last=False)
         self._kept.move_to_end(directory)
+        if isinstance(chosen, AdapterFailed):
+            raise AdapterFailed(chosen.message)
         return chosen
 
     def _read(self, directory: Path) -> ChosenTokenizer:
         from tokenizers import Tokenizer
 
         try:
-            backend = Tokenizer.from_file(str(directory / TOKENIZER_FILE))
+            data = (directory / TOKENIZER_FILE).read_bytes()
+            backend = self._of_the_models_kind(data) or Tokenizer.from_buffer(data)
             if _tokens(backend) == self._known:
                 return self._base
             eos = _eos_token(directory / CONFIG_FILE)
@@ -88,6 +99,58 @@ class AdapterTokenizers:
         found = None if eos is None else backend.token_to_id(eos)
         prompt = self._base.prompt.with_backend(backend)
         return ChosenTokenizer(prompt, () if found is None else (found,))
+
+    def _of_the_models_kind(self, data: bytes) -> tokenizers.Tokenizer | None:
+        """The model's tokenizer with other added tokens, where the file is no more than that: it
+        shares the model's vocabulary, which takes a quarter of a second to build, in which the
+        worker's streams would stand still. None where it is something else."""
+        from tokenizers import AddedToken, Tokenizer
+
+        try:
+            saved = _Saved.of(data)
+        except msgspec.MsgspecError:
+            return None  # for the library to say what is wrong
+        if saved.model_digest != self._model:
+            return None
+        base = self._base.prompt.backend
+        backend = Tokenizer(base.model)
+        backend.normalizer = base.normalizer
+        added = sorted(saved.added_tokens, key=lambda token: token.id)
+        for token in added:
+            options = msgspec.structs.asdict(token)
+            del options["id"], options["content"]
+            backend.add_tokens([AddedToken(token.content, **options)])
+        found = {number: t.content for number, t in backend.get_added_tokens_decoder().items()}
+        return backend if found == {token.id: token.content for token in added} else None
+
+
+class _Added(msgspec.Struct):
+    """A token beside the vocabulary, as tokenizer.json has it."""
+
+    id: int
+    content: str
+    single_word: bool = False
+    lstrip: bool = False
+    rstrip: bool = False
+    normalized: bool = True
+    special: bool = False
+
+
+class _Saved(msgspec.Struct):
+    """The parts of a tokenizer.json that tell tokenizers of one model apart."""
+
+    model: msgspec.Raw
+    added_tokens: tuple[_Added, ...] = ()
+
+    @classmethod
+    def of(cls, data: bytes) -> _Saved:
+        """Raises MsgspecError: it is no such file."""
+        return msgspec.json.decode(data, type=cls)
+
+    @property
+    def model_digest(self) -> bytes:
+        """Of the vocabulary and its merges."""
+        return hashlib.sha256(bytes(self.model)).digest()
 
 
 def _tokens(backend: tokenizers.Tokenizer) -> tuple[int, frozenset[tuple[int, str]]]:

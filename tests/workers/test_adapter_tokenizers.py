@@ -115,3 +115,46 @@ def test_one_of_another_kind_is_refused(found, tmp_path):
     Tokenizer(Unigram([("a", -1.0)], 0)).save(str(tmp_path / "tokenizer.json"))
     with pytest.raises(AdapterFailed, match="is of kind Unigram, the model's of kind"):
         found.of((tmp_path,))
+
+
+def test_added_tokens_alone_need_no_vocabulary_to_be_built(found, model, tmp_path, monkeypatch):
+    path = adapter(tmp_path / "a", model, "<call>", "<end>", eos="<end>")
+    whole = AdapterTokenizers(PromptTokenizer(str(model)))
+    monkeypatch.setattr(whole, "_model", b"")  # so that the file is read as any other
+    slow = whole.of((path,))
+
+    def built(*args):
+        raise AssertionError("a vocabulary was built while streams wait")
+
+    monkeypatch.setattr(Tokenizer, "from_buffer", built)
+    quick = found.of((path,))
+    assert quick.eos_token_ids == slow.eos_token_ids
+    for text in ("hi<call>hi", "hi <end> hi<call>", "<call>"):
+        assert quick.prompt.backend.encode(text).ids == slow.prompt.backend.encode(text).ids
+    ids = range(quick.prompt.backend.get_vocab_size())
+    assert quick.prompt.backend.decode([*ids], skip_special_tokens=False) == (
+        slow.prompt.backend.decode([*ids], skip_special_tokens=False)
+    )
+
+
+def test_one_that_cannot_be_read_is_not_read_again(found, tmp_path, monkeypatch):
+    (tmp_path / "tokenizer.json").write_text("{")
+    reads = []
+    read = found._read
+    monkeypatch.setattr(found, "_read", lambda path: (reads.append(path), read(path))[1])
+    for _ in range(3):
+        with pytest.raises(AdapterFailed, match=r"tokenizer\.json cannot be read"):
+            found.of((tmp_path,))
+    assert len(reads) == 1
+
+
+def test_tokens_whose_numbers_are_not_the_next_ones_are_read_as_the_library_does(
+    found, model, tmp_path
+):
+    path = adapter(tmp_path / "a", model, "<call>")
+    file = path / "tokenizer.json"
+    content = json.loads(file.read_text())
+    content["added_tokens"][-1]["id"] += 5
+    file.write_text(json.dumps(content, indent=2, ensure_ascii=False))
+    theirs = Tokenizer.from_file(str(file)).token_to_id("<call>")
+    assert found.of((path,)).prompt.backend.token_to_id("<call>") == theirs
