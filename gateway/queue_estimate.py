@@ -1,15 +1,16 @@
 """How long a job accepted now would wait, from the workers' heartbeats. Pure.
 
 Jobs that wait are those behind the workers' positions and in their engines' queues. How fast they
-are served shows in how the committed offsets move. Heartbeats are a second old when they are read,
-and are read once a second: what this gateway took since, it adds itself. Without that a crowd would
-be let in until the first of it shows there, and then nobody until it was served.
+are served shows in how the committed offsets move while some wait. Heartbeats are a second old when
+they are read, and are read once a second: what this gateway took since, it adds itself. Without
+that a crowd would be let in until the first of it shows there, and then nobody until it was served.
 """
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
+from typing import NamedTuple
 
 from gateway.workers_view import queue_depth
 from openlora.errors import Overloaded
@@ -23,6 +24,12 @@ SHORT_QUEUE = 64
 MAX_RETRY_AFTER_MS = 30_000
 
 
+class _Interval(NamedTuple):
+    began: float
+    seconds: float
+    served: int
+
+
 class QueueEstimate:
     """Fed with all heartbeats about once a second.
 
@@ -30,12 +37,14 @@ class QueueEstimate:
         max_wait_s: jobs that would wait longer are refused.
 
     Attributes:
-        depth: jobs that wait. rate: jobs served per second lately; None where nobody can tell.
+        depth: jobs that wait. rate: jobs served per second lately, while some waited; None where
+            none did.
     """
 
     def __init__(self, max_wait_s: float) -> None:
         self._max_wait_s = max_wait_s
-        self._served: deque[tuple[float, dict[tuple[str, int], int]]] = deque()
+        self._committed: dict[tuple[str, int], int] = {}
+        self._served: deque[_Interval] = deque()
         self._taken: deque[float] = deque()
         self._updated_at = 0.0
         self.depth = 0
@@ -43,6 +52,7 @@ class QueueEstimate:
 
     def update(self, heartbeats: Sequence[Heartbeat], now: float) -> None:
         """``now``: monotonic seconds."""
+        began, was_busy = self._updated_at, self.depth > 0
         self.depth = queue_depth(heartbeats)
         self._updated_at = now
         while self._taken and self._taken[0] < now - AGE_S:
@@ -53,13 +63,16 @@ class QueueEstimate:
             for status in heartbeat.partitions
             if status.high_water >= 0
         }
-        self._served.append((now, committed))
-        while self._served[0][0] < now - WINDOW_S:
+        before, self._committed = self._committed, committed
+        if was_busy:  # what is served while nobody waits says nothing of how much could be
+            # A partition that changed hands, or a topic made anew, would look like a leap.
+            steps = (max(0, committed[p] - before[p]) for p in committed.keys() & before.keys())
+            self._served.append(_Interval(began, now - began, sum(steps)))
+        while self._served and self._served[0].began < now - WINDOW_S:
             self._served.popleft()
-        since, before = self._served[0]
-        # A partition that changed hands, or a topic made anew, would look like a leap.
-        steps = [max(0, committed[p] - before[p]) for p in committed.keys() & before.keys()]
-        self.rate = sum(steps) / (now - since) if now > since else None
+        seconds = sum(interval.seconds for interval in self._served)
+        served = sum(interval.served for interval in self._served)
+        self.rate = served / seconds if seconds else None
 
     def depth_at(self, now: float) -> int:
         """Jobs that wait by now: those of the heartbeats, what came and what was served since."""

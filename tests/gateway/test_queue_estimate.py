@@ -75,8 +75,28 @@ def test_what_was_served_long_ago_does_not_count_and_a_handover_is_no_leap():
     estimate.update([beat(1010, 1010, 2010)], late + 10)
     assert estimate.rate == 1
     estimate.update([beat(5_000_000, 5_000_000, 5_000_100, partition=9)], late + 20)
-    assert estimate.rate == 0
+    assert estimate.rate == 0.5  # that is, nothing in those ten seconds
     assert estimate.depth == 100
+
+
+def test_the_pace_is_known_as_soon_as_something_was_served_while_others_waited():
+    estimate = QueueEstimate(60)
+    for now in range(20):  # nothing was ever fetched from the partition
+        estimate.update([beat(0, 0, -1)], float(now))
+    estimate.update([beat(0, 10, 510)], 20.0)
+    assert not estimate.rate
+    estimate.update([beat(50, 60, 510)], 21.0)
+    assert estimate.rate == 50
+
+
+def test_what_is_served_while_nobody_waits_is_no_pace():
+    estimate = QueueEstimate(60)
+    for now in range(20):
+        estimate.update([beat(now, now, now)], float(now))
+    assert estimate.rate is None
+    estimate.update([beat(20, 20, 520)], 20.0)
+    estimate.update([beat(120, 120, 520)], 21.0)
+    assert estimate.rate == 100
 
 
 def test_nobody_is_told_to_come_back_in_an_hour():
