@@ -32,10 +32,14 @@ class Storm:
     answers: Mapping[str, Answer]
 
     def begin(self, count: int = STREAMS) -> list[Stream]:
-        """Streams that have all begun to speak."""
-        streams = [self.clients.begin(ask, self.answers[ask.name]) for ask in self.asks[:count]]
-        self.system.wait_until(lambda: all(len(s.token_ids) > 5 for s in streams), 60)
-        return streams
+        """Streams that have all begun to speak, and go on."""
+        while True:
+            streams = [self.clients.begin(ask, self.answers[ask.name]) for ask in self.asks[:count]]
+            self.system.wait_until(lambda s=streams: all(len(one.token_ids) > 5 for one in s), 60)
+            if all(stream.ended_at is None for stream in streams):
+                return streams
+            # Behind the last fault the group still moved: some began when others had ended.
+            self.clients.wait(streams, PATIENCE_S)
 
     def strike(self, name: str, fault: Fault, count: int = STREAMS) -> FaultRow:
         """Break it in mid-stream, and wait for all streams to end and all parts to be ready."""

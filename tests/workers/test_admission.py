@@ -121,6 +121,18 @@ def test_a_deadline_that_has_passed_ends_the_job(shared_system):
     assert end.completion_tokens == 0
 
 
+def test_a_job_past_its_deadline_never_reaches_the_engine(shared_system):
+    """Its prompt would end the scripted engine, and the worker with it."""
+    system = shared_system
+    (worker,) = system.workers
+    engine_pid = system.heartbeat(worker).engine_pid
+    late = a_job(prompt="a soft hyphen: \u00ad", deadline_ms=int(time.time() * 1000) - 1)
+    assert system.run(late).failure.code == "deadline_exceeded"
+    assert system.run(a_job(max_tokens=9)).finish_reason == "length"
+    assert system.is_ready(worker)
+    assert system.heartbeat(worker).engine_pid == engine_pid
+
+
 def test_a_job_cancelled_before_it_started_never_starts(shared_system):
     system = shared_system
     job = a_job()
