@@ -55,23 +55,30 @@ class Aftermath:
         self._crashes = CrashLog(client, parts.config.quarantine_s)
         self._job_log = JobLog(client)
 
-    def run(self, status: int | None) -> None:
-        """Everything there is to do before the group is left. Never waits for long."""
+    def run(self, status: int | None, pins: Sequence[str] = ()) -> None:
+        """Everything there is to do before the group is left. Never waits for long.
+
+        ``pins``: content of pinned adapters that were on their way into its pages.
+        """
         try:
             if status is not None and is_crash(status):
-                self._accuse(status)
+                self._accuse(status, pins)
             self._hand_over()
         except Overloaded as error:
             logger.warning("event=aftermath_cut_short error=%r next=leave_group", error.message)
         except KafkaError as error:
             logger.warning("event=hand_over_failed error=%r next=leave_group", error)
 
-    def _accuse(self, status: int) -> None:
+    def _accuse(self, status: int, pins: Sequence[str]) -> None:
         loop = self._parts.loop
         inside = loop.runs_in_engine()
         jobs = len(inside) + loop.bulk_lines_in_engine
         worker_id = self._parts.config.worker_id
         crash = Crash(int(now_ms()), worker_id, how_it_died(status), jobs)
+        if pins and not jobs:
+            for content in self._crashes.pins_died(pins, crash.how):
+                logger.warning("event=pin_quarantined adapter=%s how=%s", content, crash.how)
+            return
         suspicions = self._crashes.crashed([run.job.job_id for run in inside], crash)
         logger.warning("event=jobs_suspected jobs=%d how=%s next=run_alone", jobs, crash.how)
         for run, suspicion in zip(inside, suspicions, strict=True):

@@ -153,7 +153,7 @@ class Worker:
         except EngineGone as error:
             logger.error("event=engine_died status=%s next=leave_group_and_exit", error.status)
             self._failure = str(error)
-            Aftermath(parts, client).run(error.status)
+            Aftermath(parts, client).run(error.status, pins.under_way())
         finally:
             pins.stop()
             hints.stop()
@@ -176,7 +176,7 @@ class Worker:
     def _work(self, parts: Parts, heartbeats: Heartbeats, pins: PinWatch) -> None:
         while not self._draining.is_set():
             heartbeats.write_if_due(ready=True)
-            pins.apply()
+            pins.apply(parts.loop.load.resident_adapters)
             parts.loop.turn(HEARTBEAT_INTERVAL_S)
 
     def _drain(self, parts: Parts, heartbeats: Heartbeats) -> None:

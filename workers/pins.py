@@ -6,7 +6,7 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import redis
@@ -56,6 +56,8 @@ class PinWatch:
         self._wanted: deque[tuple[str, ...]] = deque(maxlen=1)
         # Outlives a lost connection: pins that went meanwhile must be told as well.
         self._told: tuple[str, ...] = ()
+        self._pinned: tuple[str, ...] = ()
+        self._resident: frozenset[str] = frozenset()
         self._thread = threading.Thread(target=self._run, name="pins", daemon=True)
 
     def start(self) -> None:
@@ -66,8 +68,16 @@ class PinWatch:
         """Watch no more."""
         self._stop.set()
 
-    def apply(self) -> None:
-        """Tell the engine what is pinned now, if that has changed. Raises EngineGone."""
+    def under_way(self) -> tuple[str, ...]:
+        """What the engine was told to pin, and is not known to have in its pages."""
+        return tuple(content for content in self._pinned if content not in self._resident)
+
+    def apply(self, resident: Iterable[str] = ()) -> None:
+        """Tell the engine what is pinned now, if that has changed. Raises EngineGone.
+
+        ``resident``: what it has in its pages.
+        """
+        self._resident = frozenset(resident)
         try:
             wanted = self._wanted.pop()
         except IndexError:
@@ -79,16 +89,25 @@ class PinWatch:
                 known.append(content)
             except AdapterFailed as error:
                 logger.warning("event=pin_failed adapter=%s error=%r", content, error.message)
-        self._engine.pin(tuple(known))
+        self._pinned = tuple(known)
+        self._engine.pin(self._pinned)
         self._engine.flush()
 
     def _read(self) -> tuple[str, ...]:
-        """Content of what is pinned, but for what ends engines: a new one would load it at once."""
+        """Content of what is pinned, but for what ends engines: a new one would load it at once.
+
+        Of those with which one ended, one at a time, so that the next end says which it was.
+        """
         found = sorted({record.hash for record in self._registry.pins().values()})
         quarantined = self._crash_log.quarantined(found)
         for content, reason in quarantined.items():
             logger.warning("event=pin_quarantined adapter=%s reason=%r", content, reason)
-        return tuple(content for content in found if content not in quarantined)
+        suspected = self._crash_log.suspected_pins(found)
+        for content in suspected & self._resident:
+            self._crash_log.acquit_pin(content)
+        left = sorted(suspected - self._resident - quarantined.keys())
+        waiting = {*quarantined, *left[1:]}
+        return tuple(content for content in found if content not in waiting)
 
     def _run(self) -> None:
         while not self._stop.is_set():

@@ -136,6 +136,39 @@ class CrashLog:
                 self._redis.set(quarantine, reason, ex=self._quarantine_s)
         return count >= ADAPTER_LIMIT
 
+    def pins_died(self, content_hashes: Sequence[str], how: str) -> Sequence[str]:
+        """An engine without a job ended while it loaded these pinned adapters; those that are
+        quarantined for it: one that was alone, and not for the first time."""
+        keys = [names.pin_deaths_key(content_hash) for content_hash in content_hashes]
+        with redis_errors(self._redis), self._redis.pipeline(transaction=False) as pipeline:
+            for key in keys:
+                pipeline.incr(key)
+                pipeline.expire(key, _DEATHS_TTL_S)
+            counts = pipeline.execute()[::2]
+            if len(counts) != 1 or counts[0] < ADAPTER_LIMIT:
+                return ()
+            reason = (
+                f"the adapter is quarantined: engines ended while they loaded it ({how}); "
+                "register a mended one"
+            )
+            quarantine = names.quarantine_key(content_hashes[0])
+            self._redis.set(quarantine, reason, ex=self._quarantine_s)
+        return tuple(content_hashes)
+
+    def suspected_pins(self, content_hashes: Sequence[str]) -> set[str]:
+        """Those that ``pins_died`` named and ``acquit_pin`` did not."""
+        if not content_hashes:
+            return set()
+        with redis_errors(self._redis):
+            keys = [names.pin_deaths_key(content_hash) for content_hash in content_hashes]
+            found = self._redis.mget(keys)
+        return {h for h, count in zip(content_hashes, found, strict=True) if count is not None}
+
+    def acquit_pin(self, content_hash: str) -> None:
+        """An engine has it in its pages, and lives."""
+        with redis_errors(self._redis):
+            self._redis.delete(names.pin_deaths_key(content_hash))
+
     def quarantined(self, content_hashes: Sequence[str]) -> dict[str, str]:
         """Those of the adapters that are quarantined, with the reason."""
         if not content_hashes:
@@ -155,6 +188,7 @@ class CrashLog:
         with redis_errors(self._redis):
             self._redis.delete(names.quarantine_key(content_hash))
             self._redis.delete(names.adapter_deaths_key(content_hash))
+            self._redis.delete(names.pin_deaths_key(content_hash))
 
 
 def _suspicion(crashes: Any, alone: Any, story: bytes | None) -> Suspicion:

@@ -99,6 +99,11 @@ def adapter_deaths_key(content_hash: str) -> str:
     return f"openlora:adapter-deaths:{content_hash}"
 
 
+def pin_deaths_key(content_hash: str) -> str:
+    """Number, 24 h: engines that ended while they loaded this pinned adapter, with no job."""
+    return f"openlora:pin-deaths:{content_hash}"
+
+
 def line_crashes_key(batch_id: str) -> str:
     """Hash, 7 days: line of a batch that was in engines when they crashed → its crashes."""
     return f"openlora:{{{batch_id}}}:crashes"

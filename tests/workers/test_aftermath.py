@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import signal
+from types import SimpleNamespace
 
 import pytest
 
-from workers.aftermath import how_it_died, is_crash
+from openlora.joblog import redis_client
+from openlora.joblog.crashes import CrashLog
+from workers.aftermath import Aftermath, how_it_died, is_crash
 
 
 @pytest.mark.parametrize(
@@ -24,3 +27,17 @@ def test_signals_from_outside_and_orderly_ends_are_nobodys_fault(status):
 def test_crashes_are_somebodys(status, how):
     assert is_crash(status)
     assert how_it_died(status) == how
+
+
+@pytest.mark.services
+def test_an_engine_without_a_job_accuses_the_pin_that_it_was_loading(redis_url):
+    with redis_client(redis_url) as client:
+        config = SimpleNamespace(worker_id="w", quarantine_s=60)
+        parts = SimpleNamespace(
+            config=config, loop=SimpleNamespace(runs_in_engine=list, bulk_lines_in_engine=0)
+        )
+        for _ in range(2):
+            assert CrashLog(client).quarantined(["a" * 64]) == {}
+            Aftermath(parts, client)._accuse(-11, ["a" * 64])
+        (reason,) = CrashLog(client).quarantined(["a" * 64]).values()
+        assert "SIGSEGV" in reason

@@ -9,6 +9,7 @@ import pytest
 
 from openlora.adapters.store import AdapterStore
 from openlora.joblog import redis_client
+from openlora.joblog.crashes import CrashLog
 from openlora.protocol.names import quarantine_key
 from openlora.protocol.status import AdapterRecord
 from openlora.registry import AdapterRegistry
@@ -96,6 +97,37 @@ def test_a_pinned_adapter_that_is_quarantined_is_loaded_by_no_engine(redis_url, 
         pins.stop()
         pins._thread.join(5)  # its client closes here
     assert engine.pinned == [(contents[1],)]
+
+
+def test_what_ended_engines_is_tried_alone_and_then_no_more(redis_url, tmp_path):
+    """Three pinned adapters, the second of which ends each engine that loads it."""
+    store = AdapterStore(tmp_path / "store")
+    fills = enumerate("abc", 1)
+    contents = sorted(store.put(write_adapter(tmp_path / n, fill=i)).hash for i, n in fills)
+    killer = contents[1]
+    with redis_client(redis_url) as client:
+        registry, crashes = AdapterRegistry(client), CrashLog(client)
+        for name, content in zip("abc", contents, strict=True):
+            registry.put(AdapterRecord(name, 0, content, 4, ("q_proj",), "tiny", 1, "/x", 0))
+            registry.pin(name, pinned=True)
+        deaths = 0
+        for _ in range(9):
+            pins = PinWatch(client, store, ToldEngine(), lambda: None)
+            resident: set[str] = set()
+            for _ in range(9):  # as often as it reads the pins while this engine lives
+                pins._wanted.append(pins._read())
+                pins.apply(resident)
+                if killer in pins.under_way():
+                    deaths += 1
+                    crashes.pins_died(pins.under_way(), "SIGSEGV")
+                    break
+                resident |= set(pins.under_way())
+        assert deaths <= 3
+        assert crashes.quarantined(contents).keys() == {killer}
+        assert resident == {contents[0], contents[2]}
+        assert crashes.suspected_pins(contents) == {killer}
+        crashes.release(killer)
+        assert crashes.suspected_pins(contents) == set()
 
 
 class FailingRedis:
