@@ -21,7 +21,7 @@ from openlora.registry.records import is_remote, key_of, private_key, unknown, v
 
 log = logging.getLogger(__name__)
 
-CHECK_S = 5.0
+CHECK_S = 0.5
 RETRY_AFTER_MS = 1000
 
 

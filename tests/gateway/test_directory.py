@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
+
+import pytest
+
 from gateway.directory import AdapterDirectory
-from openlora.joblog import async_redis_client
+from openlora.joblog import async_redis_client, redis_client
 from openlora.protocol.status import AdapterRecord
+from openlora.registry import AdapterRegistry
 from tests.gateway.test_remote_adapters import in_loop
 
 
@@ -82,3 +87,38 @@ async def test_an_older_record_does_not_replace_what_was_read_meanwhile():
     registry.before_read = changed
     await directory._apply(message)
     assert versions(directory) == {"poet": 2}
+
+
+@pytest.mark.services
+@pytest.mark.parametrize("is_heard", [True, False])
+def test_every_gateway_knows_a_change_within_a_second(redis_url, is_heard, monkeypatch):
+    """Also one whose message is lost: pub/sub keeps nothing for whoever is away."""
+    if not is_heard:
+        monkeypatch.setattr("gateway.directory.ADAPTERS_CHANNEL", "somebody else's")
+
+    async def main() -> None:
+        clients = [async_redis_client(redis_url) for _ in range(2)]
+        gateways = [AdapterDirectory(client) for client in clients]
+        listening = [asyncio.create_task(gateway.run()) for gateway in gateways]
+        with redis_client(redis_url) as client:
+            registry = AdapterRegistry(client)
+
+            async def known(expected: dict[str, int]) -> None:
+                async with asyncio.timeout(1):
+                    while any(versions(gateway) != expected for gateway in gateways):
+                        await asyncio.sleep(0.01)
+
+            for fill in ("a", "b"):
+                registry.put(AdapterRecord("poet", 0, fill * 64, 4, (), "tiny", 1, "/x", 0))
+                await known({"poet": 1 if fill == "a" else 2})
+            registry.rollback("poet")
+            await known({"poet": 1})
+            registry.remove("poet")
+            await known({})
+        for task in listening:
+            task.cancel()
+        await asyncio.gather(*listening, return_exceptions=True)
+        for one in clients:
+            await one.aclose()
+
+    asyncio.run(main())
