@@ -11,6 +11,10 @@ class Cancelled(Exception):
     """Nobody wants what was being fetched any more."""
 
 
+class Evicted(Exception):
+    """An adapter went between its fetch and its reading: fetch it again."""
+
+
 class Source(Protocol):
     """Where adapters come from."""
 

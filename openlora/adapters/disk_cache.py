@@ -18,12 +18,12 @@ import os
 import re
 import shutil
 import tempfile
-import threading
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from threading import Event
 
-from openlora.adapters.adapter_source import Cancelled, Source
+from openlora.adapters.adapter_source import Cancelled, Evicted, Source
 from openlora.adapters.content_locks import ContentLocks
 from openlora.adapters.peft_format import inspect_adapter
 from openlora.adapters.quarantine import QUARANTINE, keep_aside
@@ -66,7 +66,7 @@ class DiskCache:
         self._counter = TierCounter()
         self._refused: dict[str, tuple[float, str]] = {}
         self._sizes: dict[str, int] = {}
-        self._fresh: set[str] = set()
+        self._fresh: dict[str, float] = {}  # not read yet, and until when it stays for that
         with contextlib.suppress(OSError):
             self._rescan()
             self._sweep()
@@ -83,8 +83,9 @@ class DiskCache:
         """Whether it is there now; counts nothing."""
         return path.is_dir()
 
-    def ensure(self, path: Path, cancelled: threading.Event | None = None) -> None:
-        """Have the adapter of ``path`` on disk; waits for whoever fetches it already.
+    def ensure(self, path: Path, cancelled: Event | None = None, keep_s: float = 0.0) -> None:
+        """Have the adapter of ``path`` on disk; waits for whoever fetches it already. Until it is
+        read, and no longer than ``keep_s``, it stays there also where that is over the budget.
 
         Raises:
             AdapterFailed: the store lacks it, does not answer, or has other bytes; or the disk is
@@ -100,12 +101,12 @@ class DiskCache:
             with self._locks.alone(path.name):
                 try:
                     if not path.is_dir():
-                        self._bring(path, cancelled or threading.Event())
+                        self._bring(path, cancelled or Event())
                 finally:
                     if not path.is_dir():
                         self._locks.remove(path.name)
             self._counter.loaded(time.perf_counter() - started)
-            self._fresh.add(path.name)
+            self._fresh[path.name] = time.monotonic() + keep_s
         except AdapterFailed:
             self._counter.failed()
             raise
@@ -119,23 +120,20 @@ class DiskCache:
 
     @contextlib.contextmanager
     def reading(self, path: Path) -> Iterator[None]:
-        """Keep the adapter of ``path`` in place; fetched, where it went meanwhile.
+        """Keep the adapter of ``path`` in place.
 
         Raises:
-            AdapterFailed: as ``ensure``.
+            Evicted: it is not there any more.
         """
-        while True:
-            self.ensure(path)
-            with self._locks.shared(path.name):
-                if path.is_dir():
-                    if path.name in self._fresh:
-                        self._fresh.discard(path.name)  # what it was fetched for
-                    else:
-                        self._counter.hit()
-                    with contextlib.suppress(OSError):
-                        os.utime(path)
-                    yield
-                    return
+        with self._locks.shared(path.name):
+            if not path.is_dir():
+                self._locks.remove(path.name)
+                raise Evicted(f"adapter {path.name} went before it was read")
+            if self._fresh.pop(path.name, None) is None:  # else this is what it was fetched for
+                self._counter.hit()
+            with contextlib.suppress(OSError):
+                os.utime(path)
+            yield
 
     def drop_damaged(self, paths: Iterable[Path]) -> bool:
         """Delete those that hold other content than was fetched; whether there were any."""
@@ -151,7 +149,8 @@ class DiskCache:
         entries = self._rescan()
         left = sum(size for _, size, _ in entries) + room
         for _, size, path in entries:
-            if left > self._max_bytes and self._evict(path):
+            is_fresh = self._fresh.get(path.name, 0.0) > time.monotonic()
+            if left > self._max_bytes and not is_fresh and self._evict(path):
                 left -= size
 
     def stats(self) -> TierStats:
@@ -165,7 +164,7 @@ class DiskCache:
             names=tuple(sizes),
         )
 
-    def _bring(self, path: Path, cancelled: threading.Event) -> None:
+    def _bring(self, path: Path, cancelled: Event) -> None:
         """Attempts with pauses between them, until one gives the right bytes."""
         for pause_s in (*self._back_off_s, None):
             try:
@@ -180,7 +179,7 @@ class DiskCache:
                 if cancelled.wait(pause_s):
                     raise Cancelled from failure
 
-    def _attempt(self, path: Path, cancelled: threading.Event) -> None:
+    def _attempt(self, path: Path, cancelled: Event) -> None:
         with tempfile.TemporaryDirectory(prefix=_INCOMING, dir=self.root) as temporary:
             copy = Path(temporary) / "adapter"
             copy.mkdir()
@@ -251,6 +250,7 @@ class DiskCache:
             except FileNotFoundError:
                 return False  # another process was faster
             self._counter.evicted()
+            self._fresh.pop(path.name, None)
             self._sizes = {name: size for name, size in self._sizes.items() if name != path.name}
             shutil.rmtree(trash, ignore_errors=True)
             self._locks.remove(path.name)

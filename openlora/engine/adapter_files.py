@@ -16,6 +16,8 @@ from openlora.engine.adapter_loads import Loaded
 from openlora.engine.config import EngineConfig
 from openlora.errors import AdapterFailed
 
+KEEP_S = 10.0
+"""What was fetched waits for so long to be read."""
 READ_RETRIES_S = (0.05, 0.2)
 """Waits before a directory that could not be read is read again: shares hiccup."""
 
@@ -48,10 +50,13 @@ class AdapterFiles:
         """Have on disk what ``path`` is made of. Raises as ``DiskCache.ensure``."""
         assert self._cache is not None
         for at in self._remote(path):
-            self._cache.ensure(at, cancelled)
+            self._cache.ensure(at, cancelled, KEEP_S)
 
     def loading(self, load: Callable[[Path], Loaded]) -> Callable[[Path], Loaded]:
-        """``load`` of what is a directory by then, and stays one while it is read."""
+        """``load`` of what is a directory by then, and stays one while it is read.
+
+        It never fetches, which could take for ever: what has gone meanwhile raises ``Evicted``.
+        """
 
         def load_sound(path: Path) -> Loaded:
             try:

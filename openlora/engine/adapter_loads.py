@@ -17,7 +17,7 @@ from typing import Any, Protocol
 
 import torch
 
-from openlora.adapters.adapter_source import Cancelled
+from openlora.adapters.adapter_source import Cancelled, Evicted
 from openlora.adapters.extras import AdapterExtras
 from openlora.errors import AdapterFailed, InternalError, OpenLoRAError
 
@@ -172,6 +172,8 @@ def _outcome(path: Path, future: Future[Any]) -> Outcome:
     if error is None:
         outcome: Loaded | Fetch = future.result()
         return outcome
+    if isinstance(error, Evicted):
+        return Fetch.CANCELLED
     if isinstance(error, OpenLoRAError):
         return error
     if isinstance(error, OSError):

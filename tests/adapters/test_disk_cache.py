@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from openlora.adapters.adapter_source import Cancelled
+from openlora.adapters.adapter_source import Cancelled, Evicted
 from openlora.adapters.disk_cache import DiskCache
 from openlora.adapters.peft_format import inspect_adapter
 from openlora.errors import AdapterFailed
@@ -185,6 +185,28 @@ def test_the_longest_unused_go_and_one_that_is_read_stays(cache, source, tmp_pat
     assert small.has(small.path(contents[3]))
     assert small.stats().bytes_used <= sum(sizes[:3]) + 10
     assert small.stats().evictions >= 1
+
+
+def test_what_was_fetched_to_be_read_stays_until_then_and_not_for_ever(source, tmp_path):
+    contents = source.add(4, 8, 12)
+    size = max(sum(f.stat().st_size for f in (source.root / c).iterdir()) for c in contents)
+    small = DiskCache(tmp_path / "small", source, size + 10, back_off_s=())
+    paths = [small.path(content) for content in contents]
+    small.ensure(paths[0], keep_s=30)
+    small.ensure(paths[1], keep_s=30)
+    assert all(map(small.has, paths[:2]))
+    with small.reading(paths[0]):
+        pass
+    small.ensure(paths[2], keep_s=0.0)
+    assert [small.has(path) for path in paths[:2]] == [False, True]
+
+
+def test_reading_never_fetches(cache, source):
+    (content,) = source.add(4)
+    with pytest.raises(Evicted), cache.reading(cache.path(content)):
+        pass
+    assert source.fetches == []
+    assert list((cache.root / ".locks").iterdir()) == []
 
 
 def test_an_adapter_over_the_budget_is_refused_with_both_numbers(source, tmp_path):

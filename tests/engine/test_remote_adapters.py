@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import threading
 
 import pytest
 
@@ -130,3 +131,20 @@ def test_a_merge_of_a_copy_with_other_bytes_fetches_it_anew(far):
     (done,) = engine.generate([wanted])
     assert done.error is None
     assert weights.read_bytes() == right
+
+
+def test_one_that_is_evicted_before_it_is_read_is_fetched_again_in_no_loader_thread(local, far):
+    _, _, engine = far
+    cache, fetched_in = engine._files._cache, []
+    ensure = cache.ensure
+
+    def ensure_and_lose(path, *args):
+        ensure(path, *args)
+        fetched_in.append(threading.current_thread().name)
+        if len(fetched_in) == 1:
+            shutil.rmtree(path)  # as another process's eviction would
+
+    cache.ensure = ensure_and_lose
+    assert [done.token_ids for done in engine.generate(requests())] == local[2]
+    assert set(fetched_in) == {"adapter-fetch"}
+    assert len(fetched_in) == 3
