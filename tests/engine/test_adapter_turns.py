@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+
 import pytest
 
 from openlora.engine import adapter_turns
@@ -232,3 +234,26 @@ def test_an_engine_whose_only_sequence_pauses_for_its_adapter_waits_without_turn
     outputs = drain(engine)
     assert ids(outputs[first]) == expected_tokens([1], (("rose", 1.0),), 7, 60)
     assert len(outputs[second]) == TURN_STEPS * 3
+
+
+def test_a_burst_over_many_more_than_fit_runs_to_its_ends(monkeypatch):
+    """As on a GPU: 3.6 adapters wanted for each that fits, and host memory for a few more."""
+    engine, _ = fake_engine(num_pages=(8,) * 4, num_blocks=2000, max_num_seqs=32)
+    engine._adapters._max_staged = 9
+    schedule = engine._scheduler.schedule
+    monkeypatch.setattr(
+        engine._scheduler, "schedule", lambda step, tokens, _: schedule(step, tokens, 0.012)
+    )
+    drawn = random.Random(0).choices(range(120), [1 / (rank + 1) for rank in range(120)], k=64)
+    for number in set(drawn):
+        engine.register_adapter(f"n{number}", f"/adapters/n{number}-1-1-1-1")
+    for index, number in enumerate(drawn):
+        engine.add(request([1, index], n=100, **{f"n{number}": 1.0}))
+    assert len(set(drawn)) > 3 * 8
+    while engine.has_work():
+        engine.wait_for_adapters(5)
+        engine.step()
+        assert not any(s.paused_at_step >= 0 for s in engine._scheduler.running)
+    (device,) = engine.stats().tiers
+    assert device.loads <= 1.2 * len(set(drawn))
+    engine.close()
