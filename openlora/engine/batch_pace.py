@@ -35,6 +35,7 @@ class BatchPace:
         self._limit = FIRST_TOKENS
         self._plain_s = 0.0
         self._plain_rows = 0
+        self._plain_steps: deque[tuple[float, int]] = deque(maxlen=_WINDOW)
         self._tokens_per_s = 0.0
         self._seen: deque[tuple[int, float]] = deque(maxlen=_WINDOW)
         self._steps = 0
@@ -72,6 +73,7 @@ class BatchPace:
         self._decoded = decodes > 0
         if not tokens:
             self._plain_s, self._plain_rows = seconds, decodes
+            self._plain_steps.append((seconds, decodes))
             return
         self._learn(tokens, max(0.0, seconds - self.plain_s(decodes)))
         longer_s = SHARE * self.plain_s(decodes)
@@ -87,6 +89,19 @@ class BatchPace:
     def begin_of(self, launched_s: float) -> float:
         """When a step that was launched then began: not before the one in front of it was done."""
         return max(launched_s, self._done_s)
+
+    def least_s(self, rows: int) -> float:
+        """What a step of so many decodes takes at least, going by the last ones without prompts:
+        more rows make none shorter, fewer rows none shorter than by their share."""
+        if not rows:
+            return 0.0
+        return min(
+            (
+                seconds * min(1.0, (rows + _FIXED_ROWS) / (decodes + _FIXED_ROWS))
+                for seconds, decodes in self._plain_steps
+            ),
+            default=0.0,
+        )
 
     def plain_s(self, rows: int) -> float:
         """Seconds of a step of so many decodes and no prompt, as far as is known."""

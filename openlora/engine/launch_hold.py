@@ -13,7 +13,8 @@ from openlora.engine.batch_pace import BatchPace
 from openlora.engine.step_budget import LaunchedStep
 
 MARGIN_S = 0.001
-"""Beside twice of what launching takes: the host must not be late."""
+"""Beside twice of what launching takes: the host must not be late. Where launches of late took long,
+as those with prompts do, nothing is held."""
 MOST_S = 0.02
 """A device that is slower than that gains nothing from steps launched ahead."""
 _FORGET = 0.9
@@ -40,7 +41,7 @@ class LaunchHold:
         if len(in_flight) != 1 or has_interactive or not self._pace.is_interactive_about(now_s):
             return 0.0
         [step] = in_flight
-        # Prompts make it longer, by how much is not known so well.
+        # The least that it takes: a launch that comes too late would leave the device idle.
         decodes = sum(row.num_tokens == 1 for row in step.rows)
-        end_s = self._pace.begin_of(step.began_s) + self._pace.plain_s(decodes)
+        end_s = self._pace.begin_of(step.began_s) + self._pace.least_s(decodes)
         return min(MOST_S, max(0.0, end_s - now_s - 2 * self._launch_s - MARGIN_S))

@@ -73,4 +73,18 @@ def test_else_the_next_step_is_launched_at_once(pace, rows, count, has_interacti
 
 def test_a_step_that_was_slow_by_chance_holds_up_nothing(pace):
     pace.take(DECODES, 1000.0, 1003.0)
-    assert LaunchHold(pace).wait_s([launched(DECODES, 1003.0)], False, 1003.0) == MOST_S
+    wait_s = LaunchHold(pace).wait_s([launched(DECODES, 1003.0)], False, 1003.0)
+    assert wait_s == pytest.approx(STEP_S - MARGIN_S)
+
+
+def test_what_is_known_of_other_batches_is_taken_for_the_least():
+    def wait_s(known_rows, known_s, rows):
+        pace = BatchPace()
+        asked = ScheduledRow(make_sequence(2, [0], priority="interactive"), 0, 1, samples=True)
+        pace.take([asked] * known_rows, 1000.0 - known_s, 1000.0)
+        step = launched([ScheduledRow(LINE, 5, 1, samples=True)] * rows, 1000.0)
+        return LaunchHold(pace).wait_s([step], False, 1000.0)
+
+    assert wait_s(8, 0.005, 64) == pytest.approx(0.005 - MARGIN_S)  # not eight times as long
+    assert wait_s(64, 0.010, 24) == pytest.approx(0.005 - MARGIN_S)
+    assert wait_s(64, 5.0, 64) == MOST_S
