@@ -13,8 +13,8 @@ from openlora.engine.batch_pace import BatchPace
 from openlora.engine.step_budget import LaunchedStep
 
 MARGIN_S = 0.001
-"""Beside twice of what launching takes: the host must not be late. Where launches of late took long,
-as those with prompts do, nothing is held."""
+"""Beside twice of what launching takes: the host must not be late. Where the last launches took
+long, as those with prompts do, nothing is held."""
 MOST_S = 0.02
 """A device that is slower than that gains nothing from steps launched ahead."""
 _FORGET = 0.9
