@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from openlora.adapters.stores import StoreLocation, adapter_cache, store_setting
-from openlora.engine.config import DISK_BYTES
+from openlora.engine.config import ATTENTION_BACKENDS, DISK_BYTES
 from openlora.errors import SetupError
 from openlora.joblog.core import RETIRED_TTL_S
 from openlora.joblog.crashes import QUARANTINE_TTL_S
@@ -29,6 +29,8 @@ ENVIRONMENT: dict[str, str] = {
     "OPENLORA_ADAPTER_CACHE_BYTES": "bytes that they may take (default 34359738368, 32 GiB)",
     "OPENLORA_DEVICE": "auto, cpu or cuda",
     "OPENLORA_DTYPE": "auto, float32, bfloat16 or float16",
+    "OPENLORA_ATTENTION_BACKEND": "what computes attention on a GPU: auto, triton, flash-attn-4 or "
+    "flash-attn-2; `openlora doctor` shows what auto takes",
     "OPENLORA_ENGINE": "model (default); to measure without weights: dummy, the model with random "
     "ones, or scripted:RATE / clock:RATE, which compute nothing",
     "OPENLORA_DRAIN_TIMEOUT_S": "seconds that running jobs get to end after SIGTERM (default 30)",
@@ -72,6 +74,7 @@ class WorkerConfig:
     store: StoreLocation
     device: str = "auto"
     dtype: str = "auto"
+    attention_backend: str = "auto"
     engine: str = "model"
     worker_id: str = ""
     interactive_budget: int = 512
@@ -96,6 +99,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     flag("--store", "DIR", "OPENLORA_STORE")
     flag("--device", "D", "OPENLORA_DEVICE")
     flag("--dtype", "T", "OPENLORA_DTYPE")
+    flag("--attention-backend", "B", "OPENLORA_ATTENTION_BACKEND")
     flag("--engine", "E", "OPENLORA_ENGINE")
     parser.add_argument(
         "--worker-id",
@@ -134,6 +138,11 @@ def config_from(args: argparse.Namespace, environ: Mapping[str, str]) -> WorkerC
         ),
         device=_one_of("device", args.device or environ.get("OPENLORA_DEVICE"), DEVICES),
         dtype=_one_of("dtype", args.dtype or environ.get("OPENLORA_DTYPE"), DTYPES),
+        attention_backend=_one_of(
+            "attention-backend",
+            args.attention_backend or environ.get("OPENLORA_ATTENTION_BACKEND"),
+            ATTENTION_BACKENDS,
+        ),
         engine=engine,
         worker_id=args.worker_id or f"{socket.gethostname()}-{secrets.token_hex(4)}",
         interactive_budget=_at_least_one("interactive-budget", args.interactive_budget),

@@ -76,11 +76,14 @@ def build_engine(
     if kind in ("scripted", "clock"):
         return ScriptedEngine(float(rate or 0), clock_tokens=kind == "clock")
     from openlora.engine import Engine, EngineConfig
+    from openlora.engine.config import block_size_for
 
     config = EngineConfig(
         model=setup.model,
         device=setup.device,
         dtype=setup.dtype,
+        block_size=block_size_for(setup.attention_backend),
+        attention_backend=setup.attention_backend,
         merge_dir=setup.merge_dir,
         adapter_store=setup.adapter_store,
         adapter_disk_dir=setup.adapter_disk_dir,

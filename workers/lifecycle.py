@@ -98,6 +98,7 @@ class Worker:
                 device=config.device,
                 dtype=config.dtype,
                 log_level=config.log_level.upper(),
+                attention_backend=config.attention_backend,
                 **_store_settings(config),
             )
         )

@@ -8,6 +8,7 @@
   soak       memory of every process over minutes at full rate
   chaos      everything breaks, again and again: what clients saw of it
   kernels    bandwidth of the GPU kernels, beside a plain device copy
+  attention  the attention backends beside each other
 
 examples:
   openlora bench decode --device cpu --model demo
@@ -36,6 +37,7 @@ BENCHMARKS = {
     "soak": ("openlora.bench.soak", "memory of every process over minutes at full rate"),
     "chaos": ("openlora.bench.chaos", "everything breaks; what clients saw of it"),
     "kernels": ("openlora.bench.kernels", "bandwidth of the GPU kernels, beside a copy"),
+    "attention": ("openlora.bench.attention", "the attention backends beside each other"),
 }
 
 

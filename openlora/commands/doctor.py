@@ -19,6 +19,7 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from openlora import __version__
 from openlora.adapters.stores import adapter_cache, cache_of, is_url, open_store, store_setting
@@ -26,6 +27,9 @@ from openlora.commands.checks import ENGINE_PACKAGES, SERVE_PACKAGES, missing_pa
 from openlora.commands.config import process_environment
 from openlora.engine.host_memory import available_memory
 from openlora.errors import SetupError
+
+if TYPE_CHECKING:
+    from openlora.engine.attention_backends import AttentionNeeds
 
 # Distribution names where they differ from the import name.
 _DISTRIBUTIONS = {"kafka": "kafka-python", "prometheus_client": "prometheus-client"}
@@ -122,6 +126,7 @@ def _gpu_kernels() -> list[Finding]:
     """Compiles them all, as an engine's start does; seconds where it was done before."""
     import torch
 
+    from openlora.engine.attention_backends import AttentionNeeds
     from openlora.engine.kernel_check import check_kernels
     from openlora.models.dummy import DUMMY_CONFIGS
 
@@ -140,9 +145,24 @@ def _gpu_kernels() -> list[Finding]:
     major, minor = torch.cuda.get_device_capability()
     return [
         Finding("GPU kernels", "ok", f"{count} compile for compute {major}.{minor}"),
-        Finding("attention", "ok", "Triton kernels of this project"),
+        *_attention(AttentionNeeds.of(config, torch.bfloat16, 16, (major, minor))),
         Finding("lora", "ok", "Triton kernels of this project (SGMV)"),
     ]
+
+
+def _attention(needs: AttentionNeeds) -> list[Finding]:
+    """What `auto` takes for a model of these needs, and what there is beside it."""
+    from openlora.engine.attention_backends import LIBRARIES, choose_attention
+
+    choice = choose_attention("auto", needs)
+    name = choice.name.replace("triton", "Triton kernels of this project")
+    findings = [Finding("attention", "ok", name)]
+    findings += [Finding("attention", "optional", remark) for remark in choice.remarks]
+    for library in LIBRARIES:
+        if library.version() is None:
+            remark = f"{library.name}: {library.why_not(needs)}"
+            findings.append(Finding("attention", "optional", remark))
+    return findings
 
 
 def _cpu_kernels() -> Finding:

@@ -18,6 +18,7 @@ from openlora.adapters.pages import PagePool, SitePages
 from openlora.adapters.tier_stats import TierStats
 from openlora.engine.adapter_loads import Loaded
 from openlora.engine.adapter_supply import MAX_STAGED
+from openlora.engine.attention_backends import TRITON_ATTENTION, attention_for
 from openlora.engine.config import EngineConfig
 from openlora.engine.host_memory import available_memory
 from openlora.engine.memory import check_context, check_weights, plan_memory, usable_bytes
@@ -108,6 +109,11 @@ def build_parts(config: EngineConfig, progress: Progress | None = None) -> Engin
     device = choose_device(config.device)
     dtype = "float32" if config.dtype == "auto" and device == "cpu" else config.dtype
     native = native_kernels_for(config.cpu_kernels, device, dtype)
+    if device == "cpu" and config.attention_backend != "auto":
+        raise SetupError(
+            f"attention_backend is {config.attention_backend!r}, which needs a GPU, and the device "
+            "is 'cpu'; set it to 'auto'"
+        )
     with _named_out_of_memory(f"the weights of {config.model}", "use a smaller model or dtype"):
         model = load_model(
             config.model,
@@ -138,6 +144,10 @@ def build_parts(config: EngineConfig, progress: Progress | None = None) -> Engin
         model.attention_backend = "native"
     # The cache may hold less than the model's own limit.
     model.limit_context(num_blocks * config.block_size)
+    attention = TRITON_ATTENTION
+    if device == "cuda":
+        attention = attention_for(config, model.config, model.dtype)
+        model.attention_backend = attention.name
     info = _model_info(config, model, num_pages)
     logger.info(
         "model %s on %s in %s, attention by %s; %d KV blocks of %d, contexts up to %d, "
@@ -146,6 +156,8 @@ def build_parts(config: EngineConfig, progress: Progress | None = None) -> Engin
         *(num_blocks, config.block_size, info.max_model_len, num_pages),
     )
     if device == "cuda":
+        for remark in attention.remarks:
+            logger.info("%s", remark)
         # Not at the top: it needs Triton, which a machine without a GPU may lack.
         from openlora.engine.cuda_parts import cuda_parts
 
@@ -153,7 +165,7 @@ def build_parts(config: EngineConfig, progress: Progress | None = None) -> Engin
             f"the decode graphs of up to {config.max_num_seqs} requests",
             "lower max_num_seqs or memory_fraction",
         ):
-            parts = cuda_parts(config, model, pages, kv_cache, info)
+            parts = cuda_parts(config, model, pages, kv_cache, info, attention)
         return replace(parts, page_bytes=page_bytes(model.config, model.dtype))
     memory = HostMemory(_cpu_host_bytes(config, num_pages), pin=False)
     usual_bytes = sum(page_bytes(model.config, model.dtype))
@@ -194,9 +206,11 @@ def _configured(
                 f"{model_config.max_model_len}"
             )
         model_config = model_config.limited_to(config.max_model_len)
-    item_bytes = DTYPES[model_config.dtype if dtype == "auto" else dtype].itemsize
+    torch_dtype = DTYPES[model_config.dtype if dtype == "auto" else dtype]
+    if device == "cuda":
+        attention_for(config, model_config, torch_dtype)
     num_weights = sum(math.prod(shape) for shape in weight_shapes(model_config).values())
-    check_weights(config, device, num_weights * item_bytes, _usable_bytes(config, device))
+    check_weights(config, device, num_weights * torch_dtype.itemsize, _usable_bytes(config, device))
     return model_config
 
 
@@ -211,7 +225,7 @@ def _model_info(config: EngineConfig, model: Any, num_pages: tuple[int, ...]) ->
         eos_token_ids=tuple(model.config.eos_token_ids),
         dtype=str(model.dtype).removeprefix("torch."),
         device=str(model.device),
-        attention_backend="triton" if model.device.type == "cuda" else model.attention_backend,
+        attention_backend=model.attention_backend,
     )
 
 

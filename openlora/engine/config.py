@@ -9,6 +9,8 @@ from openlora.errors import SetupError
 DEVICES = ("auto", "cpu", "cuda")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 LOAD_FORMATS = ("auto", "dummy")
+ATTENTION_BACKENDS = ("auto", "triton", "flash-attn-4", "flash-attn-2")
+USUAL_BLOCK_SIZE = 16
 CPU_KERNELS = ("auto", "native", "torch")
 DISK_BYTES = 32 << 30
 """Of adapters that a remote store holds: about 400 of a large model."""
@@ -45,6 +47,9 @@ class EngineConfig:
         load_format: "dummy" makes random weights of the right shape.
         cpu_kernels: what computes on a CPU. "native": C kernels, compiled on first use; "torch":
             torch alone; "auto": native where there is a C compiler, else torch.
+        attention_backend: what computes attention on a GPU. "triton": this project's kernels;
+            "flash-attn-4", "flash-attn-2": a library, which has to be installed and to cope with
+            the model and the block size; "auto": the fastest there is.
 
     Raises:
         SetupError: naming the setting, its value and what is allowed.
@@ -53,7 +58,7 @@ class EngineConfig:
     model: str
     device: str = "auto"
     dtype: str = "auto"
-    block_size: int = 16
+    block_size: int = USUAL_BLOCK_SIZE
     kv_cache_bytes: int | None = None
     num_kv_blocks: int | None = None
     memory_fraction: float = 0.9
@@ -70,6 +75,7 @@ class EngineConfig:
     enable_prefix_caching: bool = True
     load_format: str = "auto"
     cpu_kernels: str = "auto"
+    attention_backend: str = "auto"
 
     def __post_init__(self) -> None:
         if not self.model:
@@ -78,6 +84,7 @@ class EngineConfig:
         _check_choice("dtype", self.dtype, DTYPES)
         _check_choice("load_format", self.load_format, LOAD_FORMATS)
         _check_choice("cpu_kernels", self.cpu_kernels, CPU_KERNELS)
+        _check_choice("attention_backend", self.attention_backend, ATTENTION_BACKENDS)
         for name in ("block_size", "max_num_seqs", "max_num_batched_tokens"):
             _check_at_least(name, getattr(self, name), 1)
         for name in ("kv_cache_bytes", "num_kv_blocks"):
@@ -102,6 +109,11 @@ class EngineConfig:
                 f"max_num_batched_tokens is {self.max_num_batched_tokens}, less than max_num_seqs "
                 f"({self.max_num_seqs}); every running request needs one token a step, so raise it"
             )
+
+
+def block_size_for(attention_backend: str) -> int:
+    """Positions of a KV block that suit a backend: flash-attn 2 takes no less than 256."""
+    return 256 if attention_backend == "flash-attn-2" else USUAL_BLOCK_SIZE
 
 
 def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:

@@ -7,13 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
-from openlora.kernels import (
-    triton_activation,
-    triton_attention,
-    triton_norms,
-    triton_prefill_attention,
-    triton_rope,
-)
+from openlora.engine.cuda_attention import AttentionBinding, attend
+from openlora.kernels import triton_activation, triton_norms, triton_rope
 from openlora.kernels.linear import Linear
 from openlora.kernels.triton_sgmv import SGMVTables, SGMVTiles, sgmv_shrink
 from openlora.kernels.triton_sgmv_expand import sgmv_expand
@@ -55,26 +50,6 @@ def scratch_elements(pages: Sequence[LayerPages], tiles: Sequence[SGMVTiles], h_
     return max(
         cut.splits * h_rows * site[0][0].shape[2] for site, cut in zip(pages, tiles, strict=True)
     )
-
-
-@dataclass(frozen=True, slots=True)
-class AttentionBinding:
-    """What attention reads, on the device.
-
-    Attributes:
-        num_decodes: leading rows of one token each; they go through the decode kernel.
-        block_tables: int32 [rows, blocks].
-        context_lens: int32 [at least num_decodes].
-        scratch: of the decode kernel.
-        spans, tiles: of the other rows, as ``prefill_attention`` takes them.
-    """
-
-    num_decodes: int
-    block_tables: torch.Tensor
-    context_lens: torch.Tensor
-    scratch: triton_attention.DecodeScratch
-    spans: torch.Tensor
-    tiles: torch.Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,35 +162,14 @@ class CudaOps(EdgeOps):
             self.slots,
             rotary.factor if local is None else 1.0,
         )
-        q = heads[:, : config.num_heads]
-        out = qkv.new_empty(qkv.shape[0], config.num_heads * config.head_dim)
-        scale = config.attention_scale
-        window, soft_cap = config.window(layer), config.attention_soft_cap
-        num_decodes = binding.num_decodes
-        if num_decodes:
-            triton_attention.decode_attention(
-                q[:num_decodes],
-                cache,
-                binding.block_tables,
-                binding.context_lens,
-                scale,
-                binding.scratch,
-                out[:num_decodes],
-                window=window,
-                soft_cap=soft_cap,
-            )
-        triton_prefill_attention.prefill_attention(
-            q,
+        return attend(
+            heads[:, : config.num_heads],
             cache,
-            binding.block_tables,
-            binding.spans,
-            binding.tiles,
-            scale,
-            out,
-            window=window,
-            soft_cap=soft_cap,
+            binding,
+            config.attention_scale,
+            window=config.window(layer),
+            soft_cap=config.attention_soft_cap,
         )
-        return out
 
 
 def decode_tiles(

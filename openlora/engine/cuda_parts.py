@@ -8,6 +8,7 @@ from openlora.adapters.loader import LoadedAdapter, load_adapter
 from openlora.adapters.page_tensors import PageTensors, page_bytes
 from openlora.adapters.pages import PagePool
 from openlora.engine.adapter_supply import MAX_STAGED
+from openlora.engine.attention_backends import AttentionChoice
 from openlora.engine.build import STAGED_SHARE, EngineParts
 from openlora.engine.config import EngineConfig
 from openlora.engine.cpu_kernels import loading_kernels
@@ -31,11 +32,12 @@ def cuda_parts(
     pages: PageTensors,
     kv_cache: KVCache,
     info: ModelInfo,
+    attention: AttentionChoice,
 ) -> EngineParts:
     """The parts around a loaded model and its pools.
 
     Raises:
-        SetupError: a kernel does not compile for this GPU.
+        SetupError: a kernel, or the library that is to compute attention, does not run on this GPU.
     """
     num_pages = tuple(site.a.shape[0] for site in pages.sites)
     check_kernels(
@@ -65,6 +67,7 @@ def cuda_parts(
             uploads,
             max_num_seqs=config.max_num_seqs,
             max_model_len=info.max_model_len,
+            attention=attention,
         ),
         model_info=info,
         num_blocks=kv_cache.num_blocks,

@@ -12,6 +12,8 @@ import numpy as np
 import torch
 
 from openlora.adapters.page_tensors import PageTensors
+from openlora.engine.attention_backends import AttentionChoice
+from openlora.engine.cuda_attention import warm_attention
 from openlora.engine.decode_graphs import DecodeGraphs
 from openlora.engine.drawn_tokens import DrawnTokens, PendingTokens
 from openlora.engine.kv_cache import KVCache
@@ -36,6 +38,7 @@ class CudaRunner:
         uploads: of ``pages``; a step waits for those that it reads.
         max_num_seqs: most rows of a step.
         max_model_len: longest context.
+        attention: what computes it.
     """
 
     def __init__(
@@ -47,11 +50,19 @@ class CudaRunner:
         *,
         max_num_seqs: int,
         max_model_len: int,
+        attention: AttentionChoice,
     ) -> None:
         self._model = model
         self._kv_cache = kv_cache
         self._uploads = uploads
         processors = torch.cuda.get_device_properties(model.device).multi_processor_count
+        warm_attention(
+            attention,
+            model.config,
+            kv_cache.layers[0],
+            max_num_seqs=max_num_seqs,
+            max_model_len=max_model_len,
+        )
         self._drawn = DrawnTokens(max_num_seqs, model.device)
         self._mixed_steps = MixedSteps(
             model,
@@ -61,6 +72,7 @@ class CudaRunner:
             max_num_seqs=max_num_seqs,
             max_model_len=max_model_len,
             to_device=self._to_device,
+            attention=attention,
         )
         self._graphs = DecodeGraphs(
             model,
@@ -69,6 +81,7 @@ class CudaRunner:
             self._drawn,
             max_rows=max_num_seqs,
             max_model_len=max_model_len,
+            attention=attention,
         )
         # While the same requests decode, their order and plan stay the same from step to step.
         self._decode_key: tuple[object, ...] = ()

@@ -23,8 +23,9 @@ from typing import Literal
 import torch
 
 from openlora.adapters.page_tensors import PageTensors
+from openlora.engine.attention_backends import AttentionChoice
+from openlora.engine.cuda_attention import AttentionBinding
 from openlora.engine.cuda_ops import (
-    AttentionBinding,
     CudaOps,
     LoRABinding,
     RotaryBinding,
@@ -79,6 +80,7 @@ class DecodeGraphs:
         drawn: the tokens that feed the next step.
         max_rows: most rows of a step.
         max_model_len: longest context.
+        attention: what computes it; a library has been called before (``warm_attention``).
     """
 
     def __init__(
@@ -90,8 +92,10 @@ class DecodeGraphs:
         *,
         max_rows: int,
         max_model_len: int,
+        attention: AttentionChoice,
     ) -> None:
         self._model = model
+        self._attention = attention
         self._kv_layers = kv_cache.layers
         self._drawn = drawn
         self._max_rows = max_rows
@@ -218,14 +222,8 @@ class DecodeGraphs:
     def _ops(self, bucket: int, kind: LoRAKind) -> CudaOps:
         config = self._model.config
         splits = decode_splits(bucket, config.num_kv_heads, self._processors, self._max_model_len)
-        scratch = DecodeScratch(
-            bucket,
-            config.num_heads,
-            config.num_kv_heads,
-            config.head_dim,
-            splits,
-            self._model.device,
-        )
+        heads = (config.num_heads, config.num_kv_heads, config.head_dim)
+        scratch = DecodeScratch(bucket, *heads, splits, self._model.device)
         lora = LoRABinding(
             plan=self._tables(bucket),
             pages=self._pages,
@@ -246,6 +244,7 @@ class DecodeGraphs:
                 scratch=scratch,
                 spans=self._no_tiles,
                 tiles=self._no_tiles,
+                choice=self._attention,
             ),
             lora=None if kind == "none" else lora,
             logits=self._logits,

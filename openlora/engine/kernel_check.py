@@ -14,8 +14,8 @@ import triton
 
 from openlora.adapters.lora_set import SITES, LoRASet
 from openlora.adapters.page_tensors import PageTensors
+from openlora.engine.cuda_attention import AttentionBinding
 from openlora.engine.cuda_ops import (
-    AttentionBinding,
     CudaOps,
     LoRABinding,
     RotaryBinding,

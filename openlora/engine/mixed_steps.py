@@ -14,8 +14,9 @@ import numpy as np
 import torch
 
 from openlora.adapters.page_tensors import PageTensors
+from openlora.engine.attention_backends import TRITON_ATTENTION, AttentionChoice
+from openlora.engine.cuda_attention import AttentionBinding
 from openlora.engine.cuda_ops import (
-    AttentionBinding,
     CudaOps,
     LoRABinding,
     RotaryBinding,
@@ -29,6 +30,7 @@ from openlora.engine.residency import EXTRAS_BYTES
 from openlora.engine.sgmv_plan import PlanLayout, SGMVPlan, build_plan
 from openlora.engine.step import StepRow
 from openlora.engine.step_inputs import Ints, StepInputs, mixed_inputs, query_tiles
+from openlora.kernels.flash_attention import Chunks
 from openlora.kernels.triton_attention import DecodeScratch, decode_splits
 from openlora.kernels.triton_prefill_attention import prefill_tile_tokens
 from openlora.kernels.triton_sampling import take_tokens
@@ -51,6 +53,7 @@ class MixedSteps:
         max_num_seqs: most rows of a step.
         max_model_len: longest context.
         to_device: makes a tensor of an array, on the model's device, without waiting.
+        attention: what computes it.
     """
 
     def __init__(
@@ -63,8 +66,10 @@ class MixedSteps:
         max_num_seqs: int,
         max_model_len: int,
         to_device: Callable[[Ints], torch.Tensor],
+        attention: AttentionChoice = TRITON_ATTENTION,
     ) -> None:
         self._model = model
+        self._attention = attention
         self._kv_cache = kv_cache
         self._pages = [site.layers for site in pages.sites]
         self._tiles = prefill_tiles(self._pages, num_processors)
@@ -108,7 +113,7 @@ class MixedSteps:
     def _bind(
         self, rows: Sequence[StepRow], inputs: StepInputs, on_device: Sequence[torch.Tensor]
     ) -> CudaOps:
-        _, _, positions, slots, spans, context_lens, _, block_tables, tiles = on_device
+        _, _, positions, slots, spans, context_lens, _, block_tables, tiles = on_device[:9]
         plan = build_plan(
             [row.lora_set for row in rows],
             [len(row.token_ids) for row in rows],
@@ -127,6 +132,8 @@ class MixedSteps:
                 scratch=self._scratch,
                 spans=spans,
                 tiles=tiles,
+                chunks=_chunks(inputs, block_tables, context_lens, *on_device[9:]),
+                choice=self._attention,
             ),
             lora=None if plan.is_empty else self._bind_lora(plan),
         )
@@ -167,6 +174,11 @@ class MixedSteps:
             np.pad(inputs.block_tables, ((0, 0), (0, _rounded(width) - width))),
             query_tiles(inputs.spans, _num_decodes(inputs), tile_tokens),
         ]
+        if self._attention.prefill is not None and _num_decodes(inputs) < len(inputs.spans):
+            arrays += [
+                np.append(inputs.spans[:, 0], inputs.spans[-1, :2].sum()),
+                np.append(0, inputs.context_lens.cumsum()),
+            ]
         sizes = [_rounded(array.size) for array in arrays]
         host = np.zeros(sum(sizes), np.int32)
         starts = np.cumsum([0, *sizes]).tolist()
@@ -185,3 +197,23 @@ def _rounded(count: int) -> int:
 def _num_decodes(inputs: StepInputs) -> int:
     """Leading rows of one token: the caller sorts them first."""
     return int((inputs.spans[:, 1] == 1).sum())
+
+
+def _chunks(
+    inputs: StepInputs,
+    block_tables: torch.Tensor,
+    context_lens: torch.Tensor,
+    query_starts: torch.Tensor | None = None,
+    context_starts: torch.Tensor | None = None,
+) -> Chunks | None:
+    """The rows behind the decodes, for a library; None: it gets none."""
+    if query_starts is None or context_starts is None:
+        return None
+    first = _num_decodes(inputs)
+    return Chunks(
+        query_starts[first:],
+        context_lens[first:],
+        context_starts[first:],
+        block_tables[first:],
+        int(inputs.spans[:, 1].max()),
+    )

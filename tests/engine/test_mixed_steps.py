@@ -10,17 +10,24 @@ import torch
 from openlora.adapters.extras import AdapterExtras, LinearExtra, TableExtra
 from openlora.adapters.lora_set import LoRASet
 from openlora.adapters.page_tensors import PageTensors
+from openlora.engine.attention_backends import TRITON_ATTENTION, AttentionChoice
 from openlora.engine.extra_ops import with_extras
 from openlora.engine.kv_cache import KVCache
 from openlora.engine.mixed_steps import MixedSteps
 from openlora.engine.runner import ModelRunner
 from openlora.engine.step import PENDING_TOKEN, RowSampling, StepRow
+from openlora.kernels.flash_attention import (
+    FlashAttention,
+    FlashAttention2,
+    FlashAttention4,
+)
 from openlora.models.config import ModelConfig
 from openlora.models.decoder import Decoder
 from openlora.models.dummy import dummy_weights
 from openlora.models.ops import GATE_UP, OUT, QKV
 from openlora.models.weights import weight_shapes
 from openlora.sampling_params import SamplingParams
+from tests.engine.flash_libraries import flash2, flash4
 
 CONFIG = ModelConfig(
     architecture="LlamaForCausalLM",
@@ -41,6 +48,9 @@ CONFIG = ModelConfig(
 )
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 GREEDY = RowSampling(SamplingParams(temperature=0), 0, 0, (), ())
+
+
+LIBRARIES = [FlashAttention4(flash4), FlashAttention2(flash2)]
 
 
 def lora_set(*pages: tuple[int, float]) -> LoRASet:
@@ -83,7 +93,7 @@ def extras() -> AdapterExtras:
 class Bench:
     """The same model with two caches, one for each way to compute."""
 
-    def __init__(self) -> None:
+    def __init__(self, attention: AttentionChoice = TRITON_ATTENTION) -> None:
         generator = torch.Generator().manual_seed(3)
         get = dummy_weights(weight_shapes(CONFIG), torch.float32, DEVICE)
         self.model = Decoder(CONFIG, lambda name: get(name).mul_(8), torch.float32, DEVICE)
@@ -105,6 +115,7 @@ class Bench:
             max_num_seqs=4,
             max_model_len=64,
             to_device=self._to_device,
+            attention=attention,
         )
 
     def _to_device(self, array) -> torch.Tensor:
@@ -136,6 +147,22 @@ def test_prefill_then_a_mixed_step() -> None:
     base = bench.compare([replace(row, lora_set=LoRASet.EMPTY) for row in MIXED])
     assert not torch.allclose(base[:1], logits[:1], rtol=1e-2)
     assert logits.shape == (3, 64)
+
+
+@pytest.mark.skipif(DEVICE.type == "cuda", reason="the stand-ins compute on CPU")
+@pytest.mark.parametrize("phases", ["prefill", "decode", "prefill and decode"])
+@pytest.mark.parametrize("library", LIBRARIES, ids=lambda library: library.name)
+@torch.inference_mode()
+def test_steps_on_a_library(library: FlashAttention, phases: str) -> None:
+    bench = Bench(
+        AttentionChoice(
+            prefill=library if "prefill" in phases else None,
+            decode=library if "decode" in phases else None,
+        )
+    )
+    bench.compare(PREFILL)
+    bench.compare(MIXED)
+    bench.compare(MIXED[:2])  # decodes alone
 
 
 @torch.inference_mode()

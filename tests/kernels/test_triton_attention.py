@@ -27,13 +27,19 @@ BLOCK_SIZE = 16
 class PagedCase:
     """Random KV of some sequences in shuffled blocks; the blocks nobody owns hold NaN."""
 
-    def __init__(self, lens: list[int], heads: tuple[int, int, int], dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        lens: list[int],
+        heads: tuple[int, int, int],
+        dtype: torch.dtype,
+        block_size: int = BLOCK_SIZE,
+    ) -> None:
         generator = torch.Generator().manual_seed(sum(lens))
         self.num_heads, self.num_kv_heads, self.head_dim = heads
-        blocks = [-(-length // BLOCK_SIZE) for length in lens]
+        blocks = [-(-length // block_size) for length in lens]
         num_blocks = sum(blocks) + 2
         ids = iter(torch.randperm(num_blocks, generator=generator).tolist())
-        shape = (2, num_blocks, self.num_kv_heads, BLOCK_SIZE, self.head_dim)
+        shape = (2, num_blocks, self.num_kv_heads, block_size, self.head_dim)
         cache = torch.full(shape, float("nan"))
         tables = torch.full((len(lens), max([*blocks, 1])), num_blocks + 99, dtype=torch.int32)
         self.kv = []
@@ -43,7 +49,7 @@ class PagedCase:
             self.kv.append(kv.float())
             for index in range(blocks[row]):
                 tables[row, index] = block = next(ids)
-                part = kv[:, :, index * BLOCK_SIZE : (index + 1) * BLOCK_SIZE]
+                part = kv[:, :, index * block_size : (index + 1) * block_size]
                 cache[:, block, :, : part.shape[2]] = part.float()
         self.cache = cache.to(DEVICE, dtype)
         self.tables = tables.to(DEVICE)

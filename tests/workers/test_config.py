@@ -36,6 +36,7 @@ def test_every_variable_is_read():
         "OPENLORA_ADAPTER_CACHE_BYTES": "1000",
         "OPENLORA_DEVICE": "cpu",
         "OPENLORA_DTYPE": "float16",
+        "OPENLORA_ATTENTION_BACKEND": "flash-attn-4",
         "OPENLORA_ENGINE": "dummy",
         "OPENLORA_DRAIN_TIMEOUT_S": "2.5",
         "OPENLORA_KEEP_ENDED_S": "60",
@@ -47,7 +48,7 @@ def test_every_variable_is_read():
     assert config.store == Path("/s")
     assert (config.adapter_cache, config.adapter_cache_bytes) == (Path("/c"), 1000)
     assert (config.device, config.dtype, config.log_level) == ("cpu", "float16", "info")
-    assert config.engine == "dummy"
+    assert (config.engine, config.attention_backend) == ("dummy", "flash-attn-4")
     seconds = (config.drain_timeout_s, config.keep_ended_s, config.quarantine_s)
     assert seconds == (2.5, 60, 90)
 
