@@ -77,7 +77,7 @@ def _rows(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
         else:
             yield {**about, "backend": name, "skipped": reason}
     for phase, rows, context in CASES:
-        case = _Case(config, phase, rows, context, args.block_size)
+        case = Case(config, phase, rows, context, args.block_size)
         expected = None
         for name, choice in choices.items():
             result = case.attend(case.caches[0], choice).float()
@@ -122,7 +122,7 @@ def _backends(config: Any, block_size: int) -> Iterator[tuple[str, Any, str | No
         yield f"{library.name} {library.version() or ''}".strip(), choice, reason
 
 
-class _Case:
+class Case:
     """Random queries and caches of one shape.
 
     Attributes:
@@ -130,7 +130,15 @@ class _Case:
         work: bytes that a decode must read, or operations of a prefill; ``unit`` names their rate.
     """
 
-    def __init__(self, config: Any, phase: str, rows: int, context: int, block_size: int) -> None:
+    def __init__(
+        self,
+        config: Any,
+        phase: str,
+        rows: int,
+        context: int,
+        block_size: int,
+        device: str = "cuda",
+    ) -> None:
         from openlora.engine.step_inputs import query_tiles
         from openlora.kernels.flash_attention import Chunks
         from openlora.kernels.triton_attention import DecodeScratch, decode_splits
@@ -138,7 +146,6 @@ class _Case:
 
         heads, kv_heads, head_dim = config.num_heads, config.num_kv_heads, config.head_dim
         blocks = -(-context // block_size)
-        device = torch.device("cuda")
         tokens = 1 if phase == "decode" else context
         starts = np.arange(rows + 1, dtype=np.int32) * tokens
         spans = np.stack(
@@ -146,22 +153,24 @@ class _Case:
         ).astype(np.int32)
         self._num_decodes = rows if phase == "decode" else 0
         tiles = query_tiles(spans, self._num_decodes, prefill_tile_tokens(heads, kv_heads))
-        self._spans, self._tiles = (torch.from_numpy(array).cuda() for array in (spans, tiles))
+        self._spans, self._tiles = (torch.from_numpy(array).to(device) for array in (spans, tiles))
         self._tables = torch.randperm(rows * blocks, device=device, dtype=torch.int32)
         self._tables = self._tables.view(rows, blocks)
         self._lens = torch.full((rows,), context, dtype=torch.int32, device=device)
-        query_starts = torch.from_numpy(starts).cuda()
+        query_starts = torch.from_numpy(starts).to(device)
         context_starts = torch.arange(rows + 1, dtype=torch.int32, device=device) * context
         self._chunks = None
         if phase == "prefill":
             self._chunks = Chunks(query_starts, self._lens, context_starts, self._tables, tokens)
-        processors = torch.cuda.get_device_properties(0).multi_processor_count
+        processors = 1
+        if device == "cuda":
+            processors = torch.cuda.get_device_properties(0).multi_processor_count
         splits = decode_splits(rows, kv_heads, processors, context)
-        self._scratch = DecodeScratch(rows, heads, kv_heads, head_dim, splits, device)
+        self._scratch = DecodeScratch(rows, heads, kv_heads, head_dim, splits, self._tables.device)
         self._scale = head_dim**-0.5
-        self._q = _normal(rows * tokens, heads + 2 * kv_heads, head_dim)[:, :heads]
+        self._q = _normal(device, rows * tokens, heads + 2 * kv_heads, head_dim)[:, :heads]
         shape = (2, rows * blocks, kv_heads, block_size, head_dim)
-        self.caches = [_normal(*shape) for _ in range(LAYERS)]
+        self.caches = [_normal(device, *shape) for _ in range(LAYERS)]
         if phase == "decode":
             self.unit, self.work = "tb_s", rows * context * kv_heads * head_dim * 2 * 2
         else:
@@ -199,5 +208,5 @@ class _Case:
         return seconds
 
 
-def _normal(*shape: int) -> torch.Tensor:
-    return torch.empty(shape, dtype=torch.bfloat16, device="cuda").normal_()
+def _normal(device: str, *shape: int) -> torch.Tensor:
+    return torch.empty(shape, dtype=torch.bfloat16, device=device).normal_()

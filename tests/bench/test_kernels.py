@@ -1,4 +1,4 @@
-"""The kernel benchmark says what it needs."""
+"""The benchmarks of kernels say what they need."""
 
 from __future__ import annotations
 
@@ -7,13 +7,14 @@ import argparse
 import pytest
 import torch
 
-from openlora.bench import kernels
+from openlora.bench import attention, kernels
 from openlora.errors import SetupError
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="only where there is no GPU")
-def test_without_a_gpu_it_says_so() -> None:
+@pytest.mark.parametrize("benchmark", [kernels, attention])
+def test_without_a_gpu_it_says_so(benchmark) -> None:
     parser = argparse.ArgumentParser()
-    kernels.add_arguments(parser)
+    benchmark.add_arguments(parser)
     with pytest.raises(SetupError, match="CUDA"):
-        kernels.run(parser.parse_args([]))
+        benchmark.run(parser.parse_args([]))

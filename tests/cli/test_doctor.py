@@ -9,6 +9,7 @@ from openlora.commands import doctor
 from openlora.commands.doctor import Finding
 from openlora.engine import kernel_check
 from openlora.errors import SetupError
+from tests.engine.flash_libraries import install
 
 
 @pytest.fixture
@@ -28,8 +29,32 @@ def test_backends_of_a_gpu_that_runs_all_kernels(gpu):
     assert doctor._backends() == [
         Finding("GPU kernels", "ok", "29 compile for compute 9.0"),
         Finding("attention", "ok", "Triton kernels of this project"),
+        Finding(
+            "attention",
+            "optional",
+            "flash-attn-4: it is not installed: pip install 'openlora[flash]'",
+        ),
+        Finding(
+            "attention",
+            "optional",
+            "flash-attn-2: it is not installed (pip install flash-attn, which compiles it), and "
+            "its paged cache needs blocks of 256, and block_size is 16; set block_size to 256",
+        ),
         Finding("lora", "ok", "Triton kernels of this project (SGMV)"),
     ]
+
+
+def test_a_library_that_is_installed_and_not_used_says_why(gpu, tmp_path, monkeypatch):
+    gpu(lambda *args, **settings: 29)
+    monkeypatch.syspath_prepend(tmp_path)
+    install(tmp_path, "flash-attn", "2.8.3")
+    (remark,) = [finding for finding in doctor._backends() if "2.8.3" in finding.detail]
+    assert remark == Finding(
+        "attention",
+        "optional",
+        "flash-attn-2 2.8.3 found, not used: its paged cache needs blocks of 256, and block_size "
+        "is 16; set block_size to 256",
+    )
 
 
 def test_a_kernel_that_does_not_compile_is_missing_with_its_reason(gpu):
