@@ -24,6 +24,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+from openlora.engine.config import ATTENTION_BACKENDS
 from openlora.errors import SetupError
 
 _SWITCH_INTERVAL_S = 0.0005
@@ -65,6 +66,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument(
         "--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto"
+    )
+    parser.add_argument(
+        "--attention-backend",
+        choices=ATTENTION_BACKENDS,
+        default="auto",
+        help="what computes attention on a GPU; with --shape",
     )
     parser.add_argument("--out", type=Path, metavar="FILE", help="append the rows to FILE")
 

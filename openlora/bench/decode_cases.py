@@ -26,10 +26,10 @@ from openlora.bench.measure import (
 from openlora.bench.random_adapters import ALL_TARGETS, ATTENTION_TARGETS, write_adapter
 from openlora.engine import Engine, EngineConfig, Request
 from openlora.engine.build import choose_device
+from openlora.engine.config import block_size_for
 from openlora.models.dummy import DUMMY_CONFIGS
 from openlora.models.load import DTYPES
 
-_BLOCK_SIZE = 16
 _PREFILL_TOKENS = {"cpu": 2048, "cuda": 8192}
 """Most tokens of one step: a CPU gains nothing from more, a GPU needs that many to be busy."""
 
@@ -170,7 +170,9 @@ def _started(args: argparse.Namespace, rows: RowWriter) -> Engine:
     engine = _engine(args, max(args.batch))
     if engine.model_info.device.startswith("cuda"):
         torch.cuda.synchronize()
-    rows.write({"case": "start", "model": args.shape, "ready_s": process_age_s()})
+    attention = engine.model_info.attention_backend
+    started = {"case": "start", "model": args.shape, "attention": attention}
+    rows.write({**started, "ready_s": process_age_s()})
     # As the worker's engine process does: what is there now need not be looked through again.
     gc.collect()
     gc.freeze()
@@ -186,17 +188,19 @@ def _engine(args: argparse.Namespace, max_num_seqs: int) -> Engine:
     pages = args.gpu_adapters * -(-max(args.rank) // PAGE_RANK) if args.lora == "on" else 0
     mlp_pages = pages if args.targets == "all" else 0
     tokens = args.prompt + WARM_TOKENS + args.output + 1
+    block_size = block_size_for(args.attention_backend)
     return Engine(
         EngineConfig(
             model=args.shape,
             load_format="dummy",
             device=args.device,
             dtype=args.dtype,
-            block_size=_BLOCK_SIZE,
-            num_kv_blocks=max_num_seqs * -(-tokens // _BLOCK_SIZE),
+            block_size=block_size,
+            num_kv_blocks=max_num_seqs * -(-tokens // block_size),
             adapter_pages=(pages, pages, mlp_pages, mlp_pages),
             max_num_seqs=max_num_seqs,
             max_num_batched_tokens=max(max_num_seqs, _PREFILL_TOKENS[choose_device(args.device)]),
             enable_prefix_caching=False,
+            attention_backend=args.attention_backend,
         )
     )
