@@ -99,14 +99,8 @@ def _rows(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
 
 def _backends(config: Any, block_size: int) -> Iterator[tuple[str, Any, str | None]]:
     """(name, choice, why it cannot be used) of each, the Triton kernels first."""
-    from openlora.engine.attention_backends import (
-        LIBRARIES,
-        TRITON,
-        TRITON_ATTENTION,
-        AttentionChoice,
-        AttentionNeeds,
-        LibraryBroken,
-    )
+    from openlora.engine.attention_backends import TRITON, TRITON_ATTENTION, AttentionChoice
+    from openlora.engine.attention_libraries import LIBRARIES, AttentionNeeds, LibraryBroken
 
     yield TRITON, TRITON_ATTENTION, None
     capability = torch.cuda.get_device_capability()
@@ -178,7 +172,7 @@ class Case:
 
     def attend(self, cache: torch.Tensor, choice: Any) -> torch.Tensor:
         """One layer, as the engine computes it."""
-        from openlora.engine.cuda_attention import AttentionBinding, attend
+        from openlora.engine.attention_binding import AttentionBinding
 
         binding = AttentionBinding(
             num_decodes=self._num_decodes,
@@ -190,7 +184,7 @@ class Case:
             chunks=self._chunks,
             choice=choice,
         )
-        return attend(self._q, cache, binding, self._scale)
+        return binding.attend(self._q, cache, self._scale, window=0, soft_cap=0.0)
 
     def all_layers(self, choice: Any) -> None:
         """Each over a cache of its own."""

@@ -29,7 +29,7 @@ from openlora.engine.host_memory import available_memory
 from openlora.errors import SetupError
 
 if TYPE_CHECKING:
-    from openlora.engine.attention_backends import AttentionNeeds
+    from openlora.engine.attention_libraries import AttentionNeeds
 
 # Distribution names where they differ from the import name.
 _DISTRIBUTIONS = {"kafka": "kafka-python", "prometheus_client": "prometheus-client"}
@@ -126,7 +126,7 @@ def _gpu_kernels() -> list[Finding]:
     """Compiles them all, as an engine's start does; seconds where it was done before."""
     import torch
 
-    from openlora.engine.attention_backends import AttentionNeeds
+    from openlora.engine.attention_libraries import AttentionNeeds
     from openlora.engine.kernel_check import check_kernels
     from openlora.models.dummy import DUMMY_CONFIGS
 
@@ -145,17 +145,18 @@ def _gpu_kernels() -> list[Finding]:
     major, minor = torch.cuda.get_device_capability()
     return [
         Finding("GPU kernels", "ok", f"{count} compile for compute {major}.{minor}"),
-        *_attention(AttentionNeeds.of(config, torch.bfloat16, 16, (major, minor))),
+        *_attention(AttentionNeeds.of(DUMMY_CONFIGS["8b"], torch.bfloat16, 16, (major, minor))),
         Finding("lora", "ok", "Triton kernels of this project (SGMV)"),
     ]
 
 
 def _attention(needs: AttentionNeeds) -> list[Finding]:
     """What `auto` takes for a model of these needs, and what there is beside it."""
-    from openlora.engine.attention_backends import LIBRARIES, choose_attention
+    from openlora.engine.attention_backends import TRITON, choose_attention
+    from openlora.engine.attention_libraries import LIBRARIES
 
     choice = choose_attention("auto", needs)
-    name = choice.name.replace("triton", "Triton kernels of this project")
+    name = "Triton kernels of this project" if choice.name == TRITON else choice.name
     findings = [Finding("attention", "ok", name)]
     findings += [Finding("attention", "optional", remark) for remark in choice.remarks]
     for library in LIBRARIES:

@@ -6,17 +6,21 @@ the log and in `openlora doctor`, or, where it was asked for by name, an error o
 
 from __future__ import annotations
 
-import importlib
-import importlib.metadata
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
+from openlora.engine.attention_libraries import (
+    LIBRARIES,
+    AttentionNeeds,
+    Library,
+    LibraryBroken,
+)
 from openlora.engine.config import EngineConfig
 from openlora.errors import SetupError
-from openlora.kernels.flash_attention import FlashAttention, FlashAttention2, FlashAttention4
+from openlora.kernels.flash_attention import FlashAttention
 
 if TYPE_CHECKING:
     from openlora.models.config import ModelConfig
@@ -26,172 +30,30 @@ TRITON = "triton"
 
 @dataclass(frozen=True, slots=True)
 class Order:
-    """Backends by speed, the fastest first; the first that can be used is."""
+    """Backends by speed, the fastest first; the first that can be used is.
+
+    ``library_from``: the least work of a step's chunks, the sum of tokens · context, for which a
+    library that comes before Triton in ``prefill`` computes them; Triton computes smaller ones.
+    """
 
     prefill: tuple[str, ...] = (TRITON,)
     decode: tuple[str, ...] = (TRITON,)
+    library_from: int = 0
 
 
-PREFERRED: Mapping[int, Order] = {}
-"""What "auto" takes, by the GPU's major compute capability; Triton elsewhere.
+PREFERRED: Mapping[tuple[int, int], Order] = {
+    (9, 128): Order(prefill=("flash-attn-4", TRITON), library_from=16 << 20),
+}
+"""What "auto" takes, by the GPU's major compute capability and the size of a head; Triton for all
+others, and for soft caps.
 
-From `openlora bench attention` (tests/bench/results/NOTES.md, "Attention backends"): an entry names
-a library only where it was measured to be faster in the engine's own shapes.
+From `openlora bench attention` (tests/bench/results/attention_8b_h200.jsonl and NOTES.md,
+"Attention backends"): an entry names a library only where it was measured to be faster. On an H200,
+a layer of the 8B shape, Triton beside flash-attn-4 4.0.0b36: one prompt of 8,192 tokens (work 67
+million) takes 1,720 and 986 µs, 64 of 128 (1 million) 105 and 119 µs, of the host's time 110 and
+310 µs. With 11 µs won a million and 200 µs lost, the GPU wins what the host loses from about 17
+million on: a prompt of 4,096 tokens, or four of 2,048.
 """
-
-
-@dataclass(frozen=True, slots=True)
-class AttentionNeeds:
-    """What a backend has to cope with.
-
-    Attributes:
-        capability: of the GPU.
-        dtype: of the model and its KV cache.
-        head_dim: of a head.
-        block_size: positions of a KV block.
-        soft_cap: whether scores are capped.
-    """
-
-    capability: tuple[int, int]
-    dtype: torch.dtype
-    head_dim: int
-    block_size: int
-    soft_cap: bool = False
-
-    @classmethod
-    def of(
-        cls, model: ModelConfig, dtype: torch.dtype, block_size: int, capability: tuple[int, int]
-    ) -> AttentionNeeds:
-        """Those of a model."""
-        return cls(capability, dtype, model.head_dim, block_size, bool(model.attention_soft_cap))
-
-
-@dataclass(frozen=True, slots=True)
-class Library:
-    """A package that computes attention.
-
-    Attributes:
-        name: as settings name it.
-        distribution: its package.
-        module: what is imported.
-        install: how to get it.
-        obstacle: why it cannot be used for given needs, and what to change; None: it can.
-        make: the adapter around the module.
-    """
-
-    name: str
-    distribution: str
-    module: str
-    install: str
-    obstacle: Callable[[AttentionNeeds, str], str | None]
-    make: Callable[[Any], FlashAttention]
-
-    def version(self) -> str | None:
-        """Of the installed package; None: there is none."""
-        try:
-            return importlib.metadata.version(self.distribution)
-        except importlib.metadata.PackageNotFoundError:
-            return None
-
-    def why_not(self, needs: AttentionNeeds) -> str | None:
-        """Without an import: why it cannot serve ``needs``; None: it should."""
-        version = self.version()
-        if version is not None:
-            return self.obstacle(needs, version)
-        obstacle = self.obstacle(needs, "")
-        if obstacle is None:
-            return f"it is not installed: {self.install}"
-        return f"it is not installed ({self.install}), and {obstacle}"
-
-    def load(self) -> FlashAttention:
-        """Import it.
-
-        Raises:
-            LibraryBroken: the import fails, in one line.
-        """
-        try:
-            return self.make(importlib.import_module(self.module))
-        # An import runs code of any kind, and compiled parts of another torch fail in their own
-        # ways; the caller decides whether that ends the start.
-        except Exception as error:
-            lines = str(error).strip().splitlines() or [type(error).__name__]
-            raise LibraryBroken(
-                f"{self.module} does not import ({lines[0]}): reinstall {self.distribution} for "
-                f"torch {torch.__version__}"
-            ) from error
-
-
-class LibraryBroken(Exception):
-    """An installed library cannot be imported."""
-
-
-def _flash_attn_4_obstacle(needs: AttentionNeeds, version: str) -> str | None:
-    # Blocks that are as long as a tile of keys are loaded whole, what lies behind the end of a
-    # context included; a NaN there, of another tenant's request, would be part of the sum.
-    if needs.block_size > 32:
-        return (
-            f"it reads what an earlier request left in blocks of 64 and more, and block_size is "
-            f"{needs.block_size}; set block_size to 16 or 32"
-        )
-    if needs.capability[0] not in (9, 10):
-        return (
-            "its paged cache needs compute capability 9 or 10, and this GPU has "
-            f"{needs.capability[0]}.{needs.capability[1]}"
-        )
-    # On 10.x there are more limits, and one more kernel for 256 alone.
-    widest = 256 if needs.capability[0] == 9 else 128
-    if needs.head_dim % 16 or needs.head_dim > widest:
-        return f"it takes heads of 16, 32, … {widest}, and the model's have {needs.head_dim}"
-    return _dtype_obstacle(needs)
-
-
-def _flash_attn_2_obstacle(needs: AttentionNeeds, version: str) -> str | None:
-    if needs.block_size % 256:
-        return (
-            f"its paged cache needs blocks of 256, and block_size is {needs.block_size}; set "
-            "block_size to 256"
-        )
-    if needs.capability < (8, 0):
-        return (
-            "it needs compute capability 8.0, and this GPU has "
-            f"{needs.capability[0]}.{needs.capability[1]}"
-        )
-    if needs.head_dim % 8 or needs.head_dim > 256:
-        return f"it takes heads of 8, 16, … 256, and the model's have {needs.head_dim}"
-    if needs.soft_cap and version and _numbers(version) < (2, 6):
-        return f"soft caps need 2.6, and {version} is installed; upgrade flash-attn"
-    return _dtype_obstacle(needs)
-
-
-def _dtype_obstacle(needs: AttentionNeeds) -> str | None:
-    if needs.dtype in (torch.bfloat16, torch.float16):
-        return None
-    dtype = str(needs.dtype).removeprefix("torch.")
-    return f"it computes in bfloat16 and float16, not in {dtype}; set dtype to one of them"
-
-
-def _numbers(version: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in version.split(".")[:2] if part.isdigit())
-
-
-LIBRARIES: tuple[Library, ...] = (
-    Library(
-        "flash-attn-4",
-        "flash-attn-4",
-        "flash_attn.cute",
-        "pip install 'openlora[flash]'",
-        _flash_attn_4_obstacle,
-        FlashAttention4,
-    ),
-    Library(
-        "flash-attn-2",
-        "flash-attn",
-        "flash_attn",
-        "pip install flash-attn, which compiles it",
-        _flash_attn_2_obstacle,
-        FlashAttention2,
-    ),
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -200,11 +62,13 @@ class AttentionChoice:
 
     Attributes:
         prefill, decode: the library; None: the Triton kernels.
+        library_from: see ``Order``.
         remarks: of each library that is installed and not used, why.
     """
 
     prefill: FlashAttention | None = None
     decode: FlashAttention | None = None
+    library_from: int = 0
     remarks: tuple[str, ...] = ()
 
     @property
@@ -213,6 +77,8 @@ class AttentionChoice:
         prefill, decode = (
             TRITON if library is None else library.name for library in (self.prefill, self.decode)
         )
+        if self.prefill is not None and self.library_from:
+            return f"prefill {prefill} for long prompts, {TRITON} otherwise; decode {decode}"
         return prefill if prefill == decode else f"prefill {prefill}, decode {decode}"
 
 
@@ -258,7 +124,9 @@ def _named(library: Library, needs: AttentionNeeds) -> FlashAttention:
 
 
 def _fastest(needs: AttentionNeeds) -> AttentionChoice:
-    order = PREFERRED.get(needs.capability[0], Order())
+    order = PREFERRED.get((needs.capability[0], needs.head_dim), Order())
+    if needs.soft_cap:
+        order = Order()
     usable: dict[str, FlashAttention | None] = {TRITON: None}
     remarks = []
     for library in LIBRARIES:
@@ -268,8 +136,8 @@ def _fastest(needs: AttentionNeeds) -> AttentionChoice:
         reason = library.why_not(needs)
         if reason is None and library.name not in {*order.prefill, *order.decode}:
             reason = (
-                "the Triton kernels are the default on compute "
-                f"{needs.capability[0]}.{needs.capability[1]}; attention_backend "
+                "it was not measured to be faster on compute "
+                f"{needs.capability[0]}.{needs.capability[1]} for such a model; attention_backend "
                 f"{library.name!r} takes it"
             )
         if reason is None:
@@ -283,4 +151,4 @@ def _fastest(needs: AttentionNeeds) -> AttentionChoice:
         next((usable[name] for name in names if name in usable), None)
         for names in (order.prefill, order.decode)
     )
-    return AttentionChoice(prefill, decode, tuple(remarks))
+    return AttentionChoice(prefill, decode, order.library_from, tuple(remarks))

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from openlora.engine.cuda_attention import AttentionBinding, attend
+from openlora.engine.attention_binding import AttentionBinding
 from openlora.kernels import triton_activation, triton_norms, triton_rope
 from openlora.kernels.linear import Linear
 from openlora.kernels.triton_sgmv import SGMVTables, SGMVTiles, sgmv_shrink
@@ -162,10 +162,9 @@ class CudaOps(EdgeOps):
             self.slots,
             rotary.factor if local is None else 1.0,
         )
-        return attend(
+        return binding.attend(
             heads[:, : config.num_heads],
             cache,
-            binding,
             config.attention_scale,
             window=config.window(layer),
             soft_cap=config.attention_soft_cap,

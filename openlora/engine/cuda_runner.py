@@ -13,7 +13,7 @@ import torch
 
 from openlora.adapters.page_tensors import PageTensors
 from openlora.engine.attention_backends import AttentionChoice
-from openlora.engine.cuda_attention import warm_attention
+from openlora.engine.attention_warm_up import warm_attention
 from openlora.engine.decode_graphs import DecodeGraphs
 from openlora.engine.drawn_tokens import DrawnTokens, PendingTokens
 from openlora.engine.kv_cache import KVCache

@@ -24,7 +24,7 @@ import torch
 
 from openlora.adapters.page_tensors import PageTensors
 from openlora.engine.attention_backends import AttentionChoice
-from openlora.engine.cuda_attention import AttentionBinding
+from openlora.engine.attention_binding import AttentionBinding
 from openlora.engine.cuda_ops import (
     CudaOps,
     LoRABinding,
@@ -123,7 +123,6 @@ class DecodeGraphs:
         self._h = torch.empty(
             scratch_elements(self._pages, self._tiles[True], self._h_rows), device=device
         )
-        self._no_tiles = zeros(0, 2)
         self._uploads = PinnedRing(_FIELDS * max_rows + max_rows * max_blocks)
         self._plan_uploads = PinnedRing(self._plan.numel())
         self._uploaded_plan: SGMVPlan | None = None
@@ -237,13 +236,11 @@ class DecodeGraphs:
             slots=self._fields[3, :bucket],
             rotary=RotaryBinding.of(self._model),
             kv_layers=self._kv_layers,
-            attention_binding=AttentionBinding(
+            attention_binding=AttentionBinding.of_decodes(
                 num_decodes=bucket,
                 block_tables=self._block_tables,
                 context_lens=self._fields[4, :bucket],
                 scratch=scratch,
-                spans=self._no_tiles,
-                tiles=self._no_tiles,
                 choice=self._attention,
             ),
             lora=None if kind == "none" else lora,

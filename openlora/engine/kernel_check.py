@@ -14,7 +14,7 @@ import triton
 
 from openlora.adapters.lora_set import SITES, LoRASet
 from openlora.adapters.page_tensors import PageTensors
-from openlora.engine.cuda_attention import AttentionBinding
+from openlora.engine.attention_binding import AttentionBinding
 from openlora.engine.cuda_ops import (
     CudaOps,
     LoRABinding,
@@ -225,15 +225,13 @@ class MetaSteps:
             slots=fields[3],
             rotary=RotaryBinding.of(self._model),
             kv_layers=self._kv_cache.layers,
-            attention_binding=AttentionBinding(
+            attention_binding=AttentionBinding.of_decodes(
                 num_decodes=num_rows,
                 block_tables=_ints(self._max_num_seqs, blocks),
                 context_lens=fields[4],
                 scratch=DecodeScratch(
                     num_rows, config.num_heads, config.num_kv_heads, config.head_dim, splits, _META
                 ),
-                spans=_ints(0, 2),
-                tiles=_ints(0, 2),
             ),
             lora=lora,
         )

@@ -15,7 +15,7 @@ import torch
 
 from openlora.adapters.page_tensors import PageTensors
 from openlora.engine.attention_backends import TRITON_ATTENTION, AttentionChoice
-from openlora.engine.cuda_attention import AttentionBinding
+from openlora.engine.attention_binding import AttentionBinding
 from openlora.engine.cuda_ops import (
     CudaOps,
     LoRABinding,
@@ -174,7 +174,7 @@ class MixedSteps:
             np.pad(inputs.block_tables, ((0, 0), (0, _rounded(width) - width))),
             query_tiles(inputs.spans, _num_decodes(inputs), tile_tokens),
         ]
-        if self._attention.prefill is not None and _num_decodes(inputs) < len(inputs.spans):
+        if self._takes_library(inputs):
             arrays += [
                 np.append(inputs.spans[:, 0], inputs.spans[-1, :2].sum()),
                 np.append(0, inputs.context_lens.cumsum()),
@@ -188,6 +188,14 @@ class MixedSteps:
         return [
             part[: array.size].view(array.shape) for part, array in zip(parts, arrays, strict=True)
         ]
+
+    def _takes_library(self, inputs: StepInputs) -> bool:
+        """Whether a library computes the rows behind the decodes."""
+        first = _num_decodes(inputs)
+        if self._attention.prefill is None or first == len(inputs.spans):
+            return False
+        tokens, contexts = inputs.spans[first:, 1], inputs.context_lens[first:]
+        return int(tokens.astype(np.int64) @ contexts) >= self._attention.library_from
 
 
 def _rounded(count: int) -> int:

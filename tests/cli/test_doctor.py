@@ -57,6 +57,14 @@ def test_a_library_that_is_installed_and_not_used_says_why(gpu, tmp_path, monkey
     )
 
 
+def test_a_library_that_is_used_is_shown_with_what_for(gpu, tmp_path, monkeypatch):
+    gpu(lambda *args, **settings: 29)
+    monkeypatch.syspath_prepend(tmp_path)
+    install(tmp_path, "flash-attn-4", "4.0.0b36")
+    shown = "prefill flash-attn-4 for long prompts, triton otherwise; decode triton"
+    assert Finding("attention", "ok", shown) in doctor._backends()
+
+
 def test_a_kernel_that_does_not_compile_is_missing_with_its_reason(gpu):
     def check_kernels(*args, **settings):
         raise SetupError("the kernel _decode_kernel does not compile")

@@ -10,12 +10,8 @@ import pytest
 import torch
 
 from openlora.engine import attention_backends
-from openlora.engine.attention_backends import (
-    LIBRARIES,
-    AttentionNeeds,
-    Order,
-    choose_attention,
-)
+from openlora.engine.attention_backends import PREFERRED, Order, choose_attention
+from openlora.engine.attention_libraries import LIBRARIES, AttentionNeeds
 from openlora.engine.config import ATTENTION_BACKENDS, block_size_for
 from openlora.errors import SetupError
 from openlora.kernels.flash_attention import FlashAttention2, FlashAttention4
@@ -44,7 +40,7 @@ def site(tmp_path, monkeypatch):
 
 @pytest.fixture
 def prefers_flash(monkeypatch):
-    monkeypatch.setattr(attention_backends, "PREFERRED", {9: FLASH_FIRST})
+    monkeypatch.setattr(attention_backends, "PREFERRED", {(9, 128): FLASH_FIRST})
 
 
 def test_every_setting_is_triton_auto_or_a_library():
@@ -80,13 +76,28 @@ def test_auto_takes_what_was_measured_to_be_faster_in_each_phase(site, prefers_f
     assert choice.remarks == ()
 
 
-def test_auto_on_another_gpu_keeps_to_triton_and_says_so(site, prefers_flash):
+def test_auto_on_hopper_takes_flash_attn_4_for_long_prompts(site):
     install(site, "flash-attn-4", "4.0.0b36")
-    choice = choose_attention("auto", replace(HOPPER, capability=(10, 0)))
+    choice = choose_attention("auto", HOPPER)
+    assert choice.name == "prefill flash-attn-4 for long prompts, triton otherwise; decode triton"
+    assert choice.decode is None
+    assert 64 * 128 * 128 < choice.library_from < 8192 * 8192
+
+
+@pytest.mark.parametrize(
+    "unmeasured", [{"capability": (10, 0)}, {"head_dim": 64}, {"soft_cap": True}]
+)
+def test_auto_keeps_to_triton_where_nothing_was_measured_and_says_so(
+    site, prefers_flash, unmeasured
+):
+    install(site, "flash-attn-4", "4.0.0b36")
+    needs = replace(HOPPER, **unmeasured)
+    choice = choose_attention("auto", needs)
     assert choice.name == "triton"
     (remark,) = choice.remarks
     assert "flash-attn-4 4.0.0b36 found, not used" in remark
-    assert "default on compute 10.0" in remark
+    major, minor = needs.capability
+    assert f"not measured to be faster on compute {major}.{minor} for such a model" in remark
     assert "flash_attn" not in sys.modules  # what is not used is not imported
 
 
@@ -158,7 +169,7 @@ def test_needs_that_a_library_does_not_meet(site, distribution, version, needs, 
 
 
 def test_orders_name_backends_that_exist():
-    for order in attention_backends.PREFERRED.values():
+    for order in PREFERRED.values():
         for names in (order.prefill, order.decode):
             assert names[-1] == "triton"
             assert set(names) <= set(ATTENTION_BACKENDS) - {"auto"}

@@ -165,6 +165,25 @@ def test_steps_on_a_library(library: FlashAttention, phases: str) -> None:
     bench.compare(MIXED[:2])  # decodes alone
 
 
+@pytest.mark.skipif(DEVICE.type == "cuda", reason="the stand-ins compute on CPU")
+@pytest.mark.parametrize(("library_from", "used"), [(38, True), (39, False)])
+@torch.inference_mode()
+def test_a_library_gets_the_chunks_of_steps_with_enough_work(library_from, used) -> None:
+    class Counted(FlashAttention4):
+        calls = 0
+
+        def prefill(self, *args, **settings):
+            self.calls += 1
+            return super().prefill(*args, **settings)
+
+    library = Counted(flash4)
+    bench = Bench(AttentionChoice(prefill=library, library_from=library_from))
+    bench.compare(PREFILL)  # 5 tokens, 3 and 2, nothing cached: 25 + 9 + 4
+    assert library.calls == (CONFIG.num_layers if used else 0)
+    bench.compare(MIXED)  # 3 tokens of 5, and decodes, which do not count
+    assert library.calls == (CONFIG.num_layers if used else 0)
+
+
 @torch.inference_mode()
 def test_rows_with_extras_beside_rows_without() -> None:
     bench = Bench()

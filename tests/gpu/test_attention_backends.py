@@ -13,16 +13,15 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from openlora.engine import Completion, Engine, EngineConfig, Request, SamplingParams
-from openlora.engine.attention_backends import (
+from openlora.engine.attention_backends import TRITON_ATTENTION, AttentionChoice
+from openlora.engine.attention_binding import AttentionBinding
+from openlora.engine.attention_libraries import (
     LIBRARIES,
-    TRITON_ATTENTION,
-    AttentionChoice,
     AttentionNeeds,
     Library,
     LibraryBroken,
 )
 from openlora.engine.config import block_size_for
-from openlora.engine.cuda_attention import AttentionBinding, attend
 from openlora.engine.step_inputs import query_tiles
 from openlora.kernels.flash_attention import Chunks
 from openlora.kernels.triton_attention import DecodeScratch, decode_splits
@@ -116,7 +115,7 @@ def test_a_ragged_mixed_step(library, heads, window, cap):
     case = PagedCase(lens, heads, torch.bfloat16, block_size)
     q = case.queries(len(DECODES) + sum(count for count, _ in CHUNKS))
     binding = binding_of(case, choice, len(DECODES), CHUNKS)
-    out = attend(q, case.cache, binding, heads[2] ** -0.5, window=window, soft_cap=cap)
+    out = binding.attend(q, case.cache, heads[2] ** -0.5, window=window, soft_cap=cap)
     for row, (first, count, start) in enumerate(binding.spans.tolist()):
         part = slice(first, first + count)
         expected = case.expected(row, q[part], start, window, cap)
@@ -136,11 +135,11 @@ def test_a_graph_of_decodes_with_padding_repeats_the_eager_result(library):
     q = case.queries(len(case.lens))
     binding = binding_of(case, choice, len(case.lens), [])
     scale = heads[2] ** -0.5
-    eager = attend(q, case.cache, binding, scale).clone()
+    eager = binding.attend(q, case.cache, scale, window=0, soft_cap=0.0).clone()
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        out = attend(q, case.cache, binding, scale)
+        out = binding.attend(q, case.cache, scale, window=0, soft_cap=0.0)
     real = len(DECODES)
     for _ in range(2):
         graph.replay()

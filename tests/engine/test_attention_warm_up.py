@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from openlora.engine.attention_backends import AttentionChoice
-from openlora.engine.cuda_attention import warm_attention
+from openlora.engine.attention_warm_up import warm_attention
 from openlora.errors import SetupError
 from openlora.kernels.flash_attention import FlashAttention4
 from openlora.models.dummy import DUMMY_CONFIGS
