@@ -32,14 +32,14 @@ ROOMS: dict[str, tuple[set[str], set[str]]] = {
         {"openlora.protocol", "openlora.errors", "openlora.adapters.peft_format"},
         {"msgspec", "redis"},
     ),
-    "openlora.kernels": (set(), {"torch", "triton"}),
+    "openlora.kernels": (set(), {"torch", "triton", "numpy"}),
     "openlora.models": (
         {"openlora.kernels", "openlora.adapters", "openlora.errors"},
         ENGINE_PACKAGES,
     ),
     "openlora.adapters": (
         {"openlora.errors", "openlora.kernels"},
-        {"torch", "fsspec", "safetensors"},
+        {"torch", "fsspec", "safetensors", "numpy"},
     ),
     "openlora.engine": (
         {
