@@ -12,6 +12,7 @@ from openlora.errors import AdapterFailed, InvalidRequest
 
 MOST_OVER = 2.25
 """Times the pages that adapters may be wanted for and still take turns in them."""
+TURN_SHARE = 8
 
 
 def check_fit(adapters: Collection[Adapter], resident: ResidentAdapters) -> AdapterFailed | None:
@@ -60,19 +61,25 @@ def misfit(
     return fit or check_exact(adapters) or check_tokens(sequence, adapters, vocab_size)
 
 
-def may_take_turns(
+def turn_s(
     adapters: Sequence[Adapter], resident: ResidentAdapters, max_staged: int
-) -> bool:
-    """Whether all these together are at most ``MOST_OVER`` times the pages, and in host memory
-    beside each other; ``max_staged``: adapters of one page a site that it has room for."""
+) -> float | None:
+    """Seconds in which no more than a ``TURN_SHARE``-th goes by with loads, where all that are in
+    pages change places; None where all wanted ones together are more than ``MOST_OVER`` times the
+    pages, or not in host memory beside each other.
+
+    ``max_staged``: adapters of one page a site that it has room for.
+    """
     known = [adapter.page_counts for adapter in adapters if adapter.page_counts]
     if not known:
-        return False
+        return None
     # Those that were never loaded count as the others do.
     counts = [sum(site) * len(adapters) / len(known) for site in zip(*known, strict=True)]
-    return max(counts) <= max_staged and all(
-        count <= MOST_OVER * have for count, have in zip(counts, resident.num_pages, strict=True)
-    )
+    room = [MOST_OVER * have for have in resident.num_pages]
+    if max(counts) > max_staged or any(c > r for c, r in zip(counts, room, strict=True)):
+        return None
+    load_s = resident.counter.load_seconds / max(1, resident.counter.loads)
+    return TURN_SHARE * len(resident.keys) * load_s
 
 
 def any_misfit(adapters: Iterable[Adapter], resident: ResidentAdapters) -> bool:

@@ -202,10 +202,10 @@ class AdapterManager:
         """As ``Residency`` says."""
         return adapter_fit.fits([self._by_key[key] for key in keys], self._resident)
 
-    def may_take_turns(self, keys: Collection[str]) -> bool:
+    def turn_s(self, keys: Collection[str]) -> float | None:
         """As ``Residency`` says."""
         adapters = [self._by_key[key] for key in keys]
-        return adapter_fit.may_take_turns(adapters, self._resident, self._max_staged)
+        return adapter_fit.turn_s(adapters, self._resident, self._max_staged)
 
     def release(self, sequence: Sequence) -> None:
         """Unpin what ``acquire`` pinned, as soon as no launched step names it."""

@@ -27,7 +27,7 @@ NEW_PATIENCE_STEPS = 2
 """Usually somebody ends by then."""
 TURN_STEPS = 16
 TURN_S = 0.7
-"""A turn has so many steps and seconds at least: long beside what its loads take."""
+"""A turn has so many steps and seconds at least."""
 _RESERVED_STEPS = 8
 """Room that was made is taken in the next steps, or is anybody's again."""
 
@@ -56,9 +56,10 @@ class Residency(Protocol):
         """Whether these adapters could be in pages at the same time, if no others were in use;
         None where one of them has never been loaded."""
 
-    def may_take_turns(self, keys: Collection[str]) -> bool:
-        """Whether these, all that are wanted, are not many times what fits into pages, and stay in
-        host memory when they have to leave them."""
+    def turn_s(self, keys: Collection[str]) -> float | None:
+        """Seconds that a turn must last to be long beside the loads that it costs, where these are
+        all that are wanted; None: no turns, for they are many times what fits into pages, or do
+        not stay in host memory when they have to leave them."""
 
 
 class AdapterTurns:
@@ -136,13 +137,12 @@ class AdapterTurns:
     def take(self, running: Sequence[TokenSequence], step: int, step_s: float = 0.0) -> None:
         """Before a step is filled: pause those whose turn is over, where others wait; let those
         go on for whom there is room. ``step_s``: what a step takes; 0: not known."""
-        self._turn_steps = max(TURN_STEPS, round(TURN_S / step_s) if step_s else 0)
         if not self._paused and not self._waiting.has_room_waiters:
             return
         for sequence, since in list(self._reserved.values()):
             if step - since > _RESERVED_STEPS:
                 self.unreserve(sequence)
-        self._make_room(running, step)
+        self._make_room(running, step, step_s)
         self._resume(running, step)
 
     def check_integrity(self, running: Iterable[TokenSequence]) -> None:
@@ -151,10 +151,13 @@ class AdapterTurns:
         assert paused == self._paused.keys()
         assert self._loaded <= paused
 
-    def _make_room(self, running: Sequence[TokenSequence], step: int) -> None:
-        due = self._due(step)
-        if not due or not self._residency.may_take_turns(self._wanted.keys()):
+    def _make_room(self, running: Sequence[TokenSequence], step: int, step_s: float) -> None:
+        turn_s = self._residency.turn_s(self._wanted.keys())
+        if turn_s is None:
             return
+        in_steps = round(max(TURN_S, turn_s) / step_s) if step_s else 0
+        self._turn_steps = max(TURN_STEPS, in_steps)
+        due = self._due(step)
         users = _users(running)
         for sequence in due:
             if self._waiting.is_held_back(sequence, step):

@@ -19,6 +19,7 @@ class Slots:
     cold: set[str] = field(default_factory=set)
     users: dict[str, set[int]] = field(default_factory=dict)
     room_epoch: int = 0
+    load_s: float = 0.0
 
     def acquire(self, sequence: Sequence) -> LoRASet | Wait:
         names = [name for name, _ in sequence.adapters]
@@ -34,8 +35,8 @@ class Slots:
     def fit_together(self, keys) -> bool | None:
         return None if self.cold & set(keys) else len(set(keys)) <= self.size
 
-    def may_take_turns(self, keys) -> bool:
-        return len(keys) <= 2 * self.size
+    def turn_s(self, keys) -> float | None:
+        return self.load_s if len(keys) <= 2 * self.size else None
 
     def release(self, sequence: Sequence) -> None:
         for name, _ in sequence.adapters:

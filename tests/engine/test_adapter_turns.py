@@ -11,7 +11,7 @@ from openlora.engine.adapter_turns import NEW_PATIENCE_STEPS, TURN_S, TURN_STEPS
 from openlora.engine.sequence import Status
 from openlora.engine.waiting import ROOM_PATIENCE_STEPS
 from tests.engine.fake_device import expected_tokens, fake_engine
-from tests.engine.requests import drain, ids, request
+from tests.engine.requests import drain, drain_one, ids, request
 from tests.engine.scheduler_bench import Bench, Slots
 
 
@@ -82,9 +82,10 @@ def test_many_times_what_fits_run_to_their_ends():
     assert running(bench) == {3}, "two of them are no more than twice as many"
 
 
-def test_a_turn_is_long_beside_what_loads_take():
-    bench = Bench(slots=Slots(size=1), num_blocks=999)
-    bench.step_s = TURN_S / 50
+@pytest.mark.parametrize(("turn_s", "step_s"), [(0.0, TURN_S / 50), (5.0, 0.1)])
+def test_a_turn_lasts_a_while_and_is_long_beside_what_loads_take(turn_s, step_s):
+    bench = Bench(slots=Slots(size=1, load_s=turn_s), num_blocks=999)
+    bench.step_s = step_s
     bench.add(adapter="a", n=200)
     bench.add(adapter="b", n=200)
     for _ in range(50):
@@ -223,6 +224,21 @@ def test_what_host_memory_does_not_keep_is_not_paused(monkeypatch):
 
     assert most_paused(4) > 0
     assert most_paused(1) == 0
+
+
+def test_a_turn_s_length_follows_from_what_loads_took():
+    engine, _ = fake_engine(num_pages=(2, 2, 2, 2))
+    for number in range(5):
+        engine.register_adapter(f"n{number}", f"/adapters/n{number}-1-1-1-1")
+    drain_one(engine, request([1], n=1, n0=1.0))
+    drain_one(engine, request([1], n=1, n1=1.0))
+    manager = engine._adapters
+    manager._resident.counter.load_seconds = 0.5
+    keys = [manager._by_name[f"n{number}"].key for number in range(5)]
+    assert manager.turn_s(keys[:2]) == pytest.approx(8 * 2 * 0.25)
+    assert manager.turn_s(keys[:4]) == pytest.approx(8 * 2 * 0.25), "of two nothing is known yet"
+    assert manager.turn_s(keys) is None
+    assert manager.turn_s(keys[2:]) is None
 
 
 def test_an_engine_whose_only_sequence_pauses_for_its_adapter_waits_without_turning():
