@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
+import httpx
 import pytest
 
 from openlora.joblog import redis_client
@@ -15,6 +16,7 @@ from tests.browser import Page, browser_page
 from tests.conftest import Broker
 from tests.gateway.running import RunningGateway, ScriptedWorker, running_gateway
 from tests.integration.chat_page import CONNECTED, CONTRAST, DONE, answers, ask, script
+from tests.workers.running import wait_until
 
 pytestmark = pytest.mark.services
 
@@ -147,7 +149,9 @@ def test_stop_ends_the_work(page: Page, worker: ScriptedWorker) -> None:
     assert len(answers(page)[0]) < 1500
 
 
-def test_an_error_is_shown_with_its_reason(page: Page, redis_address: str) -> None:
+def test_an_error_is_shown_with_its_reason(
+    page: Page, gateway: RunningGateway, redis_address: str
+) -> None:
     with redis_client(redis_address) as client:
         registry = AdapterRegistry(client)
         registry.put(AdapterRecord("fleeting", 0, "cd" * 32, 8, (), "tiny", 1, "/x", 0))
@@ -157,6 +161,8 @@ def test_an_error_is_shown_with_its_reason(page: Page, redis_address: str) -> No
         assert "fleeting" in page.js("document.querySelector('[data-preview]').textContent")
         page.click("[data-use]")
         registry.remove("fleeting")
+    # It learns of that within a second, and answers until then.
+    wait_until(lambda: "fleeting" not in httpx.get(f"{gateway.url}/v1/adapters").text, 5)
     ask(page, "anyone there?")
     page.wait("document.querySelector('.answer[data-state=error]') !== null")
     shown = page.js("document.querySelector('.error').innerText")

@@ -18,7 +18,9 @@ def read_all(file, max_lines=100, max_bytes=1 << 20):
 
 
 @given(
-    texts=st.lists(st.text(st.characters(exclude_characters="\n\r"), max_size=20), max_size=30),
+    texts=st.lists(
+        st.text(st.characters(codec="utf-8", exclude_characters="\n\r"), max_size=20), max_size=30
+    ),
     ends=st.booleans(),
     max_lines=st.integers(1, 5),
     max_bytes=st.integers(1, 40),
