@@ -33,6 +33,8 @@ ENVIRONMENT: dict[str, str] = {
     "flash-attn-2; `openlora doctor` shows what auto takes",
     "OPENLORA_ENGINE": "model (default); to measure without weights: dummy, the model with random "
     "ones, or scripted:RATE / clock:RATE, which compute nothing",
+    "OPENLORA_DETERMINISTIC": "1: a request's logits do not depend on what else runs, bit for bit "
+    "(CUDA only, slower; default 0)",
     "OPENLORA_DRAIN_TIMEOUT_S": "seconds that running jobs get to end after SIGTERM (default 30)",
     "OPENLORA_KEEP_ENDED_S": "seconds that an ended job can be resumed, and Redis keeps its log "
     "(default 3600)",
@@ -60,6 +62,7 @@ class WorkerConfig:
             ``adapter_cache_bytes``.
         engine: "model"; for benchmarks "dummy" (random weights, only the configuration is read), or
             "scripted:RATE" / "clock:RATE" (steps per second).
+        deterministic: as ``EngineConfig.deterministic``.
         worker_id: names this worker in claims and heartbeats.
         interactive_budget, batch_budget: jobs of each kind held at once, waiting ones included.
         drain_timeout_s: what running jobs get to end when the worker stops; then they are left
@@ -76,6 +79,7 @@ class WorkerConfig:
     dtype: str = "auto"
     attention_backend: str = "auto"
     engine: str = "model"
+    deterministic: bool = False
     worker_id: str = ""
     interactive_budget: int = 512
     batch_budget: int = 256
@@ -101,6 +105,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     flag("--dtype", "T", "OPENLORA_DTYPE")
     flag("--attention-backend", "B", "OPENLORA_ATTENTION_BACKEND")
     flag("--engine", "E", "OPENLORA_ENGINE")
+    parser.add_argument(
+        "--deterministic",
+        action="store_true",
+        help=f"{ENVIRONMENT['OPENLORA_DETERMINISTIC']} [OPENLORA_DETERMINISTIC]",
+    )
     parser.add_argument(
         "--worker-id",
         default="",
@@ -144,6 +153,8 @@ def config_from(args: argparse.Namespace, environ: Mapping[str, str]) -> WorkerC
             ATTENTION_BACKENDS,
         ),
         engine=engine,
+        deterministic=args.deterministic
+        or _switch("OPENLORA_DETERMINISTIC", environ.get("OPENLORA_DETERMINISTIC")),
         worker_id=args.worker_id or f"{socket.gethostname()}-{secrets.token_hex(4)}",
         interactive_budget=_at_least_one("interactive-budget", args.interactive_budget),
         batch_budget=_at_least_one("batch-budget", args.batch_budget),
@@ -175,6 +186,12 @@ def _one_of(name: str, value: str | None, allowed: tuple[str, ...]) -> str:
     if chosen not in allowed:
         raise SetupError(f"{name} is {chosen!r}; it must be one of {', '.join(allowed)}")
     return chosen
+
+
+def _switch(name: str, value: str | None) -> bool:
+    if value not in (None, "", "0", "1"):
+        raise SetupError(f"{name} is {value!r}; it must be 1 or 0")
+    return value == "1"
 
 
 def _at_least_one(name: str, value: int) -> int:

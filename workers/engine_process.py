@@ -89,6 +89,7 @@ def build_engine(
         adapter_disk_dir=setup.adapter_disk_dir,
         adapter_disk_bytes=setup.adapter_disk_bytes,
         load_format="dummy" if kind == "dummy" else "auto",
+        deterministic=setup.deterministic,
     )
     return Engine(config, progress=progress)
 

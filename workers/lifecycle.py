@@ -99,6 +99,7 @@ class Worker:
                 dtype=config.dtype,
                 log_level=config.log_level.upper(),
                 attention_backend=config.attention_backend,
+                deterministic=config.deterministic,
                 **_store_settings(config),
             )
         )

@@ -34,6 +34,7 @@ class EngineSetup(msgspec.Struct, frozen=True, array_like=True):
     adapter_disk_dir: str | None = None
     adapter_disk_bytes: int = 1 << 30
     attention_backend: str = "auto"
+    deterministic: bool = False
 
 
 class ModelFacts(msgspec.Struct, frozen=True, array_like=True, tag="facts"):

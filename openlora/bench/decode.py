@@ -4,6 +4,7 @@ examples:
   python -m openlora.bench decode --shape 8b --batch 64,256 --distinct 0,1,64 --out rows.jsonl
   python -m openlora.bench decode --shape 8b --zipf-pool 1000 --requests 512 --gpu-adapters 64
   python -m openlora.bench decode --shape 8b --loads --batch 64 --gpu-adapters 64
+  python -m openlora.bench decode --shape 8b --batch 1,64 --distinct 0,1,64 --deterministic
   python -m openlora.bench decode --rank 8,16,32,64 --targets attention --ensemble 2
   python -m openlora.bench decode --device cpu --model demo
 
@@ -61,6 +62,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--profile", action="store_true", help="also the share of time the GPU is busy (CUDA)"
     )
+    parser.add_argument(
+        "--deterministic",
+        action="store_true",
+        help="logits that do not depend on the batch (CUDA): what that costs",
+    )
     parser.add_argument("--requests", type=int, default=512, help="of the zipf case")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
@@ -81,6 +87,8 @@ def run(args: argparse.Namespace) -> int:
     if args.model is not None:
         from openlora.bench.decode_compare import compare
 
+        if args.deterministic:
+            raise SetupError("--deterministic is measured with --shape; leave --model out")
         if len(args.rank) > 1:
             raise SetupError(f"--model compares adapters of one rank, not of {args.rank}")
         (args.rank,) = args.rank

@@ -86,6 +86,7 @@ def _decode_row(
         "targets": args.targets,
         "ensemble": args.ensemble,
         "first_run_s": first.total_s,
+        **_mode(args),
         **busy,
     }
 
@@ -127,8 +128,13 @@ def zipf_case(args: argparse.Namespace, folder: Path) -> None:
             "adapters": len(set(drawn)),
             "seconds": seconds,
             "out_tok_s": args.requests * args.output / seconds,
+            **_mode(args),
         }
     )
+
+
+def _mode(args: argparse.Namespace) -> dict[str, object]:
+    return {"deterministic": True} if args.deterministic else {}
 
 
 def loads_case(args: argparse.Namespace, folder: Path) -> None:
@@ -141,7 +147,7 @@ def loads_case(args: argparse.Namespace, folder: Path) -> None:
     for name in names:
         engine.register_adapter(name, folder / name)
     held = args.gpu_adapters - 1
-    rows.write(measure_loads(engine, args.shape, names[:held], names[held:]))
+    rows.write({**measure_loads(engine, args.shape, names[:held], names[held:]), **_mode(args)})
     engine.close()
 
 
@@ -202,5 +208,6 @@ def _engine(args: argparse.Namespace, max_num_seqs: int) -> Engine:
             max_num_batched_tokens=max(max_num_seqs, _PREFILL_TOKENS[choose_device(args.device)]),
             enable_prefix_caching=False,
             attention_backend=args.attention_backend,
+            deterministic=args.deterministic,
         )
     )

@@ -21,6 +21,8 @@ ENVIRONMENT: dict[str, str] = {
     "OPENLORA_PORT": "port the gateway listens on (default 8000)",
     "OPENLORA_DEVICE": "auto, cpu or cuda",
     "OPENLORA_DTYPE": "auto, float32, bfloat16 or float16",
+    "OPENLORA_DETERMINISTIC": "1: a request's logits do not depend on what else runs, bit for bit "
+    "(CUDA only, slower; default 0)",
     "OPENLORA_WORKERS": "number of workers (default 1)",
     "OPENLORA_URL": "the running system that client commands talk to",
     "OPENLORA_API_KEY": "the key that client commands send",
@@ -56,6 +58,7 @@ class UpConfig:
     cache_dir: Path
     state_dir: Path
     verbose: bool
+    deterministic: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +95,11 @@ def add_up_arguments(parser: argparse.ArgumentParser) -> None:
         name = f"OPENLORA_{flag.removeprefix('--').upper()}"
         parser.add_argument(flag, metavar=metavar, help=f"{ENVIRONMENT[name]} [{name}]")
     parser.add_argument(
+        "--deterministic",
+        action="store_true",
+        help=f"{ENVIRONMENT['OPENLORA_DETERMINISTIC']} [OPENLORA_DETERMINISTIC]",
+    )
+    parser.add_argument(
         "-v", "--verbose", action="store_true", help="show the logs of every process, prefixed"
     )
 
@@ -124,6 +132,8 @@ def up_config(args: argparse.Namespace, environ: Mapping[str, str]) -> UpConfig:
         cache_dir=cache_dir(environ),
         state_dir=state_dir(environ),
         verbose=args.verbose,
+        # In the environment it is the workers' own to check.
+        deterministic=args.deterministic,
     )
 
 

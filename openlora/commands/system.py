@@ -56,6 +56,8 @@ class System:
             "OPENLORA_DTYPE": config.dtype,
             "PYTHONUNBUFFERED": "1",
         }
+        if config.deterministic:
+            self._environ["OPENLORA_DETERMINISTIC"] = "1"
         # Settings of the children are checked before anything starts, in their own words.
         self._gateway_config = _settings(gateway_config, self._environ)
         _settings(worker_config, {**self._environ, "OPENLORA_MODEL": config.model or DEMO_NAME})

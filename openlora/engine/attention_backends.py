@@ -87,6 +87,9 @@ TRITON_ATTENTION = AttentionChoice()
 
 def attention_for(config: EngineConfig, model: ModelConfig, dtype: torch.dtype) -> AttentionChoice:
     """``choose_attention`` for an engine on the current CUDA device."""
+    if config.deterministic:
+        # A library's sums go by the shapes of a step.
+        return TRITON_ATTENTION
     capability = torch.cuda.get_device_capability()
     needs = AttentionNeeds.of(model, dtype, config.block_size, capability)
     return choose_attention(config.attention_backend, needs)

@@ -8,8 +8,14 @@ import torch
 
 from openlora.engine.attention_backends import TRITON_ATTENTION, AttentionChoice
 from openlora.kernels.flash_attention import Chunks
-from openlora.kernels.triton_attention import DecodeScratch, decode_attention
-from openlora.kernels.triton_prefill_attention import prefill_attention
+from openlora.kernels.triton_attention import DecodeScratch, decode_attention, decode_splits
+from openlora.kernels.triton_invariant_attention import (
+    UnitRows,
+    invariant_attention,
+    invariant_tile_tokens,
+)
+from openlora.kernels.triton_prefill_attention import prefill_attention, prefill_tile_tokens
+from openlora.models.config import ModelConfig
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,17 +25,17 @@ class AttentionBinding:
     Attributes:
         num_decodes: leading rows of one token each.
         block_tables: int32 [rows, blocks].
-        context_lens: int32 [at least num_decodes].
-        scratch: of the Triton decode kernel.
+        context_lens: int32 [at least num_decodes; all rows in a deterministic step].
+        scratch: of the decodes; its kind says which kernels run.
         spans, tiles: of the other rows, as ``prefill_attention`` takes them.
         chunks: the other rows, as a library takes them; None: there are none, or none is chosen.
-        choice: what computes.
+        choice: what computes; with a deterministic ``scratch`` no library.
     """
 
     num_decodes: int
     block_tables: torch.Tensor
     context_lens: torch.Tensor
-    scratch: DecodeScratch
+    scratch: DecodeScratch | UnitRows
     spans: torch.Tensor
     tiles: torch.Tensor
     chunks: Chunks | None = None
@@ -42,7 +48,7 @@ class AttentionBinding:
         num_decodes: int,
         block_tables: torch.Tensor,
         context_lens: torch.Tensor,
-        scratch: DecodeScratch,
+        scratch: DecodeScratch | UnitRows,
         choice: AttentionChoice = TRITON_ATTENTION,
     ) -> AttentionBinding:
         """Of a step without chunks."""
@@ -63,6 +69,10 @@ class AttentionBinding:
             A new [tokens, num_heads · head_dim].
         """
         width = q.shape[1] * q.shape[2]
+        if isinstance(self.scratch, UnitRows):
+            out = q.new_empty(q.shape[0], width)
+            self._attend_invariantly(self.scratch, q, cache, scale, out, window, soft_cap)
+            return out
         num_decodes, prefill, decode = self.num_decodes, self.choice.prefill, self.choice.decode
         if prefill is not None and self.chunks is not None:
             # Its result has room for the decodes' rows, which are added behind.
@@ -105,3 +115,54 @@ class AttentionBinding:
             return decoded
         out[:num_decodes] = decoded
         return out
+
+    def _attend_invariantly(
+        self,
+        scratch: UnitRows,
+        q: torch.Tensor,
+        cache: torch.Tensor,
+        scale: float,
+        out: torch.Tensor,
+        window: int,
+        soft_cap: float,
+    ) -> None:
+        for rows, spans, tiles in (
+            (self.num_decodes, None, None),
+            (len(q), self.spans, self.tiles),
+        ):
+            invariant_attention(
+                q[:rows],
+                cache,
+                self.block_tables,
+                self.context_lens,
+                spans,
+                tiles,
+                scale,
+                scratch,
+                out[:rows],
+                window=window,
+                soft_cap=soft_cap,
+            )
+
+
+def attention_scratch(
+    config: ModelConfig,
+    rows: int,
+    *,
+    num_processors: int,
+    max_model_len: int,
+    device: torch.device,
+    deterministic: bool,
+) -> DecodeScratch | UnitRows:
+    """``AttentionBinding.scratch`` for launches of up to ``rows`` decodes."""
+    heads = (config.num_heads, config.num_kv_heads, config.head_dim)
+    parts = decode_splits(rows, config.num_kv_heads, num_processors, max_model_len)
+    if deterministic:
+        return UnitRows(rows, *heads, max_model_len, parts, device)
+    return DecodeScratch(rows, *heads, parts, device)
+
+
+def tile_tokens(config: ModelConfig, *, deterministic: bool) -> int:
+    """Tokens of a query tile of ``AttentionBinding.tiles``."""
+    of = invariant_tile_tokens if deterministic else prefill_tile_tokens
+    return of(config.num_heads, config.num_kv_heads)

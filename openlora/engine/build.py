@@ -8,6 +8,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,7 +28,9 @@ from openlora.engine.step import Runner
 from openlora.errors import SetupError
 
 if TYPE_CHECKING:
+    from openlora.kernels.native.library import NativeKernels
     from openlora.models.config import ModelConfig
+    from openlora.models.weights import MakeLinear
 
 logger = logging.getLogger(__name__)
 
@@ -95,18 +98,24 @@ def build_parts(config: EngineConfig, progress: Progress | None = None) -> Engin
         progress: called with (bytes loaded, bytes in all) while weights are read.
 
     Raises:
-        SetupError: no such device, no memory, a context that does not fit the KV cache.
+        SetupError: no such device, no memory, a context that does not fit the KV cache, or
+            ``deterministic`` without CUDA.
         UnknownModel: the model cannot be found or is of another architecture.
     """
     # The model's rooms load torch kernels: imported here, so that a scripted engine does not.
     from openlora.adapters.loader import LoadedAdapter, load_adapter
     from openlora.adapters.page_tensors import PageTensors, page_bytes
-    from openlora.engine.cpu_kernels import cpu_runner, make_linear_for, native_kernels_for
+    from openlora.engine.cpu_kernels import cpu_runner, native_kernels_for
     from openlora.engine.host_tier import HostMemory, HostTier
     from openlora.engine.kv_cache import KVCache, block_bytes
     from openlora.models.load import load_model
 
     device = choose_device(config.device)
+    if config.deterministic and device != "cuda":
+        raise SetupError(
+            f"deterministic is set, but the device is {device!r}: only the kernels for CUDA can "
+            "keep requests apart to the last bit; use a GPU, or do without"
+        )
     dtype = "float32" if config.dtype == "auto" and device == "cpu" else config.dtype
     native = native_kernels_for(config.cpu_kernels, device, dtype)
     if device == "cpu" and config.attention_backend != "auto":
@@ -122,7 +131,7 @@ def build_parts(config: EngineConfig, progress: Progress | None = None) -> Engin
             load_format=config.load_format,
             progress=progress,
             configure=lambda model_config: _configured(config, device, dtype, model_config),
-            make_linear=make_linear_for(native),
+            make_linear=_make_linear(config, device, native),
         )
     size_of_block = block_bytes(model.config, model.dtype, config.block_size)
     plan = plan_memory(
@@ -190,6 +199,18 @@ def build_parts(config: EngineConfig, progress: Progress | None = None) -> Engin
         max_staged=max(MAX_STAGED, int(memory.num_bytes * STAGED_SHARE / usual_bytes)),
         page_bytes=page_bytes(model.config, model.dtype),
     )
+
+
+def _make_linear(config: EngineConfig, device: str, native: NativeKernels | None) -> MakeLinear:
+    """What the model's linears are made of."""
+    if config.deterministic:
+        # Not at the top, as for the parts on CUDA.
+        from openlora.kernels.triton_invariant_linear import InvariantLinear, SplitScratch
+
+        return partial(InvariantLinear, SplitScratch(torch.device(device)))
+    from openlora.engine.cpu_kernels import make_linear_for
+
+    return make_linear_for(native)
 
 
 def _configured(

@@ -50,6 +50,10 @@ class EngineConfig:
         attention_backend: what computes attention on a GPU. "triton": this project's kernels;
             "flash-attn-4", "flash-attn-2": a library, which has to be installed and to cope with
             the model and the block size; "auto": the fastest there is.
+        deterministic: a request's logits do not depend on what else runs, bit for bit (CUDA only):
+            neither on the others of its steps, nor on how its prompt was cut into chunks, found in
+            the prefix cache or computed again after a preemption. On the same kind of GPU, with
+            the same versions. Slower.
 
     Raises:
         SetupError: naming the setting, its value and what is allowed.
@@ -76,6 +80,7 @@ class EngineConfig:
     load_format: str = "auto"
     cpu_kernels: str = "auto"
     attention_backend: str = "auto"
+    deterministic: bool = False
 
     def __post_init__(self) -> None:
         if not self.model:
@@ -85,6 +90,11 @@ class EngineConfig:
         _check_choice("load_format", self.load_format, LOAD_FORMATS)
         _check_choice("cpu_kernels", self.cpu_kernels, CPU_KERNELS)
         _check_choice("attention_backend", self.attention_backend, ATTENTION_BACKENDS)
+        if self.deterministic and self.attention_backend not in ("auto", "triton"):
+            raise SetupError(
+                f"deterministic is set, and attention_backend is {self.attention_backend!r}: only "
+                "the project's own kernels keep requests apart to the last bit; set it to 'auto'"
+            )
         for name in ("block_size", "max_num_seqs", "max_num_batched_tokens"):
             _check_at_least(name, getattr(self, name), 1)
         for name in ("kv_cache_bytes", "num_kv_blocks"):

@@ -76,7 +76,7 @@ class RotaryBinding:
 
 @dataclass(frozen=True, slots=True)
 class CudaOps(EdgeOps):
-    """``DecoderOps`` in Triton; the dense matmuls are cuBLAS's.
+    """``DecoderOps`` in Triton; the dense matmuls are the model's linears', usually cuBLAS's.
 
     Attributes:
         config: the model's.
@@ -172,30 +172,41 @@ class CudaOps(EdgeOps):
 
 
 def decode_tiles(
-    pages: Sequence[LayerPages], num_processors: int, *, rows_share: bool
+    pages: Sequence[LayerPages],
+    num_processors: int,
+    *,
+    rows_share: bool,
+    deterministic: bool = False,
 ) -> tuple[SGMVTiles, ...]:
     """Per site, how SGMV is cut for a batch of decodes: bytes bound, few rows a segment.
 
     ``rows_share``: most rows share their pages with others. The tiles serve any batch; these are
-    the faster ones for such.
+    the faster ones for such. ``deterministic``: one cut for steps of any kind, prefill included,
+    so that a row's sums have one order whatever shares its chunk or its step.
     """
-    return tuple(
-        SGMVTiles(
-            chunk_rows=16,
-            # About one tile of 256 × 16 a program: all of its loads are under way at once.
-            splits=32 if site[0][0].shape[1] > 8192 else 16,
-            shared_splits=16 if site[0][0].shape[1] > 8192 else 8,
-            block_k=256,
-            # The kernel of gate and up together reads a tile of each.
-            block_n=128 if index == GATE_UP and not rows_share else 256,
-            num_programs=num_processors * 16,
-            shrink_warps=2,
-            # One warp holds all 16 ranks of its columns; many rows want the registers of two.
-            expand_warps=2 if rows_share else 1,
-            fuses_gate=not rows_share,
+    rows_share = rows_share or deterministic
+    tiles = []
+    for index, site in enumerate(pages):
+        is_long = site[0][0].shape[1] > 8192
+        shared_splits = 16 if is_long else 8
+        tiles.append(
+            SGMVTiles(
+                chunk_rows=16,
+                # About one tile of 256 × 16 a program: all of its loads are under way at once.
+                splits=shared_splits if deterministic else 32 if is_long else 16,
+                shared_splits=shared_splits,
+                block_k=256,
+                # The kernel of gate and up together reads a tile of each.
+                block_n=128 if index == GATE_UP and not rows_share else 256,
+                num_programs=num_processors * 16,
+                shrink_warps=2,
+                # One warp holds all 16 ranks of its columns; many rows want the registers of two.
+                expand_warps=2 if rows_share else 1,
+                fuses_gate=not rows_share,
+                single_rows=not deterministic,
+            )
         )
-        for index, site in enumerate(pages)
-    )
+    return tuple(tiles)
 
 
 def prefill_tiles(pages: Sequence[LayerPages], num_processors: int) -> tuple[SGMVTiles, ...]:

@@ -47,6 +47,7 @@ def cuda_parts(
         block_size=kv_cache.block_size,
         max_num_seqs=config.max_num_seqs,
         max_model_len=info.max_model_len,
+        deterministic=config.deterministic,
     )
     uploads = PageUploads(pages, model.device)
     native = loading_kernels()
@@ -68,6 +69,7 @@ def cuda_parts(
             max_num_seqs=config.max_num_seqs,
             max_model_len=info.max_model_len,
             attention=attention,
+            deterministic=config.deterministic,
         ),
         model_info=info,
         num_blocks=kv_cache.num_blocks,

@@ -39,6 +39,7 @@ class CudaRunner:
         max_num_seqs: most rows of a step.
         max_model_len: longest context.
         attention: what computes it.
+        deterministic: what a row gets does not depend on the others; its linears are the model's.
     """
 
     def __init__(
@@ -51,6 +52,7 @@ class CudaRunner:
         max_num_seqs: int,
         max_model_len: int,
         attention: AttentionChoice,
+        deterministic: bool = False,
     ) -> None:
         self._model = model
         self._kv_cache = kv_cache
@@ -63,7 +65,7 @@ class CudaRunner:
             max_num_seqs=max_num_seqs,
             max_model_len=max_model_len,
         )
-        self._drawn = DrawnTokens(max_num_seqs, model.device)
+        self._drawn = DrawnTokens(max_num_seqs, model.device, fixed_order=deterministic)
         self._mixed_steps = MixedSteps(
             model,
             pages,
@@ -73,6 +75,7 @@ class CudaRunner:
             max_model_len=max_model_len,
             to_device=self._to_device,
             attention=attention,
+            deterministic=deterministic,
         )
         self._graphs = DecodeGraphs(
             model,
@@ -82,6 +85,7 @@ class CudaRunner:
             max_rows=max_num_seqs,
             max_model_len=max_model_len,
             attention=attention,
+            deterministic=deterministic,
         )
         # While the same requests decode, their order and plan stay the same from step to step.
         self._decode_key: tuple[object, ...] = ()

@@ -18,13 +18,14 @@ import logging
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import torch
 
 from openlora.adapters.page_tensors import PageTensors
 from openlora.engine.attention_backends import AttentionChoice
-from openlora.engine.attention_binding import AttentionBinding
+from openlora.engine.attention_binding import AttentionBinding, attention_scratch
 from openlora.engine.cuda_ops import (
     CudaOps,
     LoRABinding,
@@ -36,7 +37,6 @@ from openlora.engine.drawn_tokens import DrawnTokens, PinnedRing
 from openlora.engine.kv_cache import KVCache
 from openlora.engine.sgmv_plan import PlanLayout, SGMVPlan
 from openlora.engine.step_inputs import StepInputs
-from openlora.kernels.triton_attention import DecodeScratch, decode_splits
 from openlora.kernels.triton_sampling import GreedyScratch, greedy, take_tokens
 from openlora.kernels.triton_sgmv import SGMVTables
 from openlora.models.decoder import Decoder
@@ -48,7 +48,7 @@ PAGES_PER_ROW = 32
 USUAL_PAGES_PER_ROW = 4
 """Pages a row that the launches have programs for: one adapter of rank 64."""
 LoRAKind = Literal["none", "shared", "distinct"]
-_KINDS: tuple[LoRAKind, ...] = ("none", "shared", "distinct")
+_KINDS: tuple[LoRAKind, ...] = ("none", "distinct", "shared")
 _WARM_LAYERS = 2
 _FIELDS = 5
 """Ints a row takes in the upload: token, source, position, slot, context length."""
@@ -62,8 +62,7 @@ def buckets(max_rows: int) -> tuple[int, ...]:
 
 @dataclass(frozen=True, slots=True)
 class _Graph:
-    """``ops`` and ``scratch`` are not used again: they keep the memory that the kernels write, and
-    the logits, which all graphs share."""
+    """``ops`` and ``scratch`` only keep what the kernels write; all graphs share the logits."""
 
     graph: torch.cuda.CUDAGraph
     ops: CudaOps
@@ -81,6 +80,7 @@ class DecodeGraphs:
         max_rows: most rows of a step.
         max_model_len: longest context.
         attention: what computes it; a library has been called before (``warm_attention``).
+        deterministic: see ``MixedSteps``; the kernels with LoRA are then cut in one way.
     """
 
     def __init__(
@@ -93,6 +93,7 @@ class DecodeGraphs:
         max_rows: int,
         max_model_len: int,
         attention: AttentionChoice,
+        deterministic: bool = False,
     ) -> None:
         self._model = model
         self._attention = attention
@@ -103,13 +104,11 @@ class DecodeGraphs:
         device = model.device
         max_blocks = -(-max_model_len // kv_cache.block_size)
         self._max_model_len = max_model_len
-        processors = torch.cuda.get_device_properties(device).multi_processor_count
-        self._processors = processors
+        self._processors = torch.cuda.get_device_properties(device).multi_processor_count
         self._pages = [site.layers for site in pages.sites]
-        self._tiles = {
-            share: decode_tiles(self._pages, processors, rows_share=share)
-            for share in (False, True)
-        }
+        self._deterministic = deterministic
+        cut = partial(decode_tiles, self._pages, self._processors, deterministic=deterministic)
+        self._tiles = {share: cut(rows_share=share) for share in (False, True)}
         self._h_rows = max_rows * PAGES_PER_ROW
 
         def zeros(*shape: int) -> torch.Tensor:
@@ -120,20 +119,19 @@ class DecodeGraphs:
         self._block_tables = zeros(max_rows, max_blocks)
         self._layout = PlanLayout(max_rows, max_rows * PAGES_PER_ROW)
         self._plan = zeros(4, self._layout.site_ints)
-        self._h = torch.empty(
-            scratch_elements(self._pages, self._tiles[True], self._h_rows), device=device
-        )
+        elements = scratch_elements(self._pages, self._tiles[True], self._h_rows)
+        self._h = torch.empty(elements, device=device)
         self._uploads = PinnedRing(_FIELDS * max_rows + max_rows * max_blocks)
         self._plan_uploads = PinnedRing(self._plan.numel())
         self._uploaded_plan: SGMVPlan | None = None
         self._memory = torch.cuda.graph_pool_handle()
         self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-        self._logits = torch.empty(
-            max_rows, model.config.vocab_size, dtype=model.dtype, device=device
-        )
+        vocab = model.config.vocab_size
+        self._logits = torch.empty(max_rows, vocab, dtype=model.dtype, device=device)
         self._graphs: dict[tuple[int, LoRAKind], _Graph] = {}
         with torch.inference_mode():
-            self._capture_all(_KINDS if any(len(site.a) for site in pages.sites) else _KINDS[:1])
+            kinds = _KINDS if any(len(site.a) for site in pages.sites) else _KINDS[:1]
+            self._capture_all(kinds[:2] if deterministic else kinds)
 
     @property
     def chunk_rows(self) -> int:
@@ -155,7 +153,8 @@ class DecodeGraphs:
         """
         num_rows = len(inputs.token_ids)
         bucket = next(size for size in self._buckets if size >= num_rows)
-        graph = self._graphs[bucket, _kind(plan)]
+        kind = _kind(plan)
+        graph = self._graphs[bucket, "distinct" if kind != "none" and self._deterministic else kind]
         self._upload(inputs, bucket)
         if not plan.is_empty and plan is not self._uploaded_plan:
             self._upload_plan(plan)
@@ -220,9 +219,14 @@ class DecodeGraphs:
 
     def _ops(self, bucket: int, kind: LoRAKind) -> CudaOps:
         config = self._model.config
-        splits = decode_splits(bucket, config.num_kv_heads, self._processors, self._max_model_len)
-        heads = (config.num_heads, config.num_kv_heads, config.head_dim)
-        scratch = DecodeScratch(bucket, *heads, splits, self._model.device)
+        scratch = attention_scratch(
+            config,
+            bucket,
+            num_processors=self._processors,
+            max_model_len=self._max_model_len,
+            device=self._model.device,
+            deterministic=self._deterministic,
+        )
         lora = LoRABinding(
             plan=self._tables(bucket),
             pages=self._pages,

@@ -46,12 +46,18 @@ class PendingTokens:
 class DrawnTokens:
     """The tokens of the last step on the device, and who they belong to.
 
+    Args:
+        max_rows: most of a step.
+        device: of the logits.
+        fixed_order: as ``sample`` takes it.
+
     Attributes:
         tokens: int64 [max_rows] on the device.
         at: sequence ID → index in ``tokens``.
     """
 
-    def __init__(self, max_rows: int, device: torch.device) -> None:
+    def __init__(self, max_rows: int, device: torch.device, *, fixed_order: bool = False) -> None:
+        self._fixed_order = fixed_order
         self.tokens = torch.zeros(max_rows, dtype=torch.int64, device=device)
         self.at: dict[int, int] = {}
 
@@ -65,7 +71,7 @@ class DrawnTokens:
         # Built on the host and moved asynchronously: a copy from plain memory would wait.
         shape = torch.empty(1, 1).expand(logits.shape)
         inputs = sampling_inputs(sampling, shape)
-        return sample(logits, _moved(inputs, logits.device))
+        return sample(logits, _moved(inputs, logits.device), fixed_order=self._fixed_order)
 
     def plain(self, token_ids: torch.Tensor) -> Samples:
         """Samples of tokens alone: greedy ones, drawn already."""

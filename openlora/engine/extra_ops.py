@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 
 from openlora.adapters.extras import AdapterExtras
+from openlora.engine.extra_math import TORCH_MATH, ExtraMath
 from openlora.kernels.linear import Linear
-from openlora.kernels.norms import norm_heads, rms_norm
 from openlora.models.config import ModelConfig
 from openlora.models.decoder import Decoder
 from openlora.models.ops import GATE_UP, DecoderOps, EdgeOps
@@ -38,12 +38,14 @@ class ExtraOps(EdgeOps):
         config: the model's.
         norm_names: the checkpoint's name of a norm's weight, by the weight's address.
         segments: rows with extras.
+        math: how their own parts are computed.
     """
 
     inner: DecoderOps
     config: ModelConfig
     norm_names: Mapping[int, str]
     segments: Sequence[ExtraRows]
+    math: ExtraMath = TORCH_MATH
 
     def embed(self, table: torch.Tensor, token_ids: torch.Tensor, scale: float) -> torch.Tensor:
         last = table.shape[0] - 1
@@ -59,7 +61,7 @@ class ExtraOps(EdgeOps):
                 is_added = ids > last
                 own[is_added] = F.embedding(ids[is_added] - table.shape[0], extra.added)
             if extra.a is not None and extra.b is not None:
-                own = own.addmm(F.embedding(ids, extra.a), extra.b)
+                own = self.math.add_product(own, F.embedding(ids, extra.a), extra.b)
             out[rows] = own.mul_(scale)
         return out
 
@@ -77,11 +79,13 @@ class ExtraOps(EdgeOps):
             if extra is None:
                 continue
             if extra.weight is not None:
-                out[rows, :vocab] = F.linear(x[rows], extra.weight)
+                out[rows, :vocab] = self.math.product(x[rows], extra.weight)
             if extra.added is not None:
-                out[rows, vocab : vocab + len(extra.added)] = F.linear(x[rows], extra.added)
+                added = self.math.product(x[rows], extra.added)
+                out[rows, vocab : vocab + len(extra.added)] = added
             if extra.a is not None and extra.b is not None:
-                out[rows, : extra.b.shape[1]] += x[rows] @ extra.a @ extra.b
+                shrunk = self.math.product(x[rows], extra.a.t())
+                out[rows, : extra.b.shape[1]] += self.math.product(shrunk, extra.b.t())
         return out
 
     def add(self, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
@@ -134,7 +138,7 @@ class ExtraOps(EdgeOps):
         for rows, part, q, k in own:
             heads = part.view(part.shape[0], -1, config.head_dim)
             k = k_norm if k is None else k
-            norm_heads(heads, q, k, config.num_kv_heads, config.rms_norm_eps)
+            self.math.norm_heads(heads, q, k, config.num_kv_heads, config.rms_norm_eps)
             qkv[rows] = part
 
     def attention(self, qkv: torch.Tensor, layer: int) -> torch.Tensor:
@@ -159,17 +163,21 @@ class ExtraOps(EdgeOps):
         for rows, extras in self._rows():
             own = self._weight(extras, weight)
             if own is not None:
-                out[rows] = rms_norm(x[rows], own, self.config.rms_norm_eps)
+                out[rows] = self.math.rms_norm(x[rows], own, self.config.rms_norm_eps)
         return out
 
 
 def with_extras(
-    inner: DecoderOps, model: Decoder, rows: Sequence[tuple[int, AdapterExtras | None]]
+    inner: DecoderOps,
+    model: Decoder,
+    rows: Sequence[tuple[int, AdapterExtras | None]],
+    math: ExtraMath = TORCH_MATH,
 ) -> DecoderOps:
     """``inner``, and around it ``ExtraOps`` if any row has extras.
 
     Args:
         rows: (tokens, extras) of each row, in the order of what the operations run on.
+        math: as ``ExtraOps.math``.
     """
     segments: list[ExtraRows] = []
     start = 0
@@ -181,4 +189,6 @@ def with_extras(
         elif extras is not None:
             segments.append(ExtraRows(start, end, extras))
         start = end
-    return ExtraOps(inner, model.config, model.norm_names, segments) if segments else inner
+    if not segments:
+        return inner
+    return ExtraOps(inner, model.config, model.norm_names, segments, math)

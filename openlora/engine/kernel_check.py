@@ -7,6 +7,7 @@ import os
 import time
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ import triton
 
 from openlora.adapters.lora_set import SITES, LoRASet
 from openlora.adapters.page_tensors import PageTensors
-from openlora.engine.attention_binding import AttentionBinding
+from openlora.engine.attention_binding import AttentionBinding, attention_scratch
 from openlora.engine.cuda_ops import (
     CudaOps,
     LoRABinding,
@@ -28,8 +29,9 @@ from openlora.engine.mixed_steps import MixedSteps
 from openlora.engine.sgmv_plan import PlanLayout
 from openlora.engine.step import RowSampling, StepRow
 from openlora.errors import SetupError
-from openlora.kernels.triton_attention import DecodeScratch, decode_splits
+from openlora.kernels.linear import Linear
 from openlora.kernels.triton_compile import KernelFailed, compile_launches
+from openlora.kernels.triton_invariant_linear import InvariantLinear, SplitScratch
 from openlora.kernels.triton_sampling import GreedyScratch, greedy, take_tokens
 from openlora.kernels.triton_sgmv import SGMVTables, SGMVTiles
 from openlora.models.config import ModelConfig
@@ -53,6 +55,7 @@ def check_kernels(
     block_size: int,
     max_num_seqs: int,
     max_model_len: int,
+    deterministic: bool = False,
 ) -> int:
     """Compile and load what an engine on the current CUDA device will launch.
 
@@ -81,6 +84,7 @@ def check_kernels(
             max_num_seqs=max_num_seqs,
             max_model_len=max_model_len,
             num_processors=properties.multi_processor_count,
+            deterministic=deterministic,
         )
         for name, variants in kernels.items():
             for kernel in variants:
@@ -124,6 +128,7 @@ def compile_kernels(
     max_num_seqs: int = 64,
     max_model_len: int | None = None,
     num_processors: int = 132,
+    deterministic: bool = False,
 ) -> dict[str, list[Any]]:
     """Walk through the steps of an engine on tensors without memory, compiling every kernel.
 
@@ -132,6 +137,7 @@ def compile_kernels(
         lora: whether there are adapter pages.
         block_size, max_num_seqs, max_model_len: the engine's.
         num_processors: of the GPU.
+        deterministic: of the engine.
 
     Returns:
         By name of the kernel, Triton's ``CompiledKernel`` of each variant.
@@ -146,18 +152,21 @@ def compile_kernels(
         max_num_seqs=max_num_seqs,
         max_model_len=max_model_len or config.max_model_len,
         num_processors=num_processors,
+        deterministic=deterministic,
     )
 
     def walk() -> None:
         # All sizes that graphs are captured in: kernels of few rows are cut otherwise, and one that
         # is compiled when it is first needed stops all streams for as long as that takes.
-        kinds = (None, False, True) if lora else (None,)
+        kinds = (None, False, True)[: 1 if not lora else 2 if deterministic else 3]
         for rows in buckets(max_num_seqs):
             for rows_share in kinds:
                 steps.decode(rows, rows_share)
-        steps.mixed((1, block_size + 1), LoRASet.EMPTY)
-        if lora:
-            steps.mixed((1, block_size + 1), LoRASet((((0, 1.0),),) * len(SITES), "any"))
+        sets = [LoRASet.EMPTY, *([LoRASet((((0, 1.0),),) * len(SITES), "any")] if lora else [])]
+        # Linears of deterministic steps have other tiles for many tokens, and for more yet.
+        for tokens in (block_size + 1, 80, 300) if deterministic else (block_size + 1,):
+            for lora_set in sets:
+                steps.mixed((1, tokens), lora_set)
 
     with torch.inference_mode():
         return compile_launches(walk, os.cpu_count() or 1)
@@ -175,12 +184,18 @@ class MetaSteps:
         max_num_seqs: int,
         max_model_len: int,
         num_processors: int,
+        deterministic: bool = False,
     ) -> None:
         config = _shortened(config)
         shapes = weight_shapes(config)
         model = Decoder(
-            config, lambda name: torch.empty(shapes[name], dtype=dtype, device=_META), dtype, _META
+            config,
+            lambda name: torch.empty(shapes[name], dtype=dtype, device=_META),
+            dtype,
+            _META,
+            make_linear=partial(InvariantLinear, SplitScratch(_META)) if deterministic else Linear,
         )
+        self._deterministic = deterministic
         pages = PageTensors(config, (1,) * len(SITES), dtype, _META)
         kv_cache = KVCache(config, 1, dtype, _META, block_size)
         self._model = model
@@ -197,6 +212,7 @@ class MetaSteps:
             max_num_seqs=max_num_seqs,
             max_model_len=max_model_len,
             to_device=lambda array: torch.empty(array.shape, dtype=torch.int32, device=_META),
+            deterministic=deterministic,
         )
 
     def mixed(self, counts: Sequence[int], lora_set: LoRASet) -> None:
@@ -213,12 +229,15 @@ class MetaSteps:
         fields = _ints(5, self._max_num_seqs)[:, :num_rows]
         blocks = -(-self._max_model_len // self._kv_cache.block_size)
         config = self._model.config
-        splits = decode_splits(num_rows, config.num_kv_heads, self._processors, self._max_model_len)
         lora = None
         if rows_share is not None:
-            lora = self._lora(
-                decode_tiles(self._pages, self._processors, rows_share=rows_share), num_rows
+            tiles = decode_tiles(
+                self._pages,
+                self._processors,
+                rows_share=rows_share,
+                deterministic=self._deterministic,
             )
+            lora = self._lora(tiles, num_rows)
         ops = CudaOps(
             config=config,
             positions=fields[2],
@@ -229,8 +248,13 @@ class MetaSteps:
                 num_decodes=num_rows,
                 block_tables=_ints(self._max_num_seqs, blocks),
                 context_lens=fields[4],
-                scratch=DecodeScratch(
-                    num_rows, config.num_heads, config.num_kv_heads, config.head_dim, splits, _META
+                scratch=attention_scratch(
+                    config,
+                    num_rows,
+                    num_processors=self._processors,
+                    max_model_len=self._max_model_len,
+                    device=_META,
+                    deterministic=self._deterministic,
                 ),
             ),
             lora=lora,

@@ -15,24 +15,25 @@ import torch
 
 from openlora.adapters.page_tensors import PageTensors
 from openlora.engine.attention_backends import TRITON_ATTENTION, AttentionChoice
-from openlora.engine.attention_binding import AttentionBinding
+from openlora.engine.attention_binding import AttentionBinding, attention_scratch, tile_tokens
 from openlora.engine.cuda_ops import (
     CudaOps,
     LoRABinding,
     RotaryBinding,
+    decode_tiles,
     prefill_tiles,
     scratch_elements,
 )
 from openlora.engine.device_extras import DeviceExtras
+from openlora.engine.extra_math import TORCH_MATH
 from openlora.engine.extra_ops import with_extras
+from openlora.engine.invariant_extra_math import InvariantExtraMath
 from openlora.engine.kv_cache import KVCache
 from openlora.engine.residency import EXTRAS_BYTES
 from openlora.engine.sgmv_plan import PlanLayout, SGMVPlan, build_plan
 from openlora.engine.step import StepRow
 from openlora.engine.step_inputs import Ints, StepInputs, mixed_inputs, query_tiles
 from openlora.kernels.flash_attention import Chunks
-from openlora.kernels.triton_attention import DecodeScratch, decode_splits
-from openlora.kernels.triton_prefill_attention import prefill_tile_tokens
 from openlora.kernels.triton_sampling import take_tokens
 from openlora.kernels.triton_sgmv import SGMVTables
 from openlora.models.decoder import Decoder
@@ -54,6 +55,7 @@ class MixedSteps:
         max_model_len: longest context.
         to_device: makes a tensor of an array, on the model's device, without waiting.
         attention: what computes it.
+        deterministic: rows do not depend on each other; so must the model's linears do.
     """
 
     def __init__(
@@ -67,22 +69,28 @@ class MixedSteps:
         max_model_len: int,
         to_device: Callable[[Ints], torch.Tensor],
         attention: AttentionChoice = TRITON_ATTENTION,
+        deterministic: bool = False,
     ) -> None:
         self._model = model
         self._attention = attention
         self._kv_cache = kv_cache
         self._pages = [site.layers for site in pages.sites]
-        self._tiles = prefill_tiles(self._pages, num_processors)
+        self._tiles = (
+            decode_tiles(self._pages, num_processors, rows_share=True, deterministic=True)
+            if deterministic
+            else prefill_tiles(self._pages, num_processors)
+        )
         self._to_device = to_device
         self._extras = DeviceExtras(model.device, EXTRAS_BYTES)
-        config = model.config
-        self._scratch = DecodeScratch(
+        self._math = InvariantExtraMath(model.device) if deterministic else TORCH_MATH
+        self._tile_tokens = tile_tokens(model.config, deterministic=deterministic)
+        self._scratch = attention_scratch(
+            model.config,
             max_num_seqs,
-            config.num_heads,
-            config.num_kv_heads,
-            config.head_dim,
-            decode_splits(max_num_seqs, config.num_kv_heads, num_processors, max_model_len),
-            model.device,
+            num_processors=num_processors,
+            max_model_len=max_model_len,
+            device=model.device,
+            deterministic=deterministic,
         )
 
     def logits(
@@ -100,15 +108,14 @@ class MixedSteps:
         token_ids, sources, sampled = on_device[0], on_device[1], on_device[6]
         ops = self._bind(rows, inputs, on_device)
         extras = [(len(row.token_ids), self._extras.of(row.lora_set.extras)) for row in rows]
-        hidden = self._model.forward(
-            take_tokens(token_ids, sources, drawn), with_extras(ops, self._model, extras)
-        )
+        tokens = take_tokens(token_ids, sources, drawn)
+        hidden = self._model.forward(tokens, with_extras(ops, self._model, extras, self._math))
         if not sampled.numel():
             return hidden.new_empty(0, self._model.config.vocab_size)
         heads = [
             (1, own) for row, (_, own) in zip(rows, extras, strict=True) if row.sampling is not None
         ]
-        return self._model.logits(hidden[sampled], with_extras(ops, self._model, heads))
+        return self._model.logits(hidden[sampled], with_extras(ops, self._model, heads, self._math))
 
     def _bind(
         self, rows: Sequence[StepRow], inputs: StepInputs, on_device: Sequence[torch.Tensor]
@@ -160,8 +167,6 @@ class MixedSteps:
 
     def _upload(self, inputs: StepInputs) -> list[torch.Tensor]:
         """All arrays of ``inputs`` and the query tiles, on the device in one copy."""
-        config = self._model.config
-        tile_tokens = prefill_tile_tokens(config.num_heads, config.num_kv_heads)
         width = inputs.block_tables.shape[1]
         arrays = [
             inputs.token_ids,
@@ -172,7 +177,7 @@ class MixedSteps:
             inputs.context_lens,
             inputs.sampled,
             np.pad(inputs.block_tables, ((0, 0), (0, _rounded(width) - width))),
-            query_tiles(inputs.spans, _num_decodes(inputs), tile_tokens),
+            query_tiles(inputs.spans, _num_decodes(inputs), self._tile_tokens),
         ]
         if self._takes_library(inputs):
             arrays += [

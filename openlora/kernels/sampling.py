@@ -23,6 +23,7 @@ import math
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 _NUCLEUS_SIZES = (256, 8192)
@@ -98,12 +99,15 @@ def greedy(logits: Tensor) -> Tensor:
     return torch.where(best.isfinite(), token_ids, -1)
 
 
-def sample(logits: Tensor, inputs: SamplingInputs) -> Samples:
+def sample(logits: Tensor, inputs: SamplingInputs, *, fixed_order: bool = False) -> Samples:
     """Draw one token per row.
 
     Args:
         logits: float [rows, vocab]; left as it is.
         inputs: how each row is drawn.
+        fixed_order: sums over the vocabulary run in one order, and of equal log-probabilities the
+            smallest ID is reported first, whatever rows there are; torch's kernels go by the
+            shape. Takes more launches.
     """
     logits = logits.float()
     scores = _penalise(logits, inputs) if inputs.penalty_rows.numel() else logits
@@ -111,9 +115,9 @@ def sample(logits: Tensor, inputs: SamplingInputs) -> Samples:
     if inputs.drawn_rows.numel():
         rows = inputs.drawn_rows
         is_good = token_ids[rows] >= 0
-        drawn = _draw(scores[rows], inputs)
+        drawn = _draw(scores[rows], inputs, fixed_order)
         token_ids[rows] = torch.where(is_good, drawn, -1)
-    return _with_logprobs(logits, token_ids, inputs)
+    return _with_logprobs(logits, token_ids, inputs, fixed_order)
 
 
 def gumbel_noise(seed: Tensor, output_index: Tensor, vocab_size: int) -> Tensor:
@@ -150,17 +154,17 @@ def _penalise(logits: Tensor, inputs: SamplingInputs) -> Tensor:
     return logits.index_put(pairs, values)
 
 
-def _draw(scores: Tensor, inputs: SamplingInputs) -> Tensor:
+def _draw(scores: Tensor, inputs: SamplingInputs, fixed_order: bool) -> Tensor:
     # Less the maximum first: a tiny temperature then gives −inf below it, never inf − inf.
     scaled = (scores - scores.amax(-1, keepdim=True)) / inputs.temperature.unsqueeze(1)
     if inputs.is_filtered:
-        threshold = _threshold(scaled, inputs)
+        threshold = _threshold(scaled, inputs, fixed_order)
         scaled = scaled.masked_fill(scaled < threshold.unsqueeze(1), -math.inf)
     noise = gumbel_noise(inputs.seed, inputs.output_index, scores.shape[1])
     return (scaled + noise).argmax(dim=-1)
 
 
-def _threshold(scaled: Tensor, inputs: SamplingInputs) -> Tensor:
+def _threshold(scaled: Tensor, inputs: SamplingInputs, fixed_order: bool) -> Tensor:
     """The smallest value kept in each row; tokens that tie with it are kept too. float32 [D]."""
     # min-p compares with the largest probability, which sits at 0 here.
     threshold = inputs.min_p.log()
@@ -173,18 +177,23 @@ def _threshold(scaled: Tensor, inputs: SamplingInputs) -> Tensor:
         scaled = scaled.masked_fill(scaled < kth.unsqueeze(1), -math.inf)
     rows = (inputs.top_p < 1).nonzero().squeeze(1)
     if rows.numel():
-        edge = _nucleus_edge(scaled[rows], inputs.top_p[rows])
+        edge = _nucleus_edge(scaled[rows], inputs.top_p[rows], fixed_order)
         threshold[rows] = torch.maximum(threshold[rows], edge)
     return threshold
 
 
-def _nucleus_edge(scaled: Tensor, top_p: Tensor) -> Tensor:
+def _nucleus_edge(scaled: Tensor, top_p: Tensor, fixed_order: bool) -> Tensor:
     """The logit of the token that takes the probability mass from the top to ``top_p``."""
-    total = scaled.logsumexp(-1, keepdim=True)
+    if fixed_order:
+        # The maximum is 0: nothing overflows.
+        total = _tree_sum(scaled.exp()).log_().unsqueeze(1)
+    else:
+        total = scaled.logsumexp(-1, keepdim=True)
     vocab_size = scaled.shape[1]
     for num_sorted in (*_NUCLEUS_SIZES, vocab_size):
         values = scaled.topk(min(num_sorted, vocab_size)).values
-        mass = (values - total).exp_().cumsum_(-1)
+        mass = (values - total).exp_()
+        mass = _tree_cumsum(mass) if fixed_order else mass.cumsum_(-1)
         if bool((mass[:, -1] >= top_p).all()):
             break
     # Rounding may leave the whole mass below top_p: then the last token is the edge.
@@ -192,8 +201,48 @@ def _nucleus_edge(scaled: Tensor, top_p: Tensor) -> Tensor:
     return values.gather(1, size.unsqueeze(1)).squeeze(1)
 
 
-def _with_logprobs(logits: Tensor, token_ids: Tensor, inputs: SamplingInputs) -> Samples:
-    logprobs = logits[inputs.logprob_rows].log_softmax(-1)
+def _with_logprobs(
+    logits: Tensor, token_ids: Tensor, inputs: SamplingInputs, fixed_order: bool
+) -> Samples:
+    logprobs = logits[inputs.logprob_rows]
+    num_top = min(inputs.num_top, logits.shape[1])
+    if fixed_order:
+        logprobs = logprobs - logprobs.amax(-1, keepdim=True)
+        logprobs = logprobs - _tree_sum(logprobs.exp()).log_().unsqueeze(1)
+        top_ids = _first_of_largest(logprobs, num_top)
+        top_logprobs = logprobs.gather(1, top_ids)
+    else:
+        logprobs = logprobs.log_softmax(-1)
+        top_logprobs, top_ids = logprobs.topk(num_top)
     chosen = token_ids[inputs.logprob_rows].clamp(min=0).unsqueeze(1)
-    top = logprobs.topk(min(inputs.num_top, logits.shape[1]))
-    return Samples(token_ids, logprobs.gather(1, chosen).squeeze(1), top.indices, top.values)
+    return Samples(token_ids, logprobs.gather(1, chosen).squeeze(1), top_ids, top_logprobs)
+
+
+def _tree_sum(x: Tensor) -> Tensor:
+    """The sum over the last axis; halves are added to each other until one number is left."""
+    size = 1 << (x.shape[-1] - 1).bit_length()
+    x = F.pad(x, (0, size - x.shape[-1]))
+    while size > 1:
+        size //= 2
+        x = x[..., :size] + x[..., size:]
+    return x.squeeze(-1)
+
+
+def _tree_cumsum(x: Tensor) -> Tensor:
+    """Cumulative sums of positive numbers over the last axis; those in front are the same
+    whatever there is behind, and never fall."""
+    distance = 1
+    while distance < x.shape[-1]:
+        x = torch.cat((x[..., :distance], x[..., distance:] + x[..., :-distance]), -1)
+        distance *= 2
+    return x.cummax(-1).values
+
+
+def _first_of_largest(x: Tensor, count: int) -> Tensor:
+    """Places of the largest numbers of each row, of equal ones the first; x: float32."""
+    bits = x.contiguous().view(torch.int32)
+    # Integers in the order of the floats, and behind them the places, so that no two are equal.
+    rising = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits).long()
+    last = x.shape[-1] - 1
+    keys = rising * (1 << 32) + (last - torch.arange(last + 1, device=x.device))
+    return last - keys.topk(count).values.bitwise_and(0xFFFFFFFF)

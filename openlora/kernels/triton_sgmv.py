@@ -54,6 +54,8 @@ class SGMVTiles:
         shrink_warps, shrink_stages, expand_warps: of the launches. Stages take shared memory, and
             with it the programs that a processor holds.
         fuses_gate: of gate and up, the expand computes the activation as well.
+        single_rows: chunks of one row have a path of their own, which sums without tensor cores
+            and so may round otherwise.
     """
 
     chunk_rows: int
@@ -66,6 +68,7 @@ class SGMVTiles:
     shrink_stages: int = 1
     expand_warps: int = 4
     fuses_gate: bool = True
+    single_rows: bool = True
 
 
 @triton.jit
@@ -84,6 +87,7 @@ def _shrink_kernel(
     SLICES: tl.constexpr,
     SPLITS: tl.constexpr,
     SHARED_SPLITS: tl.constexpr,
+    SINGLE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
     RANK: tl.constexpr,
@@ -116,7 +120,7 @@ def _shrink_kernel(
         part = work % SLICES
         a_tile = a_ptr + page.to(tl.int64) * a_page_stride + part * RANK + ranks[None, :]
         h_out = h_ptr + split * h_split_stride + part * RANK
-        if num_rows == 1:
+        if SINGLE and num_rows == 1:
             k_start = split * K_SPLIT
             k_end = min(k_start + K_SPLIT, K)
             x_row = x_ptr + row_start.to(tl.int64) * x_stride
@@ -217,6 +221,7 @@ def sgmv_shrink(
         SLICES=slices,
         SPLITS=tiles.splits,
         SHARED_SPLITS=tiles.shared_splits,
+        SINGLE=tiles.single_rows,
         BLOCK_M=tiles.chunk_rows,
         BLOCK_K=tiles.block_k,
         RANK=PAGE_RANK,

@@ -43,6 +43,7 @@ def _expand_kernel(
     SLICES: tl.constexpr,
     SPLITS: tl.constexpr,
     SHARED_SPLITS: tl.constexpr,
+    SINGLE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     RANK: tl.constexpr,
@@ -70,7 +71,7 @@ def _expand_kernel(
         h_in = h_ptr + part * RANK
         b_tile = b_ptr + block * (RANK * BLOCK_OUT) + ranks[:, None] * BLOCK_OUT + n[None, :]
         y_start = y_ptr + row_start.to(tl.int64) * y_stride + block * BLOCK_OUT
-        if num_rows == 1:
+        if SINGLE and num_rows == 1:
             total = tl.zeros([BLOCK_N], dtype=tl.float32)
             for item in range(begin, end):
                 page, h_row, weight = item_page(
@@ -155,6 +156,7 @@ def sgmv_expand(
         SLICES=h.shape[2] // PAGE_RANK,
         SPLITS=tiles.splits,
         SHARED_SPLITS=tiles.shared_splits,
+        SINGLE=tiles.single_rows,
         BLOCK_M=tiles.chunk_rows,
         BLOCK_N=tiles.block_n,
         RANK=PAGE_RANK,

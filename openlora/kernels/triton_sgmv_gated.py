@@ -43,6 +43,7 @@ def _gated_kernel(
     SLICES: tl.constexpr,
     SPLITS: tl.constexpr,
     SHARED_SPLITS: tl.constexpr,
+    SINGLE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     RANK: tl.constexpr,
@@ -68,7 +69,7 @@ def _gated_kernel(
         b_up = b_gate + RANK * INNER
         y_start = y_ptr + row_start.to(tl.int64) * (2 * INNER)
         out_start = out_ptr + row_start.to(tl.int64) * INNER
-        if num_rows == 1:
+        if SINGLE and num_rows == 1:
             gate_sum = tl.zeros([BLOCK_N], dtype=tl.float32)
             up_sum = tl.zeros([BLOCK_N], dtype=tl.float32)
             for item in range(begin, end):
@@ -172,6 +173,7 @@ def sgmv_expand_gated(
         SLICES=h.shape[2] // PAGE_RANK,
         SPLITS=tiles.splits,
         SHARED_SPLITS=tiles.shared_splits,
+        SINGLE=tiles.single_rows,
         BLOCK_M=tiles.chunk_rows,
         BLOCK_N=tiles.block_n,
         RANK=PAGE_RANK,

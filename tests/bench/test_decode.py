@@ -69,6 +69,13 @@ def test_every_batch_runs_with_every_number_of_adapters_it_holds(tiny_shape, tmp
     assert capsys.readouterr().out.splitlines() == out.read_text().splitlines()
 
 
+def test_a_deterministic_run_needs_a_gpu_and_says_so(tiny_shape):
+    with pytest.raises(SetupError, match="deterministic is set, but the device is 'cpu'"):
+        run(*SMALL, "--batch", "1", "--distinct", "0", "--deterministic")
+    with pytest.raises(SetupError, match="--deterministic is measured with --shape"):
+        run("--model", "demo", "--deterministic")
+
+
 def test_base_alone_needs_no_pages(tiny_shape, tmp_path):
     out = tmp_path / "rows.jsonl"
     run(*SMALL, "--batch", "2", "--distinct", "0", "--lora", "off", "--out", str(out))

@@ -34,6 +34,7 @@ def test_defaults_are_the_demo_on_port_8000_with_embedded_servers():
     assert (config.model, config.adapters, config.kafka, config.redis) == (None, None, None, None)
     assert (config.host, config.port, config.workers) == ("127.0.0.1", 8000, 1)
     assert (config.device, config.dtype) == ("auto", "auto")
+    assert (config.deterministic, up("--deterministic").deterministic) == (False, True)
 
 
 def test_a_url_in_the_environment_is_the_adapter_store_and_no_folder():

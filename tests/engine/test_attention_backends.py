@@ -10,11 +10,17 @@ import pytest
 import torch
 
 from openlora.engine import attention_backends
-from openlora.engine.attention_backends import PREFERRED, Order, choose_attention
+from openlora.engine.attention_backends import (
+    PREFERRED,
+    Order,
+    attention_for,
+    choose_attention,
+)
 from openlora.engine.attention_libraries import LIBRARIES, AttentionNeeds
-from openlora.engine.config import ATTENTION_BACKENDS, block_size_for
+from openlora.engine.config import ATTENTION_BACKENDS, EngineConfig, block_size_for
 from openlora.errors import SetupError
 from openlora.kernels.flash_attention import FlashAttention2, FlashAttention4
+from openlora.models.dummy import DUMMY_CONFIGS
 from tests.engine.flash_libraries import install
 
 HOPPER = AttentionNeeds((9, 0), torch.bfloat16, head_dim=128, block_size=16)
@@ -173,3 +179,9 @@ def test_orders_name_backends_that_exist():
         for names in (order.prefill, order.decode):
             assert names[-1] == "triton"
             assert set(names) <= set(ATTENTION_BACKENDS) - {"auto"}
+
+
+@pytest.mark.parametrize("setting", ["auto", "triton"])
+def test_a_deterministic_engine_keeps_to_its_own_kernels(setting):
+    config = EngineConfig("m", deterministic=True, attention_backend=setting)
+    assert attention_for(config, DUMMY_CONFIGS["1b"], torch.bfloat16).name == "triton"

@@ -26,6 +26,10 @@ from openlora.errors import SetupError
         ({"adapter_pages": (1, 1, 1)}, "four counts"),
         ({"adapter_pages": (1, 1, -1, 1)}, "adapter_pages is -1"),
         ({"memory_fraction": 1.5}, "memory_fraction is 1.5"),
+        (
+            {"deterministic": True, "attention_backend": "flash-attn-4"},
+            "deterministic is set, and attention_backend is 'flash-attn-4'",
+        ),
         ({"max_num_seqs": 65, "max_num_batched_tokens": 64}, "less than max_num_seqs"),
     ],
 )

@@ -13,6 +13,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -78,7 +79,7 @@ def stack_bytes(cubin: bytes) -> int | None:
     return max(int(number) for number in re.findall(r"STACK:(\d+)", text))
 
 
-def other_steps() -> dict[str, list]:
+def other_steps(*, deterministic: bool) -> dict[str, list]:
     """Kernels of steps of sizes that are multiples of nothing."""
     config = CONFIGS[NAME]
     steps = MetaSteps(
@@ -88,6 +89,7 @@ def other_steps() -> dict[str, list]:
         max_num_seqs=64,
         max_model_len=config.max_model_len,
         num_processors=132,
+        deterministic=deterministic,
     )
     lora_set = LoRASet((((0, 1.0), (0, 0.5)),) * len(SITES), "any")
 
@@ -98,8 +100,14 @@ def other_steps() -> dict[str, list]:
     return compile_launches(walk, os.cpu_count() or 1)
 
 
-def main() -> None:
-    kernels = compile_kernels(CONFIGS[NAME], DTYPE, lora=True)
+def multiplies(ptx: str) -> dict[str, int]:
+    """Tensor core instructions, by how often."""
+    return Counter(re.findall(r"^\s*(?:@\S+ )?((?:wgmma\.mma_async|mma\.sync)\S*)", ptx, re.M))
+
+
+def show(*, deterministic: bool) -> None:
+    """A line a kernel of an engine."""
+    kernels = compile_kernels(CONFIGS[NAME], DTYPE, lora=True, deterministic=deterministic)
     for name, variants in kernels.items():
         for kernel in variants:
             line = {
@@ -110,13 +118,20 @@ def main() -> None:
                 "warps": kernel.metadata.num_warps,
                 "overlaps": kernel.metadata.launch_pdl,
                 "waits": "griddepcontrol.wait" in kernel.asm["ptx"],
+                "deterministic": deterministic,
+                "multiplies": multiplies(kernel.asm["ptx"]),
             }
             print(json.dumps(line))
     known = {kernel.hash for variants in kernels.values() for kernel in variants}
-    for name, variants in other_steps().items():
+    for name, variants in other_steps(deterministic=deterministic).items():
         for kernel in variants:
             if kernel.hash not in known:
                 print(json.dumps({"name": name, "late": True}))
+
+
+def main() -> None:
+    for deterministic in (False, True):
+        show(deterministic=deterministic)
 
 
 if __name__ == "__main__":

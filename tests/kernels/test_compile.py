@@ -15,7 +15,12 @@ import pytest
 ROOT = Path(__file__).parents[2]
 SHARED_BYTES = {80: 163 << 10, 90: 227 << 10}
 """What one program may take of a processor."""
-SPILLED_BYTES = {"_gated_kernel": 256, "_expand_kernel": 64, "_rope_and_write_kv_kernel": 64}
+SPILLED_BYTES = {
+    "_gated_kernel": 256,
+    "_expand_kernel": 64,
+    "_rope_and_write_kv_kernel": 64,
+    "_invariant_attention_kernel": 64,
+}
 """Local memory of a thread. Few warps that hold all of a tile of 16 rows spill a little, and large
 angles are reduced there, with some versions of Triton (3.6 and 3.9 were tried); all other kernels
 have what they need in registers. In fp32, which is for comparisons and not for speed, the attention
@@ -38,6 +43,20 @@ def kernel_names() -> set[str]:
     return names
 
 
+def check_invariance(kernels: list[dict]) -> None:
+    """Of a deterministic engine: a row goes through the same instructions in any step."""
+    kinds: dict[str, set[tuple[str, ...]]] = {}
+    for kernel in kernels:
+        kinds.setdefault(kernel["name"], set()).add(tuple(sorted(kernel["multiplies"])))
+    # Few rows and many take tiles of other sizes, cut into products of one size.
+    assert len(kinds["_invariant_linear_kernel"]) == 1, kinds
+    for name in ("_shrink_kernel", "_expand_kernel", "_invariant_attention_kernel"):
+        assert len(kinds[name]) == 1, kinds
+    # What the usual steps choose between.
+    for name in ("_decode_kernel", "_prefill_kernel", "_gated_kernel"):
+        assert name not in kinds
+
+
 def check(shape: str, dtype: str, capability: int) -> None:
     found = compiled(shape, dtype, capability)
     kernels = [kernel for kernel in found if not kernel.get("late")]
@@ -53,6 +72,7 @@ def check(shape: str, dtype: str, capability: int) -> None:
         # that ends without waiting would let its successor do so.
         overlaps = capability >= 90 and name != "_take_tokens_kernel"
         assert (kernel["overlaps"], kernel["waits"]) == (overlaps, overlaps), kernel
+    check_invariance([kernel for kernel in kernels if kernel["deterministic"]])
     # Steps of other sizes compile nothing.
     late = Counter(kernel["name"] for kernel in found if kernel.get("late"))
     assert not late

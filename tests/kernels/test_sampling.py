@@ -202,3 +202,52 @@ def test_logprobs_are_of_the_raw_distribution():
 def test_any_float_dtype_is_taken(dtype):
     logits = torch.tensor([[0.0, 8.0, 1.0]], dtype=dtype)
     assert draws(logits, 3, temperature=0.1).tolist() == [1, 1, 1]
+
+
+def mixed_rows(vocab: int) -> tuple[torch.Tensor, list[dict]]:
+    """Rows of every kind, flat ones and ones with ties as half precision makes them."""
+    generator = torch.Generator().manual_seed(vocab)
+    logits = torch.randn(9, vocab, generator=generator) * torch.tensor([[0.01], [1], [4]] * 3).view(
+        9, 1
+    )
+    kinds = [{}, {"top_p": 0.9}, {"top_p": 0.5, "top_k": 40}, {"min_p": 0.05, "temperature": 0.7}]
+    rows = [{**kinds[index % 4], "seed": index, "index": index} for index in range(9)]
+    return logits.bfloat16().float(), rows
+
+
+@pytest.mark.parametrize("vocab", [300, 1000, 9001])
+def test_in_fixed_order_rows_are_the_same_alone_and_together(vocab: int) -> None:
+    logits, rows = mixed_rows(vocab)
+    every = sample(logits, make_inputs(rows, logprob_rows=range(9), num_top=5), fixed_order=True)
+    for index, row in enumerate(rows):
+        alone = sample(
+            logits[index : index + 1],
+            make_inputs([row], logprob_rows=[0], num_top=5),
+            fixed_order=True,
+        )
+        assert alone.token_ids[0] == every.token_ids[index]
+        assert torch.equal(alone.logprobs[0], every.logprobs[index])
+        assert torch.equal(alone.top_ids[0], every.top_ids[index])
+        assert torch.equal(alone.top_logprobs[0], every.top_logprobs[index])
+
+
+def test_in_fixed_order_the_draws_are_those_of_any_order() -> None:
+    logits, rows = mixed_rows(1000)
+    inputs = make_inputs(rows, logprob_rows=range(9), num_top=5)
+    usual, fixed = sample(logits, inputs), sample(logits, inputs, fixed_order=True)
+    assert torch.equal(usual.token_ids, fixed.token_ids)
+    torch.testing.assert_close(usual.logprobs, fixed.logprobs)
+    torch.testing.assert_close(usual.top_logprobs, fixed.top_logprobs)
+    # Ties are many here: the smallest IDs of them come first.
+    for row, ids in zip(logits, fixed.top_ids, strict=True):
+        assert ids.tolist() == sorted(range(1000), key=lambda at: (-row[at].item(), at))[:5]
+
+
+def test_sums_in_front_do_not_depend_on_what_is_behind() -> None:
+    x = torch.rand(3, 700, generator=torch.Generator().manual_seed(2))
+    sums = sampling._tree_cumsum(x)
+    torch.testing.assert_close(sums, x.cumsum(-1))
+    assert (sums.diff() >= 0).all()
+    for width in (1, 2, 256, 257):
+        assert torch.equal(sampling._tree_cumsum(x[:1, :width]), sums[:1, :width])
+    torch.testing.assert_close(sampling._tree_sum(x), x.sum(-1))

@@ -170,3 +170,50 @@ def test_pages_have_the_rank_that_the_pool_gives_them() -> None:
 def test_an_empty_plan_says_so() -> None:
     assert build_plan([], [], chunk_rows=16).is_empty
     assert build_plan([LoRASet.EMPTY], [3], chunk_rows=16).is_empty
+
+
+INVARIANT = SGMVTiles(
+    chunk_rows=16,
+    splits=4,
+    shared_splits=4,
+    block_k=32,
+    block_n=32,
+    num_programs=7,
+    fuses_gate=False,
+    single_rows=False,
+)
+
+
+@pytest.mark.parametrize("site", SITES)
+def test_one_path_for_one_row_and_for_many(site: str) -> None:
+    segments = [(1, [(3, 1.0)]), (2, []), (21, [(0, 1.0), (1, -0.5)]), (1, [(2, 0.6), (4, 0.4)])]
+    run_case(site, segments, HALF, INVARIANT)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, HALF])
+def test_rows_are_the_same_alone_and_in_any_chunk(dtype: torch.dtype) -> None:
+    site, (slices, blocks, k, block_out) = 0, SITE_SHAPES["qkv"]
+    generator = torch.Generator().manual_seed(8)
+    a = torch.randn(4, k, slices * 16, generator=generator).to(DEVICE, dtype)
+    b = torch.randn(4, blocks, 16, block_out, generator=generator).to(DEVICE, dtype)
+    x = torch.randn(70, k, generator=generator).to(DEVICE, dtype)
+    base = torch.randn(70, blocks * block_out, generator=generator).to(DEVICE, dtype)
+    own = lora_set([(1, 0.5), (3, 1.0)], site)
+
+    def run(first: int, sets: list[LoRASet], counts: list[int]) -> torch.Tensor:
+        plan = build_plan(sets, counts, chunk_rows=INVARIANT.chunk_rows)
+        h = torch.full((INVARIANT.splits, plan.h_rows, slices * 16), float("nan"), device=DEVICE)
+        tables = on_device(plan, PlanLayout(plan.num_chunks, plan.num_items), None)
+        rows = slice(first, first + sum(counts))
+        y = base[rows].clone()
+        sgmv_shrink(x[rows], a, tables, h, site=site, tiles=INVARIANT)
+        sgmv_expand(h, b, tables, y, site=site, tiles=INVARIANT)
+        return y
+
+    whole = run(0, [own], [70])
+    for first, count in ((0, 1), (69, 1), (5, 2), (3, 17), (0, 64), (5, 65)):
+        assert torch.equal(run(first, [own], [count]), whole[first : first + count])
+    other = lora_set([(0, 1.0)], site)
+    beside = run(10, [other, own, LoRASet.EMPTY, own], [3, 1, 2, 20])
+    assert torch.equal(beside[3:4], whole[13:14])
+    assert torch.equal(beside[6:], whole[16:36])

@@ -38,6 +38,7 @@ def test_every_variable_is_read():
         "OPENLORA_DTYPE": "float16",
         "OPENLORA_ATTENTION_BACKEND": "flash-attn-4",
         "OPENLORA_ENGINE": "dummy",
+        "OPENLORA_DETERMINISTIC": "1",
         "OPENLORA_DRAIN_TIMEOUT_S": "2.5",
         "OPENLORA_KEEP_ENDED_S": "60",
         "OPENLORA_QUARANTINE_S": "90",
@@ -49,8 +50,17 @@ def test_every_variable_is_read():
     assert (config.adapter_cache, config.adapter_cache_bytes) == (Path("/c"), 1000)
     assert (config.device, config.dtype, config.log_level) == ("cpu", "float16", "info")
     assert (config.engine, config.attention_backend) == ("dummy", "flash-attn-4")
+    assert config.deterministic
     seconds = (config.drain_timeout_s, config.keep_ended_s, config.quarantine_s)
     assert seconds == (2.5, 60, 90)
+
+
+def test_deterministic_is_a_switch():
+    assert parse("--model", "m", "--deterministic", OPENLORA_DETERMINISTIC="0").deterministic
+    for value in ("", "0"):
+        assert not parse("--model", "m", OPENLORA_DETERMINISTIC=value).deterministic
+    with pytest.raises(SetupError, match="OPENLORA_DETERMINISTIC is 'yes'; it must be 1 or 0"):
+        parse("--model", "m", OPENLORA_DETERMINISTIC="yes")
 
 
 def test_a_redis_password_is_never_shown():
