@@ -112,7 +112,9 @@ class Observed:
 
         def keep(logits, sampling):
             for row, kept in zip(sampling, logits.clone(), strict=True):
-                self.logits[row.seed, row.output_index] = kept[:VOCAB]
+                # The step launched ahead of a request's last token computes one that nobody gets.
+                if row.output_index < NUM_TOKENS:
+                    self.logits[row.seed, row.output_index] = kept[:VOCAB]
             return draw(logits, sampling)
 
         drawn.draw = keep
@@ -122,7 +124,7 @@ class Observed:
         completions = self.engine.generate(requests)
         assert all(completion.error is None for completion in completions)
         return {
-            request.params.seed: (list(done.token_ids), done.logprobs, done.top_logprobs)
+            request.params.seed: (list(done.token_ids), done.logprobs)
             for request, done in zip(requests, completions, strict=True)
         }
 
