@@ -143,15 +143,18 @@ def kept_by_definition(logits: list[float], top_k: int, top_p: float, min_p: flo
     top_p=st.sampled_from([1.0, 0.91, 0.4, 0.01]),
     min_p=st.sampled_from([0.0, 0.043, 1.0]),
     sizes=st.sampled_from([(2, 5), (1024,)]),
+    fixed_order=st.booleans(),
 )
 @settings(max_examples=150, deadline=None)
-def test_filters_keep_what_their_definitions_keep(order, gap, top_k, top_p, min_p, sizes):
+def test_filters_keep_what_their_definitions_keep(
+    order, gap, top_k, top_p, min_p, sizes, fixed_order
+):
     logits = torch.tensor([[gap * place for place in order]])
     row = {"top_k": min(top_k, 12), "top_p": top_p, "min_p": min_p}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sampling, "_NUCLEUS_SIZES", sizes)
         scaled = logits - logits.amax()
-        threshold = sampling._threshold(scaled, make_inputs([row]))
+        threshold = sampling._threshold(scaled, make_inputs([row]), fixed_order)
     kept = set((scaled[0] >= threshold).nonzero().flatten().tolist())
     assert kept == kept_by_definition(logits[0].tolist(), top_k, top_p, min_p)
 
@@ -161,9 +164,9 @@ def test_rows_are_filtered_each_by_its_own_settings():
     rows = [{"top_k": 1}, {"top_p": 0.2}, {"min_p": 0.9}, {"top_k": 29, "top_p": 0.999}]
     inputs = make_inputs(rows)
     scaled = logits - logits.amax(-1, keepdim=True)
-    together = sampling._threshold(scaled, inputs)
+    together = sampling._threshold(scaled, inputs, fixed_order=False)
     for i, row in enumerate(rows):
-        alone = sampling._threshold(scaled[i : i + 1], make_inputs([row]))
+        alone = sampling._threshold(scaled[i : i + 1], make_inputs([row]), fixed_order=False)
         assert float(together[i]) == pytest.approx(float(alone[0]))
 
 
