@@ -1,8 +1,8 @@
 """APPEND: what a step says of a shard's jobs goes into their logs and to their readers, atomically.
 
-KEYS  job1, job2, …, cancels, channel, open
+KEYS  log1, log2, …, cancels, channel, open; a log's key names its job and the chunk's epoch
 ARGV  seconds to keep ended jobs
-      JSON [epoch, first index, tokens, kind, entries, bytes,  …], six integers for each chunk
+      msgpack [first index, tokens, kind, entries, bytes,  …], five integers for each chunk
       the chunks as one JSON array, which is also what is published
 
 kind: 0 tokens, 1 end, 2 restarted. entries: how many chunks the caller knows the log to hold; -1
@@ -50,6 +50,8 @@ Status = Literal["taken", "fenced", "gone", "gap", "unclaimed"]
 _STATUS: tuple[Status, ...] = ("taken", "fenced", "gone", "gap", "unclaimed")
 _KIND_TOKENS, _KIND_END, _KIND_RESTARTED = 0, 1, 2
 
+_pack = msgspec.msgpack.Encoder().encode
+
 APPEND = Script(
     JOB_STATE
     + PUBLISH
@@ -57,12 +59,14 @@ APPEND = Script(
 local TAKEN, FENCED, GONE, GAP, UNCLAIMED = 0, 1, 2, 3, 4
 local TOKENS, END = 0, 1
 local cancels, channel, open = KEYS[#KEYS - 2], KEYS[#KEYS - 1], KEYS[#KEYS]
-local call, sub = redis.call, string.sub
+local call, sub, match = redis.call, string.sub, string.match
 local now = nil
 local fresh, reply = {}, {}
 
-local function look(job, epoch, first, count, kind, chunk)
+local function look(key, first, count, kind, chunk)
     now = now or now_ms()
+    local job, epoch = match(key, '^(.*):log:(%-?%d+)$')
+    epoch = tonumber(epoch)
     local f = call('HMGET', job, 'state', 'epoch', 'base', 'cancel', 'lease_until')
     if not f[1] or f[1] == 'discarded' then return GONE, 0, 0, 0 end
     local log = log_of(job, f[2])
@@ -79,7 +83,7 @@ local function look(job, epoch, first, count, kind, chunk)
         entries = call('RPUSH', log, chunk)
         fresh[#fresh + 1] = chunk
         if kind == END then
-            local id = string.match(job, '[^:]+$')
+            local id = match(job, '[^:]+$')
             call('HSET', job, 'state', 'ended')
             call('ZREM', open, id)
             call('EXPIRE', job, ARGV[1])
@@ -93,18 +97,17 @@ local function look(job, epoch, first, count, kind, chunk)
     return status, length, is_cancelled(f[4], f[5], now), entries
 end
 
-local facts, chunks = cjson.decode(ARGV[2]), ARGV[3]
+local facts, chunks = cmsgpack.unpack(ARGV[2]), ARGV[3]
 local any_cancel = call('EXISTS', cancels) == 1
 local at, i = 2, 0
-for k = 1, #facts, 6 do
+for k = 1, #facts, 5 do
     i = i + 1
-    local job, epoch, entries = KEYS[i], facts[k], facts[k + 4]
-    local chunk = sub(chunks, at, at + facts[k + 5] - 1)
-    at = at + facts[k + 5] + 1
+    local log, entries = KEYS[i], facts[k + 3]
+    local chunk = sub(chunks, at, at + facts[k + 4] - 1)
+    at = at + facts[k + 4] + 1
     local is_taken = false
-    if entries > 0 and facts[k + 3] == TOKENS and not (any_cancel
-        and call('SISMEMBER', cancels, string.match(job, '[^:]+$')) == 1) then
-        local log = log_of(job, epoch)
+    if entries > 0 and facts[k + 2] == TOKENS and not (any_cancel
+        and call('SISMEMBER', cancels, match(log, '([^:]+):log:%-?%d+$')) == 1) then
         local pushed = call('RPUSHX', log, chunk)
         is_taken = pushed == entries + 1
         if is_taken then
@@ -117,7 +120,7 @@ for k = 1, #facts, 6 do
         local n = #reply
         reply[n + 1] = i - 1
         reply[n + 2], reply[n + 3], reply[n + 4], reply[n + 5] =
-            look(job, epoch, facts[k + 1], facts[k + 2], facts[k + 3], chunk)
+            look(log, facts[k], facts[k + 1], facts[k + 2], chunk)
     end
 end
 if #fresh == i then
@@ -165,13 +168,13 @@ def append_calls(
 
 def _call(chunks: Sequence[Chunk], entries: Sequence[int]) -> Call:
     shard = names.shard_of(chunks[0].job_id)
-    job_key = names.job_key
+    log_key = names.log_key
     encode = codec.encode
     keys = []
     facts: list[int] = []
     bodies = []
     for chunk, known in zip(chunks, entries, strict=True):
-        keys.append(job_key(chunk.job_id))
+        keys.append(log_key(chunk.job_id, chunk.epoch))
         body = encode(chunk)
         bodies.append(body)
         if chunk.end is not None:
@@ -179,9 +182,9 @@ def _call(chunks: Sequence[Chunk], entries: Sequence[int]) -> Call:
         else:
             kind = _KIND_RESTARTED if chunk.restarted else _KIND_TOKENS
         count = len(chunk.tokens)
-        facts += (chunk.epoch, chunk.first_index, count, kind, known if count else ASK, len(body))
+        facts += (chunk.first_index, count, kind, known if count else ASK, len(body))
     keys += (names.cancels_key(shard), names.events_channel(shard), names.open_jobs_key(shard))
-    return Call(APPEND, keys, [ENDED_TTL_S, encode(facts), b"[" + b",".join(bodies) + b"]"])
+    return Call(APPEND, keys, [ENDED_TTL_S, _pack(facts), b"[" + b",".join(bodies) + b"]"])
 
 
 def decode_append(reply: Sequence[int]) -> dict[int, AppendResult]:
