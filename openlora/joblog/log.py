@@ -20,6 +20,7 @@ from openlora.joblog.claim import (
     restore_call,
 )
 from openlora.joblog.clients import redis_errors
+from openlora.joblog.script_channel import ScriptChannel
 from openlora.joblog.scripts import Call
 from openlora.protocol import codec, names
 from openlora.protocol.events import Chunk
@@ -36,6 +37,7 @@ class JobLog:
 
     def __init__(self, client: redis.Redis, keep_ended_s: int = core.RETIRED_TTL_S) -> None:
         self._redis: Any = client  # redis-py's annotations leave replies open
+        self._channel = ScriptChannel(client)
         self._keep_ended_s = keep_ended_s
 
     def claim(self, job_ids: Sequence[str], worker_id: str) -> list[Claim]:
@@ -138,10 +140,4 @@ class JobLog:
         return replies
 
     def _send(self, calls: Sequence[Call]) -> list[Any]:
-        if not calls:
-            return []
-        with self._redis.pipeline(transaction=False) as pipeline:
-            for call in calls:
-                pipeline.execute_command("EVALSHA", *call.evalsha)
-            replies: list[Any] = pipeline.execute(raise_on_error=False)
-            return replies
+        return self._channel.run(calls) if calls else []
