@@ -24,6 +24,7 @@ from openlora.protocol.events import Chunk
 _IDLE_S = 10.0
 """A connection silent for this long is asked for a sign of life; the answer has as long again."""
 _RETRY_S = 0.5
+_MESSAGES = (b"smessage", b"message")
 _LOST = (redis.ConnectionError, redis.TimeoutError, OSError)
 
 _logger = logging.getLogger(__name__)
@@ -142,20 +143,25 @@ class EventStream:
             if not is_whole and self._channels <= self._confirmed:
                 is_whole = True
                 yield None
-            message = await pubsub.get_message(timeout=_IDLE_S)
-            if message is None:
+            # Not by ``get_message``, which is six calls deep: a step has several messages.
+            reply = await pubsub.connection.read_response(
+                timeout=_IDLE_S, disconnect_on_error=False
+            )
+            if reply is None:
                 if is_idle:
                     raise redis.TimeoutError(f"no answer within {_IDLE_S:g} s")
                 is_idle = True
                 await pubsub.ping()
                 continue
             is_idle = False
-            if message["type"] in ("message", "smessage"):
+            if reply[0] in _MESSAGES:
                 try:
-                    yield codec.decode_chunks(message["data"])
+                    yield codec.decode_chunks(reply[2])
                 except InvalidRequest as error:
-                    _logger.warning("message on %s dropped: %s", message["channel"], error.message)
-            elif message["type"] in ("subscribe", "ssubscribe"):
+                    _logger.warning("message on %s dropped: %s", reply[1], error.message)
+                continue
+            message = await pubsub.handle_message(reply)
+            if message["type"] in ("subscribe", "ssubscribe"):
                 self._confirm(message["channel"].decode())
 
     def _confirm(self, channel: str) -> None:
