@@ -11,6 +11,7 @@ import asyncio
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
+from gateway.joint_writes import Write
 from gateway.metrics import Metrics
 from gateway.stream import TokenStream
 from openlora.joblog import JobView
@@ -36,6 +37,9 @@ class FrameWriter(Protocol):
 
     def write_frames(self, texts: Sequence[str]) -> None:
         """Sends ``texts`` together; never blocks. Drops them where the connection is closed."""
+
+    def gather_frames(self, texts: Sequence[str], writes: list[Write]) -> None:
+        """As ``write_frames``, but maybe by ``write_all(writes)``, which the caller calls next."""
 
 
 class Outbox:
@@ -68,14 +72,21 @@ class Outbox:
         self.frames.append(frame)
         self.flush()
 
-    def flush(self) -> None:
-        """Writes the frames, or leaves them to the sender where that must not be."""
+    def flush(self, writes: list[Write] | None = None) -> None:
+        """Writes the frames, or leaves them to the sender where that must not be.
+
+        ``writes``: what is written together with other connections' frames, see
+        ``FrameWriter.gather_frames``; None: by itself.
+        """
         frames = self.frames
         waiter = self._waiter
         # Without a waiter the sender has frames in hand, which come first.
         if frames and waiter is not None and not waiter.done() and self._writer.takes_frames:
             self._metrics.frames_sent += len(frames)
-            self._writer.write_frames(frames)
+            if writes is None:
+                self._writer.write_frames(frames)
+            else:
+                self._writer.gather_frames(frames, writes)
             frames.clear()
             self._has_room()
             return

@@ -15,6 +15,7 @@ from collections.abc import Iterable
 from contextlib import suppress
 
 from gateway.follower import Follower, Outbox
+from gateway.joint_writes import Write, write_all
 from gateway.metrics import Metrics
 from openlora.errors import JobNotFound, Overloaded
 from openlora.joblog import AsyncJobLog
@@ -88,8 +89,11 @@ class Relay:
 
     def _flush(self) -> None:
         filled, self._filled = self._filled, set()
+        writes: list[Write] = []
         for outbox in filled:
-            outbox.flush()
+            outbox.flush(writes)
+        if writes:
+            write_all(writes)
 
     async def follow(self, follower: Follower) -> None:
         """Starts ``follower`` (events wait for its ``begin``); its shard is subscribed on return.

@@ -8,6 +8,8 @@ from typing import Any
 from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
 from websockets.protocol import State
 
+from gateway.joint_writes import Write, raw_descriptor
+
 LINGER_S = 2.0
 TEXT_FRAMES = "openlora.text_frames"
 """Name of the ASGI extension whose value is the connection's ``follower.FrameWriter``."""
@@ -52,6 +54,13 @@ class WebSocketProtocol(WebSocketsSansIOProtocol):
       (``gateway.main``), so that a frame is its text behind a length.
     """
 
+    _descriptor = -1
+
+    def connection_made(self, transport: Any) -> None:
+        """The handshake's bytes follow."""
+        super().connection_made(transport)
+        self._descriptor = raw_descriptor(transport)
+
     async def run_asgi(self) -> None:
         """Calls the application, with the frame writer in its scope."""
         extensions: dict[str, Any] = self.scope["extensions"]
@@ -70,9 +79,24 @@ class WebSocketProtocol(WebSocketsSansIOProtocol):
     def write_frames(self, texts: Sequence[str]) -> None:
         """Sends each of ``texts`` as a frame. What comes after the close is dropped: the connection
         is told of that by its ``receive``."""
-        is_open = self.conn.state is State.OPEN and not self.close_sent
-        if is_open and not self.disconnected and not self.transport.is_closing():
+        if self._is_open():
             self.transport.write(join_frames(texts))
+
+    def gather_frames(self, texts: Sequence[str], writes: list[Write]) -> None:
+        """As ``write_frames``, by ``write_all(writes)``: that must follow before the event loop
+        goes on, since it takes the socket for this connection's and its buffer for empty."""
+        if not self._is_open():
+            return
+        transport = self.transport
+        if self._descriptor < 0 or transport.get_write_buffer_size():
+            transport.write(join_frames(texts))
+        else:
+            writes.append((self._descriptor, join_frames(texts), transport.write))
+
+    def _is_open(self) -> bool:
+        if self.close_sent or self.disconnected or self.transport.is_closing():
+            return False
+        return self.conn.state is State.OPEN
 
     def handle_parser_exception(self) -> None:
         """Sends the close frame that the parser decided on; called again for what still comes."""

@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Sequence
 
+from gateway.joint_writes import Write
+
 
 class Socket:
     """Takes frames while ``takes_frames``; ``on_frame`` hears of each."""
@@ -24,6 +26,9 @@ class Socket:
         self.writes.append([*texts])
         for text in texts:
             self._on_frame(text)
+
+    def gather_frames(self, texts: Sequence[str], writes: list[Write]) -> None:
+        self.write_frames(texts)
 
     @property
     def frames(self) -> list[str]:
