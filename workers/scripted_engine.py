@@ -71,19 +71,18 @@ class _Run:
     request: Request
     index: int
     first_token: int = field(init=False)
-    _deadly_index: int = field(init=False)
+    end: int = field(init=False)
+    deadly_index: int = field(init=False)
+    """Of the token that kills; -1: none does."""
 
     def __post_init__(self) -> None:
         self.first_token = sum(self.request.prompt_token_ids) % SCRIPTED_VOCAB_SIZE
-        self._deadly_index = -1
+        self.end = self.request.params.max_tokens
+        self.deadly_index = -1
         if POISON_TOKEN in self.request.prompt_token_ids:
-            self._deadly_index = self.index + _POISON_STEPS - 1
+            self.deadly_index = self.index + _POISON_STEPS - 1
         if any(name.startswith(POISON_ADAPTER) for name in self.request.adapters):
-            self._deadly_index = self.index
-
-    def is_deadly_at(self, index: int) -> bool:
-        """Whether the token of this index is the one that kills."""
-        return index == self._deadly_index
+            self.deadly_index = self.index
 
 
 class ScriptedEngine:
@@ -151,11 +150,11 @@ class ScriptedEngine:
         clock = clock_token(now)
         for request_id, run in self._runs.items():
             index = run.index
-            if run.is_deadly_at(index):
+            if index == run.deadly_index:
                 os.abort()
             run.index = index + 1
             reason: FinishReason | None = None
-            if run.index >= run.request.params.max_tokens:
+            if run.index >= run.end:
                 reason = "length"
                 finished.append(request_id)
             token = clock if self._clock_tokens else script(run.first_token, index)
