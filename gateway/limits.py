@@ -15,6 +15,8 @@ import redis.asyncio
 
 from openlora.errors import Overloaded
 from openlora.joblog.clients import redis_errors
+from openlora.joblog.script_channel_async import AsyncScriptChannel
+from openlora.joblog.scripts import Call, Script
 from openlora.protocol import names
 from openlora.protocol.jobs import Job
 
@@ -23,12 +25,14 @@ NOT_STORED_AFTER_S = 10.0
 """A member whose job is not in Redis is on its way there, or was refused; after this it was."""
 _TTL_S = 24 * 3600
 
-_RESERVE = """
+_RESERVE = Script(
+    """
 if redis.call('ZCARD', KEYS[1]) >= tonumber(ARGV[2]) then return 0 end
 redis.call('ZADD', KEYS[1], ARGV[3], ARGV[1])
 redis.call('EXPIRE', KEYS[1], ARGV[4])
 return 1
 """
+)
 
 
 class InFlight:
@@ -36,6 +40,7 @@ class InFlight:
 
     def __init__(self, client: redis.asyncio.Redis, per_tenant: int, per_adapter: int) -> None:
         self._redis: Any = client  # redis-py's annotations leave replies open
+        self._channel = AsyncScriptChannel(client)
         self._per_tenant = per_tenant
         self._per_adapter = per_adapter
 
@@ -75,10 +80,15 @@ class InFlight:
         return await self._add(key, limit, job_id)
 
     async def _add(self, key: str, limit: int, job_id: str) -> bool:
+        call = Call(_RESERVE, [key], [job_id, limit, str(time.time()), _TTL_S])
         with redis_errors(self._redis):
-            return bool(
-                await self._redis.eval(_RESERVE, 1, key, job_id, limit, time.time(), _TTL_S)
-            )
+            (reply,) = await self._channel.run([call])
+            if isinstance(reply, redis.exceptions.NoScriptError):
+                await self._redis.script_load(_RESERVE.source)
+                (reply,) = await self._channel.run([call])
+            if isinstance(reply, Exception):
+                raise reply
+        return bool(reply)
 
     async def _give_back(self, keys: Sequence[str], job_id: str) -> None:
         with redis_errors(self._redis):

@@ -14,6 +14,7 @@ from openlora.joblog.claim import claim_call, decode_claim
 from openlora.joblog.clients import redis_errors
 from openlora.joblog.core import Acceptance, JobView, OpenJob
 from openlora.joblog.events import EventStream
+from openlora.joblog.script_channel_async import AsyncScriptChannel
 from openlora.joblog.scripts import Call
 from openlora.protocol import codec, names
 from openlora.protocol.events import Chunk, End
@@ -31,6 +32,7 @@ class AsyncJobLog:
 
     def __init__(self, client: redis.asyncio.Redis) -> None:
         self._redis: Any = client  # redis-py's annotations leave replies open
+        self._channel = AsyncScriptChannel(client)
 
     async def store(self, job: Job, lease_ms: int) -> None:
         """Make the job durable before it is published; ``lease_ms`` counts if it is leased."""
@@ -175,10 +177,4 @@ class AsyncJobLog:
         return replies
 
     async def _send(self, calls: Sequence[Call]) -> list[Any]:
-        if not calls:
-            return []
-        async with self._redis.pipeline(transaction=False) as pipeline:
-            for call in calls:
-                pipeline.execute_command("EVALSHA", *call.evalsha)
-            replies: list[Any] = await pipeline.execute(raise_on_error=False)
-            return replies
+        return await self._channel.run(calls) if calls else []
