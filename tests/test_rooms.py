@@ -26,7 +26,7 @@ ROOMS: dict[str, tuple[set[str], set[str]]] = {
     "openlora.protocol": ({"openlora.errors", "openlora.sampling_params"}, {"msgspec"}),
     "openlora.joblog": (
         {"openlora.protocol", "openlora.errors", "openlora.sampling_params"},
-        {"msgspec", "redis"},
+        {"msgspec", "redis", "hiredis"},
     ),
     "openlora.registry": (
         {"openlora.protocol", "openlora.errors", "openlora.adapters.peft_format"},
