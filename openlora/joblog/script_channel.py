@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import redis
 from hiredis import pack_command
 
 from openlora.joblog.scripts import Call
+
+
+def pack_calls(calls: Sequence[Call]) -> bytes:
+    """The calls as Redis reads them."""
+    # hiredis takes a tuple of any length; its annotation names one of one element
+    pack: Callable[[tuple[Any, ...]], bytes] = pack_command
+    return b"".join([pack(("EVALSHA", *call.evalsha)) for call in calls])
 
 
 class ScriptChannel:
@@ -32,14 +39,13 @@ class ScriptChannel:
         Raises:
             redis.ConnectionError, redis.TimeoutError, OSError: Redis did not answer.
         """
-        packed = [pack_command(("EVALSHA", *call.evalsha)) for call in calls]
-        data = packed[0] if len(packed) == 1 else b"".join(packed)
+        data = pack_calls(calls)
         with self._lock:
             if self._connection is None:
                 self._connection = self._pool.get_connection()
             connection = self._connection
             replies: list[Any] = connection.retry.call_with_retry(
-                lambda: _exchange(connection, data, len(packed)),
+                lambda: _exchange(connection, data, len(calls)),
                 lambda error: connection.disconnect(),
             )
         return replies

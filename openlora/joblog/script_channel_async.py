@@ -8,8 +8,8 @@ from typing import Any
 
 import redis
 import redis.asyncio
-from hiredis import pack_command
 
+from openlora.joblog.script_channel import pack_calls
 from openlora.joblog.scripts import Call
 
 _Waiting = tuple[bytes, int, "asyncio.Future[list[Any]]"]
@@ -35,9 +35,8 @@ class AsyncScriptChannel:
         Raises:
             redis.ConnectionError, redis.TimeoutError, OSError: Redis did not answer.
         """
-        data = b"".join([pack_command(("EVALSHA", *call.evalsha)) for call in calls])
         future: asyncio.Future[list[Any]] = asyncio.get_running_loop().create_future()
-        self._waiting.append((data, len(calls), future))
+        self._waiting.append((pack_calls(calls), len(calls), future))
         if self._task is None:
             self._task = asyncio.create_task(self._work())
         return await future
