@@ -127,7 +127,7 @@ def test_each_bad_frame_costs_its_sender_one_error(client, witness):
     ("frame", "code"),
     [
         (generate(adapter="nobody"), "unknown_adapter"),
-        (generate(prompt="word " * 5000), "prompt_too_long"),
+        (generate(prompt="word " * 40_000), "prompt_too_long"),
         (generate(prompt="x" * 10_000_000), "payload_too_large"),
         (generate(deadline_s=0.001), "deadline_exceeded"),
         (
@@ -246,11 +246,11 @@ def test_a_cancel_ends_the_stream_whenever_it_comes(client):
 def test_the_job_of_a_client_that_left_is_cancelled_with_its_usage(system, client):
     with Client(system.url, "one") as leaving:
         # More than the engine says within the grace.
-        leaving.generate("r", prompt="a", params={**GREEDY, "max_tokens": 100_000})
+        leaving.generate("r", prompt="a", params={**GREEDY, "max_tokens": 30_000})
         job_id = leaving.receive()["job_id"]
     end = client.wait_for_end_of(job_id, silence_s=4)
     assert end["finish_reason"] == "cancelled"
-    assert 0 < end["usage"]["completion_tokens"] < 100_000
+    assert 0 < end["usage"]["completion_tokens"] < 30_000
 
 
 def test_keys_and_origins_are_checked_at_the_door(system):

@@ -37,7 +37,7 @@ def write_model(directory: Path) -> Path:
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
-        max_position_embeddings=4096,
+        max_position_embeddings=32_768,
         eos_token_id=2,
         initializer_range=0.3,
     )
