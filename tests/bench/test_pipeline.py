@@ -27,7 +27,9 @@ def test_a_small_run_measures_everything_and_loses_no_token(tmp_path, capsys):
         assert figure > 0
     assert 0 <= latency["latency_p50_ms"] <= latency["latency_p99_ms"] < 3200
     assert latency["offered_tok_s"] == pytest.approx(row["throughput_tok_s"] / 2, abs=1)
-    assert set(row["cpu_share"]) == {"relay", "throughput", "latency"}
+    goal = row["goal_latency"]["offered_tok_s"]
+    assert goal == pytest.approx(0.3 * row["relay_tok_s"], abs=1)
+    assert set(row["cpu_share"]) == set(pipeline.RUNS)
     assert {"gateway", "worker I/O", "worker engine", "client"} <= set(latency["cpu_us_per_token"])
     loads = row["loads"]
     assert [load["path"] for load in loads] == ["relay", "whole"]
