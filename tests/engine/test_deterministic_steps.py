@@ -85,7 +85,10 @@ CHUNKS = [[18], [5, 12, 1]]
 @pytest.mark.parametrize(
     # The interpreter takes more than a second a step.
     "kind",
-    ["pages", pytest.param("extras", marks=pytest.mark.slow)],
+    [
+        pytest.param("pages", marks=pytest.mark.long),
+        pytest.param("extras", marks=pytest.mark.slow),
+    ],
 )
 def test_logits_do_not_depend_on_chunks_and_neighbours(kind: str) -> None:
     own_extras: AdapterExtras | None = extras() if kind == "extras" else None

@@ -229,7 +229,7 @@ def test_bad_messages_go_to_the_dead_topic_and_the_partition_moves_on(system):
         value(1, params={"max_tokens": -5}): "max_tokens is -5",
         value(2, job_id="../../evil"): "no job ID",
         value(3, prompt=None, messages=[]): "",
-        value(4, prompt="word " * 5000): "context",
+        value(4, prompt="word " * 40_000): "context",
         value(5, adapters=[adapter]): "not in the store",
         value(6, adapters=[{**adapter, "hash": "../../etc"}]): "no content hash",
         value(7, merge={"method": "ties"}): "'ties'",

@@ -22,7 +22,7 @@ from tests.gateway.running import RunningGateway, running_gateway
 from tests.integration.up_system import write_model
 from tests.workers.running import wait_until
 
-pytestmark = [pytest.mark.services, pytest.mark.timeout(120)]
+pytestmark = [pytest.mark.services, pytest.mark.long, pytest.mark.timeout(120)]
 
 READY_S = 60.0
 

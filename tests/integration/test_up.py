@@ -167,6 +167,7 @@ def test_a_second_signal_stops_at_once(files, tmp_path):
     assert not left
 
 
+@pytest.mark.long
 def test_an_interrupt_while_starting_leaves_nothing(files, tmp_path):
     running = UpSystem(tmp_path, free_port(), *files)
     running.wait_until_it_says("Loading the model")

@@ -21,6 +21,7 @@ def owned(system, worker):
     return {(status.topic, status.partition) for status in partitions}
 
 
+@pytest.mark.long
 def test_sigterm_lets_running_jobs_end_and_leaves_nothing_behind(system):
     worker = system.start_worker()
     engine_pid = system.heartbeat(worker).engine_pid
@@ -37,6 +38,7 @@ def test_sigterm_lets_running_jobs_end_and_leaves_nothing_behind(system):
     assert sorted(steps, key=log.index) == steps
 
 
+@pytest.mark.long
 def test_a_second_signal_stops_at_once(system):
     worker = system.start_worker()
     engine_pid = system.heartbeat(worker).engine_pid
@@ -97,6 +99,7 @@ def test_the_engine_process_dies_with_its_parent(system):
     wait_until(lambda: not is_alive(engine_pid), timeout_s=5)
 
 
+@pytest.mark.long
 def test_nothing_is_lost_while_redis_is_away(system, fresh_redis):
     system.start_worker()
     job = a_job(max_tokens=150, leased=False)
