@@ -13,6 +13,7 @@ import torch
 
 from openlora.engine import Engine, EngineConfig, Request, SamplingParams
 from tests.engine.tiny_model import (
+    ADAPTER_MIXES,
     VOCAB_SIZE,
     Greedy,
     Reference,
@@ -25,15 +26,8 @@ pytestmark = pytest.mark.usefixtures("two_threads")
 
 NUM_TOKENS = 14
 
-MIXES: list[dict[str, float]] = [
-    {},
-    {"r4": 1.0},
-    {"r8": 1.0},
-    {"r16": 1.0},
-    {"r64": 1.0},
-    {"rs": 1.0},
-    {"r16": 0.6, "rs": 0.4},
-    {"r4": 1.5, "r64": -0.5, "r8": 0.25},
+MIXES = [
+    *ADAPTER_MIXES,
     {},
     {"r16": 1.0},
     {"r8": 0.5},

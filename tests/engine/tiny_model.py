@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -26,23 +27,40 @@ ADAPTERS = {
 }
 
 
-def make_tiny_model(directory: Path) -> None:
-    """Save a random Llama with grouped heads and untied embeddings."""
+ADAPTER_MIXES: list[dict[str, float]] = [
+    {},
+    {"r4": 1.0},
+    {"r8": 1.0},
+    {"r16": 1.0},
+    {"r64": 1.0},
+    {"rs": 1.0},
+    {"r16": 0.6, "rs": 0.4},
+    {"r4": 1.5, "r64": -0.5, "r8": 0.25},
+]
+"""None, each of them alone, and two ensembles."""
+
+
+def make_tiny_model(directory: Path, **changes: Any) -> None:
+    """Save a random Llama with grouped heads and untied embeddings.
+
+    ``changes``: of its ``LlamaConfig``.
+    """
     torch.manual_seed(11)
-    config = LlamaConfig(
-        vocab_size=VOCAB_SIZE,
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=256,
-        eos_token_id=EOS,
-        bos_token_id=1,
-        tie_word_embeddings=False,
-        initializer_range=0.3,
-    )
-    LlamaForCausalLM(config).save_pretrained(directory, safe_serialization=True)
+    config = {
+        "vocab_size": VOCAB_SIZE,
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 256,
+        "eos_token_id": EOS,
+        "bos_token_id": 1,
+        "tie_word_embeddings": False,
+        "initializer_range": 0.3,
+    }
+    model = LlamaForCausalLM(LlamaConfig(**(config | changes)))
+    model.save_pretrained(directory, safe_serialization=True)
 
 
 def make_adapters(

@@ -10,7 +10,6 @@ import itertools
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from openlora.engine import Completion, Engine, EngineConfig, Request, SamplingParams
 from openlora.engine.attention_backends import TRITON_ATTENTION, AttentionChoice
@@ -26,6 +25,7 @@ from openlora.engine.step_inputs import query_tiles
 from openlora.kernels.flash_attention import Chunks
 from openlora.kernels.triton_attention import DecodeScratch, decode_splits
 from openlora.kernels.triton_prefill_attention import prefill_tile_tokens
+from tests.engine.tiny_model import VOCAB_SIZE, make_tiny_model
 from tests.kernels.test_triton_attention import PagedCase
 
 pytestmark = [
@@ -33,7 +33,6 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU"),
 ]
 
-VOCAB_SIZE = 160
 TOLERANCE = 2e-2
 """bf16 against fp32."""
 SHAPES = [((32, 8, 128), 0, 0.0), ((9, 3, 64), 40, 0.0), ((8, 4, 128), 0, 20.0)]
@@ -156,19 +155,7 @@ def test_a_graph_of_decodes_with_padding_repeats_the_eager_result(library):
 def tiny(tmp_path_factory):
     """A random Llama with heads of 64, which the libraries take."""
     folder = tmp_path_factory.mktemp("tiny") / "model"
-    torch.manual_seed(11)
-    config = LlamaConfig(
-        vocab_size=VOCAB_SIZE,
-        hidden_size=256,
-        intermediate_size=512,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=256,
-        tie_word_embeddings=False,
-        initializer_range=0.1,
-    )
-    LlamaForCausalLM(config).save_pretrained(folder, safe_serialization=True)
+    make_tiny_model(folder, hidden_size=256, intermediate_size=512, initializer_range=0.1)
     return folder
 
 

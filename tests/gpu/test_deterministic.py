@@ -5,10 +5,16 @@ from __future__ import annotations
 import pytest
 import torch
 from peft import LoraConfig
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from openlora.engine import Engine, EngineConfig, Request, SamplingParams
-from tests.engine.tiny_model import ADAPTERS, ATTENTION, MLP, make_adapters
+from tests.engine.tiny_model import (
+    ADAPTER_MIXES,
+    ADAPTERS,
+    ATTENTION,
+    MLP,
+    make_adapters,
+    make_tiny_model,
+)
 
 pytestmark = [
     pytest.mark.gpu,
@@ -17,15 +23,8 @@ pytestmark = [
 
 VOCAB = 517
 NUM_TOKENS = 10
-MIXES: list[dict[str, float]] = [
-    {},
-    {"r4": 1.0},
-    {"r8": 1.0},
-    {"r16": 1.0},
-    {"r64": 1.0},
-    {"rs": 1.0},
-    {"r16": 0.6, "rs": 0.4},
-    {"r4": 1.5, "r64": -0.5, "r8": 0.25},
+MIXES = [
+    *ADAPTER_MIXES,
     {"r16": 1.0},
     {"dora": 1.0},
     {"head": 1.0},
@@ -46,21 +45,15 @@ EXTRAS = {
 def model(tmp_path_factory):
     """Wide enough for sums in several ranges, contexts long enough for several splits."""
     root = tmp_path_factory.mktemp("deterministic")
-    torch.manual_seed(11)
-    config = LlamaConfig(
+    make_tiny_model(
+        root / "model",
         vocab_size=VOCAB,
         hidden_size=1024,
         intermediate_size=1536,
-        num_hidden_layers=2,
         num_attention_heads=8,
-        num_key_value_heads=2,
         max_position_embeddings=1024,
-        eos_token_id=2,
-        bos_token_id=1,
-        tie_word_embeddings=False,
         initializer_range=0.06,
     )
-    LlamaForCausalLM(config).save_pretrained(root / "model", safe_serialization=True)
     return root / "model", make_adapters(root / "model", root / "adapters", ADAPTERS | EXTRAS)
 
 

@@ -8,6 +8,7 @@ import torch
 from openlora.engine import Engine, EngineConfig, Request, SamplingParams, decode_graphs
 from openlora.kernels.triton_sampling import GreedyScratch
 from tests.engine.tiny_model import (
+    ADAPTER_MIXES,
     VOCAB_SIZE,
     Reference,
     assert_same_tokens,
@@ -23,15 +24,8 @@ pytestmark = [
 NUM_TOKENS = 12
 BF16_MEAN_ERROR, BF16_MAX_ERROR = 0.1, 1.0
 """Of log-probabilities in bf16, against transformers + PEFT in fp32."""
-MIXES: list[dict[str, float]] = [
-    {},
-    {"r4": 1.0},
-    {"r8": 1.0},
-    {"r16": 1.0},
-    {"r64": 1.0},
-    {"rs": 1.0},
-    {"r16": 0.6, "rs": 0.4},
-    {"r4": 1.5, "r64": -0.5, "r8": 0.25},
+MIXES = [
+    *ADAPTER_MIXES,
     {"r16": 1.0},
 ]
 
