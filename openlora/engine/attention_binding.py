@@ -8,12 +8,9 @@ import torch
 
 from openlora.engine.attention_backends import TRITON_ATTENTION, AttentionChoice
 from openlora.kernels.flash_attention import Chunks
+from openlora.kernels.invariant_splits import UnitRows, invariant_tile_tokens
 from openlora.kernels.triton_attention import DecodeScratch, decode_attention, decode_splits
-from openlora.kernels.triton_invariant_attention import (
-    UnitRows,
-    invariant_attention,
-    invariant_tile_tokens,
-)
+from openlora.kernels.triton_invariant_attention import invariant_attention
 from openlora.kernels.triton_prefill_attention import prefill_attention, prefill_tile_tokens
 from openlora.models.config import ModelConfig
 

@@ -13,12 +13,11 @@ Tiles and cache as in ``triton_prefill_attention``.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 import triton
 import triton.language as tl
 
+from openlora.kernels.invariant_splits import UnitRows, invariant_tile_tokens, padded_group
 from openlora.kernels.triton_attention import scaled_scores, score_factor
 from openlora.kernels.triton_launch import (
     gdc_launch_dependents,
@@ -26,8 +25,6 @@ from openlora.kernels.triton_launch import (
     launch_options,
     overlaps_launches,
 )
-
-_TILE_ROWS = 64
 
 
 @triton.jit
@@ -205,74 +202,6 @@ def _invariant_attention_kernel(
                 tl.store(arrived_ptr + pair, 0)
 
 
-@dataclass(frozen=True, slots=True)
-class AttentionSplits:
-    """Where contexts are cut: the same for all, so that a position's split is always the same.
-
-    Attributes:
-        small, num_small: so many splits of so many positions come first,
-        large: and others of so many behind them; both are multiples of all tiles.
-    """
-
-    small: int = 256
-    num_small: int = 32
-    large: int = 4096
-
-    def count(self, context_len: int) -> int:
-        """Splits of a context."""
-        behind = context_len - self.num_small * self.small
-        if behind <= 0:
-            return triton.cdiv(context_len, self.small)
-        return self.num_small + triton.cdiv(behind, self.large)
-
-
-class UnitRows:
-    """Rows of one token each: their tables, and what the splits of a launch leave for the last.
-
-    Args:
-        rows: most rows of a launch.
-        num_heads, num_kv_heads, head_dim: of the model.
-        max_model_len: longest context.
-        parts: programs that a row's splits are dealt to.
-        device: of the cache.
-        splits: where contexts are cut.
-
-    Attributes:
-        spans, tiles: as ``invariant_attention`` takes them: row i is token i.
-    """
-
-    def __init__(
-        self,
-        rows: int,
-        num_heads: int,
-        num_kv_heads: int,
-        head_dim: int,
-        max_model_len: int,
-        parts: int,
-        device: torch.device,
-        splits: AttentionSplits = AttentionSplits(),
-    ) -> None:
-        self.splits = splits
-        self.max_splits = splits.count(max_model_len)
-        self.parts = min(parts, self.max_splits)
-        at = torch.arange(rows, dtype=torch.int32, device=device)
-        self.spans = torch.stack((at, torch.ones_like(at), torch.zeros_like(at)), 1)
-        self.tiles = torch.stack((at, torch.zeros_like(at)), 1)
-        # With one part there is nothing to leave.
-        split_rows = rows if self.parts > 1 else 1
-        shape = (split_rows, num_kv_heads, self.max_splits, _padded_group(num_heads, num_kv_heads))
-        self.partial = torch.empty((*shape, head_dim), device=device)
-        self.top = torch.empty(shape, device=device)
-        self.total = torch.empty(shape, device=device)
-        # Counts back to zero at the end of every launch.
-        self.arrived = torch.zeros((split_rows, num_kv_heads), dtype=torch.int32, device=device)
-
-
-def invariant_tile_tokens(num_heads: int, num_kv_heads: int) -> int:
-    """Tokens of one query tile of ``invariant_attention``."""
-    return max(_TILE_ROWS // _padded_group(num_heads, num_kv_heads), 1)
-
-
 def invariant_attention(
     q: torch.Tensor,
     kv_cache: torch.Tensor,
@@ -341,7 +270,7 @@ def invariant_attention(
         MAX_SPLITS=unit_rows.max_splits,
         WINDOW=window,
         SOFT_CAP=soft_cap,
-        BLOCK_G=_padded_group(num_heads, num_kv_heads),
+        BLOCK_G=padded_group(num_heads, num_kv_heads),
         BLOCK_T=invariant_tile_tokens(num_heads, num_kv_heads),
         BLOCK_D=max(triton.next_power_of_2(head_dim), 16),
         BLOCK_N=64 if not wide else 32 if row_bytes == 512 else 16,
@@ -351,7 +280,3 @@ def invariant_attention(
         enable_fp_fusion=False,
         **launch_options(overlap),
     )
-
-
-def _padded_group(num_heads: int, num_kv_heads: int) -> int:
-    return triton.next_power_of_2(num_heads // num_kv_heads)

@@ -5,12 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
-from openlora.kernels.triton_invariant_attention import (
+from openlora.kernels.invariant_splits import (
     AttentionSplits,
     UnitRows,
-    invariant_attention,
     invariant_tile_tokens,
 )
+from openlora.kernels.triton_invariant_attention import invariant_attention
 from tests.kernels.test_triton_attention import DEVICE, TOLERANCE, PagedCase, cases
 
 SPLITS = AttentionSplits(64, 3, 128)
