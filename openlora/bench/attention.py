@@ -20,8 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from openlora.bench.kernels import LAYERS, graph_seconds
-from openlora.errors import SetupError
+from openlora.bench.kernels import LAYERS, append_rows, check_gpu, graph_seconds
 
 CASES = (
     ("prefill", 64, 128),
@@ -46,15 +45,12 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         SetupError: there is no CUDA GPU.
     """
-    if not torch.cuda.is_available():
-        raise SetupError("bench attention needs a CUDA GPU, and torch finds none")
+    check_gpu("attention")
     rows = []
     for row in _rows(args):
         rows.append(row)
         print(json.dumps(row), flush=True)
-    if args.out is not None:
-        with args.out.open("a") as file:
-            file.writelines(json.dumps(row) + "\n" for row in rows)
+    append_rows(args.out, rows)
     return 0
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -39,8 +39,7 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         SetupError: there is no CUDA GPU.
     """
-    if not torch.cuda.is_available():
-        raise SetupError("bench kernels needs a CUDA GPU, and torch finds none")
+    check_gpu("kernels")
     rows: list[dict[str, Any]] = []
     copy = _copy_bandwidth()
     about = {"device": torch.cuda.get_device_name(), "torch": torch.__version__}
@@ -59,10 +58,21 @@ def run(args: argparse.Namespace) -> int:
         }
         rows.append(row)
         print(json.dumps(row), flush=True)
-    if args.out is not None:
-        with args.out.open("a") as file:
-            file.writelines(json.dumps(row) + "\n" for row in rows)
+    append_rows(args.out, rows)
     return 0
+
+
+def check_gpu(benchmark: str) -> None:
+    """Raises ``SetupError`` where there is no CUDA GPU for ``bench benchmark``."""
+    if not torch.cuda.is_available():
+        raise SetupError(f"bench {benchmark} needs a CUDA GPU, and torch finds none")
+
+
+def append_rows(path: Path | None, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Append ``rows`` as JSON lines, if a file is named."""
+    if path is not None:
+        with path.open("a") as file:
+            file.writelines(json.dumps(row) + "\n" for row in rows)
 
 
 def graph_seconds(step: Callable[[], object]) -> float:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import http.server
 import json
-import threading
 from functools import partial
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -15,6 +14,7 @@ from openlora.adapters.peft_format import inspect_adapter
 from openlora.adapters.sources import fetch
 from openlora.errors import AdapterFailed
 from tests.adapters.peft_dirs import write_adapter
+from tests.adapters.serving import serving
 
 SHA = "a" * 40
 
@@ -75,15 +75,10 @@ class Hub(http.server.BaseHTTPRequestHandler):
 def repository(tmp_path, monkeypatch):
     """The files of acme/poet."""
     root = write_adapter(tmp_path / "poet")
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), partial(Hub, root))
-    thread = threading.Thread(target=server.serve_forever, args=(0.01,))
-    thread.start()
-    monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{server.server_port}")
-    monkeypatch.setenv("HF_HOME", str(tmp_path / "hub"))
-    yield root
-    server.shutdown()
-    thread.join()
-    server.server_close()
+    with serving(partial(Hub, root)) as url:
+        monkeypatch.setenv("HF_ENDPOINT", url)
+        monkeypatch.setenv("HF_HOME", str(tmp_path / "hub"))
+        yield root
 
 
 @pytest.fixture

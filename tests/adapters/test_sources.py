@@ -5,7 +5,6 @@ from __future__ import annotations
 import http.server
 import shutil
 import socket
-import threading
 import zipfile
 from functools import partial
 from pathlib import Path
@@ -16,6 +15,7 @@ from openlora.adapters.peft_format import inspect_adapter
 from openlora.adapters.sources import fetch
 from openlora.errors import AdapterFailed
 from tests.adapters.peft_dirs import write_adapter
+from tests.adapters.serving import serving
 
 WEIGHTS = "adapter_model.safetensors"
 
@@ -44,13 +44,8 @@ def site(tmp_path):
     """A directory, and the URL that it is served at."""
     root = tmp_path / "site"
     root.mkdir()
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=str(root)))
-    thread = threading.Thread(target=server.serve_forever, args=(0.01,))
-    thread.start()
-    yield root, f"http://127.0.0.1:{server.server_port}"
-    server.shutdown()
-    thread.join()
-    server.server_close()
+    with serving(partial(Quiet, directory=str(root))) as url:
+        yield root, url
 
 
 @pytest.fixture
