@@ -205,9 +205,9 @@ class ScriptedWorker:
                     self._claim(raw.decode())
 
     def _claim(self, job_id: str) -> None:
-        stored = self._client.hget(job_key(job_id), "job")
-        if stored is None:
-            return
+        stored, published = self._client.hmget(job_key(job_id), "job", "published")
+        if stored is None or published is None:
+            return  # not on the topic: it may be a repeated request, about to be discarded
         job = decode_job(stored)
         claim = self.log.claim([job_id], "scripted-0")[0]
         if claim.status == "claimed":
