@@ -15,6 +15,7 @@ import os
 import secrets
 import shutil
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -59,9 +60,14 @@ class BatchFolder:
         return self.path / "results" / f"{number:06d}"
 
     def remove_working_files(self) -> None:
-        """The results are complete: all else goes."""
+        """The results are complete: all else goes, each folder at once. A step that is done twice
+        by now would take what is left of one for all of it."""
         for name in ("chunks", "ids", "segments"):
-            shutil.rmtree(self.path / name, ignore_errors=True)
+            going = self.path / f".{name}"
+            shutil.rmtree(going, ignore_errors=True)  # of one that was killed here
+            with suppress(FileNotFoundError):
+                (self.path / name).rename(going)
+            shutil.rmtree(going, ignore_errors=True)
         self.plan.unlink(missing_ok=True)
 
     def results(self) -> list[Path]:

@@ -13,7 +13,7 @@ from producer.bulk.plan import plan_units, repeated_ids, write_plan
 from producer.bulk.reader import Piece, read_piece
 from producer.bulk.records import BatchState, LineError
 from producer.bulk.state import now_ms
-from producer.bulk.steps import Fields, InputLost, Refusal, Tools
+from producer.bulk.steps import Fields, InputLost, Refusal, Tools, unfinished
 from producer.bulk.workers_seen import heartbeats
 
 CHUNK_LINES = 8192
@@ -22,6 +22,8 @@ CHUNK_BYTES = 8 << 20
 
 def read(tools: Tools, state: BatchState, number: int) -> Fields:
     """Read one piece of the input: its good lines into a chunk, the others to their error."""
+    if state.ending is not None:
+        return _drop(tools, state, number)
     rules = _rules(tools, state)
     piece = _piece(tools, state)
     parsed: list[Parsed] = []
@@ -44,6 +46,29 @@ def read(tools: Tools, state: BatchState, number: int) -> Fields:
     ids = [(p.line.custom_id, p.line.line) for p in parsed if p.line.custom_id is not None]
     write_ids(folder.ids(number), ids)
     tools.refuse(state, f"refused-{number:06d}", refusals)
+    return _after(state, number, piece)
+
+
+def _drop(tools: Tools, state: BatchState, number: int) -> Fields:
+    """The batch has ended before all of its input was read: the lines of a piece get that as their
+    error, whatever they say.
+
+    They have it before their chunk is emptied, since a reading that began before the end may be
+    under way beside this one, and either may be the one that counts.
+    """
+    piece = _piece(tools, state)
+    rules, error = Rules(endpoint=state.record.endpoint), unfinished(state)
+    refusals = [
+        Refusal(raw.number, shape_of(raw, rules), custom_id_of(raw), error) for raw in piece.lines
+    ]
+    tools.refuse(state, f"unread-{number:06d}", refusals, show=False)
+    folder = tools.folder(state)
+    write_chunk(folder.chunk(number), ())
+    write_ids(folder.ids(number), ())
+    return _after(state, number, piece)
+
+
+def _after(state: BatchState, number: int, piece: Piece) -> Fields:
     return {
         "offset": piece.offset,
         "line": piece.line,

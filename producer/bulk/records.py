@@ -127,6 +127,11 @@ class BatchState(msgspec.Struct, frozen=True, kw_only=True):
         """Lines that workers have or will get from the broker."""
         return max(0, self.published - self.answered)
 
+    def is_expired(self, now_ms: int) -> bool:
+        """Whether its window is over before its lines are."""
+        is_open = self.ending is None and self.phase in ("reading", "planning", "running")
+        return is_open and now_ms >= self.record.expires_ms
+
     @property
     def status(self) -> str:
         """The status as OpenAI names it."""
@@ -184,17 +189,21 @@ def next_move(state: BatchState, now_ms: int, *, nothing_pending: bool) -> Step 
 def _running(state: BatchState, now_ms: int, *, nothing_pending: bool) -> Step | Change | None:
     if state.ending is not None:
         return Change({"phase": "closing"})
-    if now_ms >= state.record.expires_ms:
-        return Change({"phase": "closing", "ending": "expired", "ending_ms": now_ms})
     if state.done >= state.total:
         return Change({"phase": "assembling", "assembling_ms": now_ms})
     if 0 <= state.again < state.unit:
         return Step("publish", state.again)
     if state.unit < state.units and _has_room(state):
         return Step("publish", state.unit)
-    if nothing_pending and state.unit and now_ms - state.last_ms > STALL_MS:
+    if nothing_pending and state.unit and is_past(state.last_ms, STALL_MS, now_ms):
         return Change({"again": 0, "last_ms": now_ms})
     return None
+
+
+def is_past(since_ms: int, limit_ms: int, now_ms: int) -> bool:
+    """Whether more than ``limit_ms`` have passed since ``since_ms``; so too where the clock was set
+    back by that much, which would hide it for as long."""
+    return abs(now_ms - since_ms) > limit_ms
 
 
 def _has_room(state: BatchState) -> bool:

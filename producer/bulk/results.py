@@ -8,6 +8,7 @@ Of several results for one line the first counts, segments taken by name: what a
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -146,12 +147,18 @@ def write_segment(folder: Path, name: str, results: Iterable[Result]) -> None:
 
 
 class SegmentReader:
-    """The segments of a batch, their indexes read once."""
+    """The segments of a batch, their indexes read once.
+
+    Raises (also ``range``):
+        FileNotFoundError: the batch is over, and its segments are gone.
+    """
 
     def __init__(self, folder: Path) -> None:
-        names = sorted(path for path in folder.glob("[a-z]*")) if folder.is_dir() else []
+        names = sorted(name for name in os.listdir(folder) if not name.startswith("."))
+        # The folder goes before what is in it: now it is known that the names are all of them.
+        folder.stat()
         self._indexes: list[tuple[Path, dict[int, Block], int]] = []
-        for path in names:
+        for path in (folder / name for name in names):
             index, base = read_index(path)
             self._indexes.append((path, index.blocks, base))
 

@@ -54,7 +54,7 @@ local known = redis.call('HMGET', KEYS[1], 'phase', 'ending')
 if not known[1] then return 'missing' end
 if known[1] == 'closing' or known[1] == 'assembling' or known[1] == 'over' then return known[1] end
 if not known[2] or known[2] == '' then
-  redis.call('HSET', KEYS[1], 'ending', ARGV[1], 'ending_ms', ARGV[2])
+  redis.call('HSET', KEYS[1], 'ending', ARGV[1], 'ending_ms', ARGV[2], 'step', '')
   redis.call('SET', KEYS[2], '1', 'EX', ARGV[3])
 end
 return 'ended'
@@ -177,7 +177,11 @@ class BatchStates:
                 self._redis.hset(batch_key(batch_id), "problem", problem)
 
     def end(self, batch_id: str, ending: Ending) -> bool:
-        """Ask for an early end: workers stop at once. False where there is no such batch."""
+        """Ask for an early end: workers stop at once. False where there is no such batch.
+
+        The step under way is forgotten: it may wait for what the end does not need any more, a
+        broker or a worker.
+        """
         keys = [batch_key(batch_id), stop_key(batch_id)]
         with redis_errors(self._redis):
             answer = self._end(keys=keys, args=[ending, now_ms(), _STOP_TTL_S])

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import redis
 
-from openlora.errors import InvalidRequest, OpenLoRAError
+from openlora.errors import DeadlineExceeded, InvalidRequest, OpenLoRAError
 from openlora.protocol.bulk import Shape
 from producer.bulk.adapters_known import KnownAdapters
 from producer.bulk.files import BatchFolder, FileStore
@@ -29,6 +29,12 @@ Work = Callable[["Tools", BatchState, int], Fields]
 
 class InputLost(InvalidRequest):
     """The input is not what it was when the batch was made: the batch fails."""
+
+
+class BatchCancelled(OpenLoRAError):
+    """The batch was cancelled before the line was run."""
+
+    code = "batch_cancelled"
 
 
 class Refusal(NamedTuple):
@@ -81,6 +87,15 @@ class Tools:
                     for r in refusals[:MAX_ERRORS]
                 ],
             )
+
+
+def unfinished(state: BatchState) -> OpenLoRAError:
+    """The error of the lines that a batch which ended early had no result for."""
+    if state.ending == "cancelled":
+        return BatchCancelled("the batch was cancelled before this line was run")
+    if state.ending == "expired":
+        return DeadlineExceeded("the batch expired before this line was run")
+    return InvalidRequest("the batch failed before this line was run; its errors say why")
 
 
 def run_step(tools: Tools, state: BatchState, step: Step) -> Fields:

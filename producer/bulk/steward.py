@@ -14,7 +14,15 @@ from typing import cast
 import redis
 
 from openlora.errors import OpenLoRAError, Overloaded
-from producer.bulk.records import STEP_LOST_MS, BatchState, Change, Step, StepKind, next_move
+from producer.bulk.records import (
+    STEP_LOST_MS,
+    BatchState,
+    Change,
+    Step,
+    StepKind,
+    is_past,
+    next_move,
+)
 from producer.bulk.state import BatchStates, now_ms
 from producer.bulk.workers_seen import heartbeats, nothing_pending
 
@@ -58,6 +66,10 @@ class Steward:
             Overloaded, OSError: Redis does not answer.
         """
         while (state := self._states.get(batch_id)) is not None:
+            if state.is_expired(now_ms()):
+                logger.info("event=batch_expired batch=%s next=close", batch_id)
+                self._states.end(batch_id, "expired")
+                continue
             if state.step:
                 self._queue_again_if_lost(state)
                 return
@@ -68,8 +80,6 @@ class Steward:
             if move is None:
                 return
             if isinstance(move, Change):
-                if "ending" in move.fields:
-                    self._states.stop_workers(batch_id)
                 logger.info("event=batch batch=%s %s", batch_id, move.fields)
                 self._states.change(state, move.fields)
             else:
@@ -78,7 +88,7 @@ class Steward:
                 return
 
     def _queue_again_if_lost(self, state: BatchState) -> None:
-        is_lost = now_ms() - state.step_ms > STEP_LOST_MS or state.step_ms < self._began_ms
+        is_lost = is_past(state.step_ms, STEP_LOST_MS, now_ms()) or state.step_ms < self._began_ms
         kind, _, number = state.step.partition(":")
         step = Step(cast(StepKind, kind), int(number))
         if is_lost and self._states.begin(state, step):
@@ -89,7 +99,7 @@ class Steward:
 
     def _nothing_pending(self, state: BatchState) -> bool:
         """Asked only where a running batch has been silent for a while."""
-        if state.phase != "running" or now_ms() - state.last_ms < _PENDING_CHECK_MS:
+        if state.phase != "running" or not is_past(state.last_ms, _PENDING_CHECK_MS, now_ms()):
             return False
         try:
             return nothing_pending(heartbeats(self._client))

@@ -7,7 +7,6 @@ from typing import Literal
 
 import msgspec
 
-from openlora.errors import DeadlineExceeded, InvalidRequest, OpenLoRAError
 from openlora.protocol.bulk import BulkGroup
 from producer.bulk.blocks import write_durably
 from producer.bulk.chunks import chunk_records
@@ -15,15 +14,9 @@ from producer.bulk.files import is_failed
 from producer.bulk.records import RANGE_LINES, BatchState, FileRecord
 from producer.bulk.results import SegmentReader
 from producer.bulk.state import has_bit, now_ms
-from producer.bulk.steps import Fields, Refusal, Tools
+from producer.bulk.steps import Fields, Refusal, Tools, unfinished
 
 ASSEMBLE_S = 2.0
-
-
-class BatchCancelled(OpenLoRAError):
-    """The batch was cancelled before the line was run."""
-
-    code = "batch_cancelled"
 
 
 class _WithId(msgspec.Struct):
@@ -33,7 +26,7 @@ class _WithId(msgspec.Struct):
 def close(tools: Tools, state: BatchState, number: int) -> Fields:
     """The batch ends early: lines of chunk ``number`` without a result get their error."""
     done = tools.states.finished_lines(state.id)
-    error = _why(state)
+    error = unfinished(state)
     refusals = []
     for group, line, raw in chunk_records(tools.folder(state).chunk(number)):
         if not has_bit(done, line):
@@ -44,23 +37,15 @@ def close(tools: Tools, state: BatchState, number: int) -> Fields:
     return {"closed": number + 1}
 
 
-def _why(state: BatchState) -> OpenLoRAError:
-    if state.ending == "cancelled":
-        return BatchCancelled("the batch was cancelled before this line was run")
-    if state.ending == "expired":
-        return DeadlineExceeded("the batch expired before this line was run")
-    return InvalidRequest("the batch failed before this line was run; its errors say why")
-
-
 def assemble(tools: Tools, state: BatchState, number: int) -> Fields:
     """Write the results of ranges ``number``, … in order, as many as there is time for."""
     folder = tools.folder(state)
-    reader = SegmentReader(folder.segments)
+    reader = SegmentReader(folder.segments) if state.total else None
     deadline = time.monotonic() + ASSEMBLE_S
     answers, errors, count = state.answers_bytes, state.errors_bytes, state.results_lines
     failed = state.results_failed
     while number * RANGE_LINES < state.line:
-        results = reader.range(number)
+        results = reader.range(number) if reader else []
         write_durably(folder.result(number), results)
         bad = [len(result) for result in results if is_failed(result)]
         failed += len(bad)

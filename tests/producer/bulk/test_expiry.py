@@ -8,23 +8,13 @@ import time
 import pytest
 
 from openlora.errors import SetupError
-from openlora.protocol.status import AdapterRecord
 from producer.bulk.config import add_arguments, config_from
 from producer.bulk.keys import batch_key, errors_key, progress_key, tenant_key
 from producer.bulk.state import KEEP_OVER_S, Mark
 from producer.bulk.writing import result_file_id
-from tests.producer.bulk.test_steps import Producer, lines
+from tests.producer.bulk.stepwise import lines
 
 pytestmark = pytest.mark.services
-
-
-@pytest.fixture
-def producer(redis_url, tmp_path):
-    made = Producer(redis_url, tmp_path)
-    for name in ("a", "b"):
-        made.registry.put(AdapterRecord(name, 0, name * 64, 8, (), "", 1, "", 1))
-    yield made
-    made.client.close()
 
 
 def keys_of(batch_id):

@@ -34,7 +34,15 @@ def test_what_a_running_batch_needs():
     assert move(**running(unit=5, published=10_000, answered=5)) is None
     assert move(**running(unit=5, done=10_000)).fields["phase"] == "assembling"
     assert move(**running(ending="cancelled")) == Change({"phase": "closing"})
-    assert move(1_000_000, **running()).fields["ending"] == "expired"
+
+
+def test_a_batch_expires_where_it_still_has_to_be_run():
+    for phase in ("reading", "planning", "running"):
+        assert not state(phase=phase).is_expired(999_999)
+        assert state(phase=phase).is_expired(1_000_000)
+        assert not state(phase=phase, ending="cancelled").is_expired(1_000_000)
+    for phase in ("closing", "assembling", "over"):
+        assert not state(phase=phase).is_expired(1_000_000)
 
 
 def test_long_lines_narrow_the_window():
@@ -50,6 +58,8 @@ def test_lines_that_nobody_has_are_published_again():
     assert move(STALL_MS + 6, idle=True, **fields).fields["again"] == 0
     assert move(**(fields | {"again": 1})) == Step("publish", 1)
     assert move(**(fields | {"again": -1})) is None
+    set_back = fields | {"last_ms": 10 * STALL_MS}
+    assert move(5, idle=True, **set_back).fields["again"] == 0
 
 
 def test_statuses_are_openais():

@@ -2,118 +2,26 @@
 
 from __future__ import annotations
 
-import io
 import json
 import os
-import secrets
 import time
 
 import pytest
 
 from openlora.errors import Overloaded
-from openlora.joblog import JobLog, redis_client
-from openlora.protocol.bulk import BulkAnswer, BulkAnswers, decode_bulk_message
+from openlora.joblog import JobLog
 from openlora.protocol.status import AdapterRecord, PartitionStatus
-from openlora.registry import AdapterRegistry
-from producer.bulk.adapters_known import KnownAdapters
 from producer.bulk.app import do_step
-from producer.bulk.files import FileStore
 from producer.bulk.keys import contents_key
-from producer.bulk.records import BatchRecord, Step, StepKind
-from producer.bulk.results import answered, write_segment
-from producer.bulk.state import BatchStates, Mark, now_ms
-from producer.bulk.steps import Tools
+from producer.bulk.records import Step, StepKind
+from producer.bulk.state import now_ms
+from producer.bulk.steps import run_step
 from producer.bulk.steward import Steward
 from producer.bulk.workers_seen import heartbeats, nothing_pending
 from tests.joblog.test_log import a_heartbeat
+from tests.producer.bulk.stepwise import lines
 
 pytestmark = pytest.mark.services
-
-
-class Sender:
-    """Keeps what is sent, or refuses it."""
-
-    def __init__(self) -> None:
-        self.bundles = []
-        self.is_away = False
-
-    def send(self, bundles):
-        if self.is_away:
-            raise Overloaded("no broker")
-        self.bundles += [(key, decode_bulk_message(value)) for key, value in bundles]
-
-
-class Producer:
-    """The steward's queue is a list; ``run`` does all steps until there is none."""
-
-    def __init__(self, redis_url, folder) -> None:
-        self.client = redis_client(redis_url)
-        self.states = BatchStates(self.client)
-        self.store = FileStore(folder, self.client)
-        self.sender = Sender()
-        self.registry = AdapterRegistry(self.client)
-        adapters = KnownAdapters(self.client)
-        self.tools = Tools(self.states, self.store, adapters, self.sender, self.client)
-        self.queue = []
-        self.steward = Steward(self.states, self.client, lambda *entry: self.queue.append(entry))
-        self.fails = []
-
-    def submit(self, data, **fields):
-        file = self.store.put(io.BytesIO(data), "t", "in.jsonl", "batch")
-        path = self.store.path(file)
-        record = BatchRecord(
-            "batch_" + secrets.token_hex(4),
-            "t",
-            file.id,
-            file.sha256,
-            file.size,
-            path.stat().st_mtime_ns,
-            now_ms(),
-            now_ms() + 1_000_000,
-            **fields,
-        )
-        assert self.states.create(record, 100)
-        self.steward.advance(record.id)
-        return record.id
-
-    def run(self, times=1):
-        while self.queue:
-            batch_id, step = self.queue.pop(0)
-            for _ in range(times):
-                do_step(self.tools, self.steward, batch_id, step)
-
-    def answer(self, batch_id, bundles, partition=0):
-        """What collector and worker do for these bundles."""
-        for _, message in bundles:
-            answers = tuple(
-                BulkAnswer(line.line, line.custom_id, f"to {line.prompt}", "stop", 2, 3)
-                for line in message.lines
-            )
-            bundle = BulkAnswers(batch_id, message.input_hash, message.group, answers)
-            results = answered(bundle, 1)
-            name = f"answers-{partition}-{message.lines[0].line}"
-            write_segment(self.store.folder(batch_id).segments, name, results)
-            marks = [Mark(answer.line, 2, 3) for answer in answers]
-            self.states.mark(batch_id, marks, source="worker", adapter="a")
-
-    def results(self, batch_id):
-        return [json.loads(line) for line in b"".join(self.store.results(batch_id)).splitlines()]
-
-
-@pytest.fixture
-def producer(redis_url, tmp_path):
-    made = Producer(redis_url, tmp_path)
-    for name in ("a", "b"):
-        made.registry.put(AdapterRecord(name, 0, name * 64, 8, (), "", 1, "", 1))
-    yield made
-    made.client.close()
-
-
-def lines(count, **fields):
-    return b"".join(
-        json.dumps({"prompt": f"p{n}", "adapter": "ab"[n % 2], **fields}).encode() + b"\n"
-        for n in range(count)
-    )
 
 
 @pytest.mark.parametrize("times", [1, 2])
@@ -236,6 +144,35 @@ def test_a_step_that_was_lost_is_queued_again(producer):
     assert producer.queue == [(batch_id, Step("read", 0))]
     reborn.advance(batch_id)
     assert len(producer.queue) == 1
+
+
+def test_results_outlive_a_step_that_comes_late(producer):
+    """One that was held up where it began, while another did it and all that came after it."""
+    batch_id = producer.submit(lines(4))
+    producer.run()
+    producer.answer(batch_id, producer.sender.bundles)
+    producer.steward.advance(batch_id)
+    [(_, step)] = producer.queue
+    assert step == Step("assemble", 0)
+    state = producer.states.get(batch_id)
+    producer.run()
+    results = producer.results(batch_id)
+    assert len(results) == 4
+    with pytest.raises(FileNotFoundError):
+        run_step(producer.tools, state, step)
+    assert producer.results(batch_id) == results
+    assert sorted(path.name for path in producer.store.folder(batch_id).path.iterdir()) == [
+        "results"
+    ]
+
+
+@pytest.mark.parametrize("jump_s", [-3600, 3600])
+def test_a_lost_step_is_found_whatever_the_clock_does(producer, monkeypatch, jump_s):
+    batch_id = producer.submit(lines(3))
+    producer.queue.clear()
+    monkeypatch.setattr("producer.bulk.steward.now_ms", lambda: now_ms() + jump_s * 1000)
+    producer.steward.advance(batch_id)
+    assert producer.queue == [(batch_id, Step("read", 0))]
 
 
 def test_only_what_is_missing_is_published_again(producer):
