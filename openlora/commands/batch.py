@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
@@ -123,11 +124,13 @@ def _results(client: HttpClient, args: argparse.Namespace) -> int:
             file.flush()
         unfinished.replace(path)
     except OSError as error:
-        unfinished.unlink(missing_ok=True)
         raise InvalidRequest(
             f"{path} cannot be written beyond line {lines}: {error.strerror}; the results stay "
             "where they are, so make room and ask again"
         ) from error
+    finally:
+        with suppress(OSError):
+            unfinished.unlink()
     print(f"{lines} lines in {path}")
     return 0
 

@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO
 
-from openlora.errors import InvalidRequest
+from openlora.errors import InvalidRequest, OpenLoRAError
 
 MAX_ROW_CHARS = 900_000
 """Of a CSV's line: a longer one is cut right behind, and refused with its number as too long."""
@@ -98,9 +98,16 @@ def _opened(source: str) -> Iterator[BinaryIO]:
             opened = Path(source).expanduser().open("rb")
         with opened as file:
             yield file
+    except OpenLoRAError:
+        raise
     except (OSError, ValueError, ImportError) as error:
         # fsspec: ValueError for an unknown protocol, ImportError for one whose package is missing
         raise InvalidRequest(f"{source} cannot be read: {error}") from error
+    except Exception as error:
+        if "://" not in source:
+            raise
+        # Storage packages have errors of their own: no credentials, no such bucket, no network.
+        raise InvalidRequest(f"{source} cannot be read: {type(error).__name__}: {error}") from error
 
 
 def _blocks(file: BinaryIO) -> Iterator[bytes]:

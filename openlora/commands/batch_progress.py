@@ -13,7 +13,11 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from openlora.errors import Overloaded, SetupError
+
 POLL_S = 0.5
+PATIENCE_S = 60.0
+"""A gateway that answers no more is waited for: it may be started anew."""
 SHOWN_ADAPTERS = 8
 _RATE_WINDOW = 20  # polls, about 10 s
 
@@ -48,13 +52,17 @@ def watch(get: Callable[[str], Any], batch_id: str) -> dict[str, Any]:
     """Show the batch until it is over; → it. ``get``: JSON of a path of the running system.
 
     On a terminal the picture is renewed in place; elsewhere each new status is a line.
+
+    Raises:
+        SetupError: nothing answers, or nothing for ``PATIENCE_S`` any more.
     """
     console = Console(stderr=True, highlight=False)
     rates = Rates()
     last_status = ""
+    batch: dict[str, Any] = get(f"/v1/batches/{batch_id}")
+    get = _patient(get)
     with Live(console=console, auto_refresh=False, transient=False) as live:
         while True:
-            batch: dict[str, Any] = get(f"/v1/batches/{batch_id}")
             progress = batch["progress"]
             rates.add(time.monotonic(), progress["lines_done"], progress["completion_tokens"])
             is_over = batch["status"] in OVER
@@ -67,6 +75,23 @@ def watch(get: Callable[[str], Any], batch_id: str) -> dict[str, Any]:
             if is_over:
                 return batch
             time.sleep(POLL_S)
+            batch = get(f"/v1/batches/{batch_id}")
+
+
+def _patient(get: Callable[[str], Any]) -> Callable[[str], Any]:
+    """``get``, asked again for ``PATIENCE_S`` where nothing answers, or Redis does not."""
+
+    def ask(path: str) -> Any:
+        deadline = time.monotonic() + PATIENCE_S
+        while True:
+            try:
+                return get(path)
+            except (SetupError, Overloaded):
+                if time.monotonic() > deadline:
+                    raise
+            time.sleep(POLL_S)
+
+    return ask
 
 
 def summary(batch: Mapping[str, Any]) -> str:

@@ -14,7 +14,7 @@ from celery import Celery
 
 from openlora.errors import OpenLoRAError, Overloaded
 from producer.bulk.records import BatchState, LineError, Step, StepKind
-from producer.bulk.steps import InputLost, Tools, run_step
+from producer.bulk.steps import InputUnusable, Tools, run_step
 from producer.bulk.steward import Steward
 
 QUEUE = "openlora.batches"
@@ -91,7 +91,7 @@ def do_step(tools: Tools, steward: Steward, batch_id: str, step: Step) -> str:
         return "done before"
     try:
         fields = run_step(tools, state, step)
-    except InputLost as error:
+    except InputUnusable as error:
         _fail(tools, state, step, error)
     except FileNotFoundError:
         newest = tools.states.get(batch_id)
@@ -104,7 +104,7 @@ def do_step(tools: Tools, steward: Steward, batch_id: str, step: Step) -> str:
     return "done"
 
 
-def _fail(tools: Tools, state: BatchState, step: Step, error: InputLost) -> None:
+def _fail(tools: Tools, state: BatchState, step: Step, error: InputUnusable) -> None:
     logger.error("event=batch_failed batch=%s reason=%r", state.id, error.message)
     tools.states.add_error(state.id, [LineError(error.code, error.message)])
     tools.states.stop_workers(state.id)

@@ -9,6 +9,8 @@ from io import BufferedIOBase
 MAX_LINE_BYTES = 900_000
 """A line travels in one message, and brokers take 1 MiB by default."""
 _SKIP_BYTES = 1 << 20
+_MARK = b"\xef\xbb\xbf"
+"""With which some editors begin a file in UTF-8."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,21 +48,21 @@ def read_piece(
 ) -> Piece:
     """Lines from byte ``offset`` (the start of line ``line``) on, up to either limit.
 
-    The piece ends with the line that reaches a limit. A line over ``MAX_LINE_BYTES`` is passed
-    over without being held. A last line without a line end counts: if it was cut off, it will not
-    parse.
+    The piece ends with the line that reaches a limit, blank or not. A line over
+    ``MAX_LINE_BYTES`` is passed over without being held. A last line without a line end counts: if
+    it was cut off, it will not parse.
     """
     file.seek(offset)
     lines: list[RawLine] = []
-    held = 0
     end = offset
     for raw, size in _lines(file):
         end += size
+        if raw is not None and not offset and not lines:
+            raw = raw.removeprefix(_MARK)
         if raw is None or raw.strip():
             lines.append(RawLine(line, raw, size))
-            held += 0 if raw is None else size
         line += 1
-        if len(lines) >= max_lines or held >= max_bytes:
+        if len(lines) >= max_lines or end - offset >= max_bytes:
             break
     return Piece(tuple(lines), end, line, at_end=not file.read(1))
 

@@ -13,11 +13,13 @@ from producer.bulk.plan import plan_units, repeated_ids, write_plan
 from producer.bulk.reader import Piece, read_piece
 from producer.bulk.records import BatchState, LineError
 from producer.bulk.state import now_ms
-from producer.bulk.steps import Fields, InputLost, Refusal, Tools, unfinished
+from producer.bulk.steps import Fields, InputUnusable, Refusal, Tools, unfinished
 from producer.bulk.workers_seen import heartbeats
 
 CHUNK_LINES = 8192
 CHUNK_BYTES = 8 << 20
+MAX_LINES = 50_000_000
+"""Of an input, blank ones included: Redis has a bit for each number up to the last line's."""
 
 
 def read(tools: Tools, state: BatchState, number: int) -> Fields:
@@ -124,12 +126,14 @@ def _piece(tools: Tools, state: BatchState) -> Piece:
             )
         found = path.stat()
     except FileNotFoundError as error:
-        raise InputLost(f"the input is gone at line {state.line}; submit it again") from error
+        raise InputUnusable(f"the input is gone at line {state.line}; submit it again") from error
     if (found.st_size, found.st_mtime_ns) != (record.input_size, record.input_mtime_ns):
-        raise InputLost(
+        raise InputUnusable(
             f"the input was changed while it was read, at line {state.line} "
             f"({record.input_size} bytes before, {found.st_size} now); submit it again"
         )
+    if piece.line > MAX_LINES + 1:
+        raise InputUnusable(f"the input has more than {MAX_LINES} lines; split it")
     return piece
 
 

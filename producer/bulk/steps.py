@@ -27,8 +27,8 @@ Fields = Mapping[str, object]
 Work = Callable[["Tools", BatchState, int], Fields]
 
 
-class InputLost(InvalidRequest):
-    """The input is not what it was when the batch was made: the batch fails."""
+class InputUnusable(InvalidRequest):
+    """The input is not what it was when the batch was made, or too much: the batch fails."""
 
 
 class BatchCancelled(OpenLoRAError):
@@ -102,7 +102,7 @@ def run_step(tools: Tools, state: BatchState, step: Step) -> Fields:
     """Do ``step`` of the batch; returns what changes in its state.
 
     Raises:
-        InputLost: the batch cannot go on. Overloaded, OSError: not now; try again.
+        InputUnusable: the batch cannot go on. Overloaded, OSError: not now; try again.
     """
     from producer.bulk.publishing import publish
     from producer.bulk.reading import plan, read

@@ -46,7 +46,8 @@ def assemble(tools: Tools, state: BatchState, number: int) -> Fields:
     failed = state.results_failed
     while number * RANGE_LINES < state.line:
         results = reader.range(number) if reader else []
-        write_durably(folder.result(number), results)
+        if results:
+            write_durably(folder.result(number), results)
         bad = [len(result) for result in results if is_failed(result)]
         failed += len(bad)
         errors += sum(bad)

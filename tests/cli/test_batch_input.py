@@ -1,6 +1,7 @@
 """What is sent for an input: JSON lines as they are, tables as lines, nothing held."""
 
 import hashlib
+import io
 import json
 import os
 
@@ -43,6 +44,33 @@ def test_a_url_is_opened_by_fsspec():
     assert sent("memory://dir/in.jsonl") == b'{"prompt":"a"}\n'
     with pytest.raises(InvalidRequest, match="cannot be read"):
         sent("nonsense://x/in.jsonl")
+
+
+class Refused(Exception):
+    """An error of a storage package's own kind."""
+
+
+class Bucket(fsspec.AbstractFileSystem):
+    """Storage that refuses where the path says."""
+
+    protocol = "bucket"
+
+    def _open(self, path, mode="rb", **options):
+        if path.startswith("open"):
+            raise Refused("no credentials")
+        return Broken()
+
+
+class Broken(io.BytesIO):
+    def read(self, size=-1):
+        raise Refused("no network")
+
+
+@pytest.mark.parametrize(("at", "reason"), [("open", "no credentials"), ("read", "no network")])
+def test_what_a_storage_package_says_is_told(at, reason):
+    fsspec.register_implementation("bucket", Bucket, clobber=True)
+    with pytest.raises(InvalidRequest, match=f"cannot be read: Refused: {reason}"):
+        sent(f"bucket://{at}/in.jsonl")
 
 
 def test_a_table_is_read_by_column(tmp_path):

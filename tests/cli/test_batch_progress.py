@@ -2,9 +2,12 @@
 
 import io
 
+import pytest
 from rich.console import Console
 
-from openlora.commands.batch_progress import Rates, picture, summary
+from openlora.commands import batch_progress
+from openlora.commands.batch_progress import Rates, picture, summary, watch
+from openlora.errors import SetupError
 
 
 def batch(status="in_progress", **progress):
@@ -53,3 +56,28 @@ def test_what_holds_a_batch_up_is_shown():
     assert "waiting: the disk is full" in shown(stuck, {}, Rates())
     assert summary(stuck).startswith("in_progress  400/1000 lines  10 failed  8000 tokens")
     assert "waiting: the disk is full" in summary(stuck)
+
+
+class Gateway:
+    """Answers with what it is told to, or is away."""
+
+    def __init__(self, *answers):
+        self.answers = list(answers)
+
+    def get(self, path):
+        assert path == "/v1/batches/batch_1"
+        answer = self.answers.pop(0)
+        if answer is None:
+            raise SetupError("no OpenLoRA answers")
+        return answer
+
+
+def test_a_gateway_that_is_started_anew_is_waited_for(monkeypatch):
+    monkeypatch.setattr(batch_progress, "POLL_S", 0.0)
+    gateway = Gateway(batch(), batch(), None, None, batch(), batch("completed"))
+    assert watch(gateway.get, "batch_1")["status"] == "completed"
+    with pytest.raises(SetupError):
+        watch(Gateway(None, batch("completed")).get, "batch_1")
+    monkeypatch.setattr(batch_progress, "PATIENCE_S", 0.0)
+    with pytest.raises(SetupError):
+        watch(Gateway(batch(), *[None] * 1000).get, "batch_1")

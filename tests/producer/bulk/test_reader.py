@@ -19,7 +19,8 @@ def read_all(file, max_lines=100, max_bytes=1 << 20):
 
 @given(
     texts=st.lists(
-        st.text(st.characters(codec="utf-8", exclude_characters="\n\r"), max_size=20), max_size=30
+        st.text(st.characters(codec="utf-8", exclude_characters="\n\r\ufeff"), max_size=20),
+        max_size=30,
     ),
     ends=st.booleans(),
     max_lines=st.integers(1, 5),
@@ -38,6 +39,18 @@ def test_a_cut_off_last_line_counts():
     lines, next_number, _ = read_all(io.BytesIO(b'{"a":1}\r\n\r\n{"a"'))
     assert [(line.number, line.data) for line in lines] == [(1, b'{"a":1}'), (3, b'{"a"')]
     assert next_number == 4
+
+
+def test_the_mark_with_which_editors_begin_a_file_is_no_part_of_its_first_line():
+    mark = "\ufeff".encode()
+    lines, _, _ = read_all(io.BytesIO(mark + b'{"a":1}\n' + mark + b"{}\n"), max_lines=1)
+    assert [line.data for line in lines] == [b'{"a":1}', mark + b"{}"]
+    assert read_all(io.BytesIO(mark + b"\n{}"))[0] == [RawLine(2, b"{}", 2)]
+
+
+def test_a_piece_has_its_end_where_nothing_but_blank_lines_come():
+    piece = read_piece(io.BytesIO(b"\n" * 1000), 0, 1, max_lines=100, max_bytes=300)
+    assert (piece.lines, piece.offset, piece.line, piece.at_end) == ((), 300, 301, False)
 
 
 class Endless(io.BytesIO):

@@ -75,6 +75,19 @@ def test_an_input_that_changed_fails_the_batch_and_says_where(producer, monkeypa
     assert "gone" in producer.states.errors(gone)[0].message
 
 
+def test_an_input_of_too_many_lines_fails_the_batch(producer, monkeypatch):
+    monkeypatch.setattr("producer.bulk.reading.CHUNK_LINES", 40)
+    monkeypatch.setattr("producer.bulk.reading.MAX_LINES", 50)
+    exact = producer.submit(lines(40) + b"\n" * 10)
+    producer.run()
+    assert producer.states.get(exact).phase == "running"
+    batch_id = producer.submit(lines(40) + b"\n" * 11)
+    producer.run()
+    assert producer.states.get(batch_id).status == "failed"
+    assert "more than 50 lines" in producer.states.errors(batch_id)[0].message
+    assert len(producer.results(batch_id)) == 40
+
+
 def test_a_full_disk_and_an_absent_broker_are_waited_out(producer):
     batch_id = producer.submit(lines(5))
     [entry] = producer.queue

@@ -88,6 +88,16 @@ def test_results_that_find_no_room_are_said_with_their_line(
     assert len(target.read_text().splitlines()) == 500
 
 
+def test_results_that_are_not_there_leave_no_file(bulk: BulkSystem, tmp_path: Path) -> None:
+    batch_id = bulk.submit(b'{"prompt": "hello", "max_tokens": 100000}\n')
+    target = tmp_path / "out.jsonl"
+    done = bulk.command("batch", "results", batch_id, "-o", str(target))
+    assert done.returncode == 1
+    assert "once it is over" in done.stderr
+    assert list(tmp_path.iterdir()) == []
+    assert bulk.command("batch", "cancel", batch_id).returncode == 0
+
+
 @contextmanager
 def small_disk(directory: Path, size: str) -> Iterator[None]:
     directory.mkdir(parents=True)
