@@ -26,9 +26,8 @@ from openlora.errors import (
 from openlora.joblog import redis_client
 from producer.bulk.files import FileStore
 from producer.bulk.openai_body import CHAT_URL, TEXT_URL
-from producer.bulk.records import BatchRecord, BatchState, LineError
+from producer.bulk.records import BatchRecord, BatchState, LineError, Part, result_file_id
 from producer.bulk.state import BatchStates, now_ms
-from producer.bulk.writing import result_file_id
 
 MAX_BODY_BYTES = 1 << 16
 MAX_METADATA = 16
@@ -170,6 +169,8 @@ class BatchesApi:
             raise InvalidRequest(
                 f"{state.id} is {state.status}; its results are there once it is over"
             )
+        if state.done and not self._store.folder(state.id).results():
+            raise FileNotFound(f"the result files of {state.id} were deleted")
         return StreamingResponse(self._store.results(state.id), media_type="application/jsonl")
 
     async def adapters(self, request: Request, tenant: str) -> Response:
@@ -226,7 +227,7 @@ def batch_fields(state: BatchState, errors: list[LineError]) -> dict[str, Any]:
     def ended(status: str) -> int | None:
         return seconds(state.over_ms) if state.status == status else None
 
-    def file_id(part: str, size: int) -> str | None:
+    def file_id(part: Part, size: int) -> str | None:
         return result_file_id(record.id, part) if state.phase == "over" and size else None
 
     return {

@@ -14,6 +14,7 @@ import hashlib
 import os
 import secrets
 import shutil
+import time
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -25,11 +26,13 @@ import redis
 from openlora.errors import FileNotFound, InvalidRequest, PayloadTooLarge
 from openlora.joblog.clients import redis_errors
 from openlora.protocol.codec import encode
+from producer.bulk.blocks import sync_folder, write_durably
 from producer.bulk.records import FileRecord
 from producer.bulk.state import now_ms
 
 MAX_FILE_BYTES = 16 << 30
 _COPY_BYTES = 1 << 20
+_UNFINISHED_S = 86_400
 _FAILED = b'"error":{'
 _ERROR_BYTES = 8192
 """An error comes last in its line, and its message is cut long before this."""
@@ -69,10 +72,28 @@ class BatchFolder:
                 (self.path / name).rename(going)
             shutil.rmtree(going, ignore_errors=True)
         self.plan.unlink(missing_ok=True)
+        for path in (self.path / "results").glob(".*"):  # not finished by one that was killed
+            path.unlink(missing_ok=True)
 
     def results(self) -> list[Path]:
         """All of them, in the order of the lines."""
         return sorted((self.path / "results").glob("[0-9]*"))
+
+    def remove_results(self, part: str) -> None:
+        """Take one part's lines out of the results, and with the last of them the folder.
+
+        Raises:
+            OSError: the disk is full.
+        """
+        for path in self.results():
+            lines = path.read_bytes().splitlines(keepends=True)
+            kept = [line for line in lines if not is_of(line, part)]
+            if not kept:
+                path.unlink(missing_ok=True)
+            elif len(kept) < len(lines):
+                write_durably(path, kept)
+        if not self.results():
+            shutil.rmtree(self.path, ignore_errors=True)
 
 
 class FileStore:
@@ -93,10 +114,12 @@ class FileStore:
         file_id = f"file-{secrets.token_hex(12)}"
         path = self.root / "files" / file_id
         path.parent.mkdir(parents=True, exist_ok=True)
+        _drop_unfinished(path.parent)
         temporary = path.with_name(f".{file_id}")
         try:
             digest, size = _copy(source, temporary)
             temporary.replace(path)
+            sync_folder(path.parent)
         finally:
             temporary.unlink(missing_ok=True)
         record = FileRecord(file_id, tenant, filename, purpose, size, now_ms(), digest)
@@ -127,13 +150,21 @@ class FileStore:
         return [msgspec.json.decode(value, type=FileRecord) for value in values if value]
 
     def remove(self, record: FileRecord) -> None:
-        """Forget a file and, for an input, its content; a batch that reads it then fails."""
+        """Take a file's content away, and forget it; a batch that reads it then fails.
+
+        Raises:
+            OSError: the disk is full (one of two result files is taken out of what holds both).
+            Overloaded: Redis does not answer.
+        """
+        # In this order: what is still known can be removed again.
+        if record.batch_id:
+            self.folder(record.batch_id).remove_results(record.part)
+        else:
+            self.path(record).unlink(missing_ok=True)
         with redis_errors(self._redis), self._redis.pipeline() as pipeline:
             pipeline.delete(_file_key(record.id))
             pipeline.zrem(_files_key(record.tenant), record.id)
             pipeline.execute()
-        if not record.batch_id:
-            self.path(record).unlink(missing_ok=True)
 
     def path(self, record: FileRecord) -> Path:
         """An input's content."""
@@ -146,7 +177,7 @@ class FileStore:
             return
         for part in self.folder(record.batch_id).results():
             lines = part.read_bytes().splitlines(keepends=True)
-            yield b"".join(line for line in lines if is_failed(line) == (record.part == "errors"))
+            yield b"".join(line for line in lines if is_of(line, record.part))
 
     def results(self, batch_id: str) -> Iterator[bytes]:
         """Answers and errors of a batch, in the order of its input."""
@@ -161,6 +192,11 @@ class FileStore:
 def is_failed(result: bytes) -> bool:
     """Whether a line of results is an error. Within a string the quotes would be escaped."""
     return result.rfind(_FAILED, max(0, len(result) - _ERROR_BYTES)) >= 0
+
+
+def is_of(result: bytes, part: str) -> bool:
+    """Whether a line of results belongs to the part."""
+    return is_failed(result) == (part == "errors")
 
 
 def _copy(source: BinaryIO, path: Path) -> tuple[str, int]:
@@ -178,6 +214,14 @@ def _copy(source: BinaryIO, path: Path) -> tuple[str, int]:
         target.flush()
         os.fsync(target.fileno())
     return digest.hexdigest(), size
+
+
+def _drop_unfinished(folder: Path) -> None:
+    """Copies that nobody has written to for a day: whoever made them was killed."""
+    for path in folder.glob(".file-*"):
+        with suppress(FileNotFoundError):
+            if time.time() - path.stat().st_mtime > _UNFINISHED_S:
+                path.unlink()
 
 
 def _read(path: Path) -> Iterator[bytes]:

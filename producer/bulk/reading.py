@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from array import array
+
 import msgspec
 
 from openlora.errors import InvalidRequest, OpenLoRAError, Overloaded, UnknownModel
@@ -139,14 +141,17 @@ def _piece(tools: Tools, state: BatchState) -> Piece:
 
 def _refuse_repeated(tools: Tools, state: BatchState) -> None:
     folder = tools.folder(state)
-    first_of = dict(repeated_ids([folder.ids(number) for number in range(state.chunks)]))
+    first_of = array("I")  # by line; there may be as many as lines
+    for line, first in repeated_ids([folder.ids(number) for number in range(state.chunks)]):
+        first_of = first_of or array("I", bytes(4 * state.line))
+        first_of[line] = first
     if not first_of:
         return
     for number in range(state.chunks):
         refusals = []
         for group, line, raw in chunk_records(folder.chunk(number)):
-            first = first_of.get(line)
-            if first is None:
+            first = first_of[line]
+            if not first:
                 continue
             custom_id = msgspec.json.decode(raw)["custom_id"]
             error = InvalidRequest(f"custom_id {custom_id[:64]!r} is that of line {first} already")

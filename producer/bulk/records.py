@@ -18,6 +18,8 @@ Phase = Literal["reading", "planning", "running", "closing", "assembling", "over
 Ending = Literal["cancelled", "expired", "failed"]
 StepKind = Literal["read", "plan", "publish", "close", "assemble", "finish"]
 
+Part = Literal["answers", "errors"]
+
 WINDOW_LINES = 16_384
 """Lines published and not answered: what a broker that keeps all in memory holds of a batch, what
 is run again when it dies, and how far workers can look ahead for lines of the same adapter."""
@@ -41,7 +43,12 @@ class FileRecord(msgspec.Struct, frozen=True, omit_defaults=True):
     created_ms: int
     sha256: str = ""
     batch_id: str = ""
-    part: Literal["", "answers", "errors"] = ""
+    part: Literal["", Part] = ""
+
+
+def result_file_id(batch_id: str, part: Part) -> str:
+    """The ID under which a part of a batch's results is a file."""
+    return f"file-{batch_id.removeprefix('batch_')}-{part}"
 
 
 class BatchRecord(msgspec.Struct, frozen=True, omit_defaults=True):

@@ -147,20 +147,24 @@ def write_segment(folder: Path, name: str, results: Iterable[Result]) -> None:
 
 
 class SegmentReader:
-    """The segments of a batch, their indexes read once.
+    """The segments of a batch; where ranges ``first`` to ``last - 1`` lie in them, read once.
+
+    There may be a segment for every few lines, so of all ranges it would be too much to hold.
 
     Raises (also ``range``):
         FileNotFoundError: the batch is over, and its segments are gone.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, first: int, last: int) -> None:
         names = sorted(name for name in os.listdir(folder) if not name.startswith("."))
         # The folder goes before what is in it: now it is known that the names are all of them.
         folder.stat()
         self._indexes: list[tuple[Path, dict[int, Block], int]] = []
         for path in (folder / name for name in names):
             index, base = read_index(path)
-            self._indexes.append((path, index.blocks, base))
+            blocks = {n: block for n, block in index.blocks.items() if first <= n < last}
+            if blocks:
+                self._indexes.append((path, blocks, base))
 
     def range(self, number: int) -> list[bytes]:
         """The results of range ``number`` with their line ends, one a line, in line order."""

@@ -17,6 +17,7 @@ import redis
 from openlora.joblog.clients import redis_errors
 from openlora.protocol.bulk import stop_key
 from openlora.protocol.codec import encode
+from producer.bulk import scripts
 from producer.bulk.keys import (
     OPEN_KEY,
     batch_key,
@@ -37,52 +38,6 @@ _CONTENTS_TTL_S = 8 * 86_400
 """A day longer than the longest window of a batch."""
 _MARKS_AT_ONCE = 2000
 _FORGET_AT_ONCE = 100
-
-_BEGIN = """
-local current = redis.call('HMGET', KEYS[1], 'step', 'step_ms')
-if (current[1] or '') ~= ARGV[1] or (current[2] or '0') ~= ARGV[2] then return 0 end
-redis.call('HSET', KEYS[1], 'step', ARGV[3], 'step_ms', ARGV[4])
-return 1
-"""
-_FINISH = """
-if (redis.call('HGET', KEYS[1], 'step') or '') ~= ARGV[1] then return 0 end
-redis.call('HSET', KEYS[1], 'step', '', 'problem', '', unpack(ARGV, 2))
-return 1
-"""
-_END = """
-local known = redis.call('HMGET', KEYS[1], 'phase', 'ending')
-if not known[1] then return 'missing' end
-if known[1] == 'closing' or known[1] == 'assembling' or known[1] == 'over' then return known[1] end
-if not known[2] or known[2] == '' then
-  redis.call('HSET', KEYS[1], 'ending', ARGV[1], 'ending_ms', ARGV[2], 'step', '')
-  redis.call('SET', KEYS[2], '1', 'EX', ARGV[3])
-end
-return 'ended'
-"""
-# ARGV: now, source, adapter, then line, prompt tokens, completion tokens, failed for each
-_MARK = """
-local phase = redis.call('HGET', KEYS[1], 'phase')
-if not phase or phase == 'over' then return -1 end
-local fresh, failed, prompt, completion = 0, 0, 0, 0
-for i = 4, #ARGV, 4 do
-  if redis.call('SETBIT', KEYS[2], ARGV[i], 1) == 0 then
-    fresh = fresh + 1
-    prompt = prompt + ARGV[i + 1]
-    completion = completion + ARGV[i + 2]
-    failed = failed + ARGV[i + 3]
-  end
-end
-if fresh > 0 then
-  redis.call('HINCRBY', KEYS[1], 'done', fresh)
-  redis.call('HINCRBY', KEYS[1], 'failed', failed)
-  redis.call('HINCRBY', KEYS[1], 'prompt_tokens', prompt)
-  redis.call('HINCRBY', KEYS[1], 'completion_tokens', completion)
-  redis.call('HSET', KEYS[1], 'last_ms', ARGV[1])
-  if ARGV[2] == 'worker' then redis.call('HINCRBY', KEYS[1], 'answered', fresh) end
-  redis.call('HINCRBY', KEYS[3], ARGV[3], fresh)
-end
-return fresh
-"""
 
 
 class Mark(msgspec.Struct, frozen=True):
@@ -108,27 +63,21 @@ class BatchStates:
     def __init__(self, client: redis.Redis, keep_over_s: int = KEEP_OVER_S) -> None:
         self._redis: Any = client
         self._keep_over_s = keep_over_s
-        self._begin = client.register_script(_BEGIN)
-        self._finish = client.register_script(_FINISH)
-        self._end = client.register_script(_END)
-        self._mark = client.register_script(_MARK)
+        self._create = client.register_script(scripts.CREATE)
+        self._begin = client.register_script(scripts.BEGIN)
+        self._finish = client.register_script(scripts.FINISH)
+        self._end = client.register_script(scripts.END)
+        self._mark = client.register_script(scripts.MARK)
 
     def create(self, record: BatchRecord, max_open: int) -> bool:
-        """Store a new batch; False where the tenant has ``max_open`` open ones already."""
+        """Store a new batch; False where the tenant has ``max_open`` open ones already. Stored
+        again, it is still one."""
+        tenant = record.tenant
+        keys = [batch_key(record.id), OPEN_KEY, tenant_open_key(tenant), tenant_key(tenant)]
         with redis_errors(self._redis):
-            tenant_open = tenant_open_key(record.tenant)
-            if self._redis.scard(tenant_open) >= max_open:
-                return False
-            with self._redis.pipeline() as pipeline:
-                pipeline.hset(
-                    batch_key(record.id),
-                    mapping=_fields({"record": encode(record), "phase": "reading"}),
-                )
-                pipeline.zadd(tenant_key(record.tenant), {record.id: record.created_ms})
-                pipeline.sadd(tenant_open, record.id)
-                pipeline.sadd(OPEN_KEY, record.id)
-                pipeline.execute()
-            return True
+            args: list[str | bytes | int]
+            args = [record.id, encode(record), record.created_ms, max_open]
+            return bool(self._create(keys=keys, args=args))
 
     def get(self, batch_id: str) -> BatchState | None:
         """The batch as it is now; None where there is none."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from typing import Literal
 
 import msgspec
 
@@ -11,12 +10,14 @@ from openlora.protocol.bulk import BulkGroup
 from producer.bulk.blocks import write_durably
 from producer.bulk.chunks import chunk_records
 from producer.bulk.files import is_failed
-from producer.bulk.records import RANGE_LINES, BatchState, FileRecord
+from producer.bulk.records import RANGE_LINES, BatchState, FileRecord, Part, result_file_id
 from producer.bulk.results import SegmentReader
 from producer.bulk.state import has_bit, now_ms
 from producer.bulk.steps import Fields, Refusal, Tools, unfinished
 
 ASSEMBLE_S = 2.0
+ASSEMBLE_RANGES = 32
+"""The results of one step come from these at most."""
 
 
 class _WithId(msgspec.Struct):
@@ -40,11 +41,12 @@ def close(tools: Tools, state: BatchState, number: int) -> Fields:
 def assemble(tools: Tools, state: BatchState, number: int) -> Fields:
     """Write the results of ranges ``number``, … in order, as many as there is time for."""
     folder = tools.folder(state)
-    reader = SegmentReader(folder.segments) if state.total else None
+    end = number + ASSEMBLE_RANGES
+    reader = SegmentReader(folder.segments, number, end) if state.total else None
     deadline = time.monotonic() + ASSEMBLE_S
     answers, errors, count = state.answers_bytes, state.errors_bytes, state.results_lines
     failed = state.results_failed
-    while number * RANGE_LINES < state.line:
+    while number < end and number * RANGE_LINES < state.line:
         results = reader.range(number) if reader else []
         if results:
             write_durably(folder.result(number), results)
@@ -72,7 +74,7 @@ def finish(tools: Tools, state: BatchState, _: int) -> Fields:
     between the look at a line and its closing.
     """
     record = state.record
-    parts: tuple[tuple[Literal["answers", "errors"], int], ...] = (
+    parts: tuple[tuple[Part, int], ...] = (
         ("answers", state.answers_bytes),
         ("errors", state.errors_bytes),
     )
@@ -97,8 +99,3 @@ def finish(tools: Tools, state: BatchState, _: int) -> Fields:
         "done": state.results_lines,
         "failed": state.results_failed,
     }
-
-
-def result_file_id(batch_id: str, part: str) -> str:
-    """The ID under which a part of a batch's results is a file."""
-    return f"file-{batch_id.removeprefix('batch_')}-{part}"

@@ -10,8 +10,8 @@ import pytest
 from openlora.errors import SetupError
 from producer.bulk.config import add_arguments, config_from
 from producer.bulk.keys import batch_key, errors_key, progress_key, tenant_key
+from producer.bulk.records import result_file_id
 from producer.bulk.state import KEEP_OVER_S, Mark
-from producer.bulk.writing import result_file_id
 from tests.producer.bulk.stepwise import lines
 
 pytestmark = pytest.mark.services

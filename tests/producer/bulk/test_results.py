@@ -85,15 +85,17 @@ def test_segments_give_each_line_once_in_order(tmp_path):
     write("answers-001", 3, 1, RANGE_LINES)
     write("answers-002", 1)
     write("refused-0", RANGE_LINES + 2)
+    write("refused-1", 2 * RANGE_LINES)
     write("answers-003")
-    reader = SegmentReader(tmp_path)
+    reader = SegmentReader(tmp_path, 0, 2)
     assert reader.range(0) == [b"answers-001 1\n", b"unfinished-0 2\n", b"answers-001 3\n"]
     assert [line.split()[1] for line in reader.range(1)] == [
         b"%d" % (RANGE_LINES + n) for n in range(3)
     ]
-    assert reader.range(2) == []
+    assert reader.range(2) == []  # not of those asked for
+    assert len(SegmentReader(tmp_path, 2, 3).range(2)) == 1
     with pytest.raises(FileNotFoundError):
-        SegmentReader(tmp_path / "none")
+        SegmentReader(tmp_path / "none", 0, 2)
 
 
 def test_equal_names_with_other_content_stand_beside_each_other(tmp_path):

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import os
 import time
+from concurrent.futures import ThreadPoolExecutor
 
+import msgspec
 import pytest
 
 from openlora.errors import Overloaded
@@ -188,6 +190,24 @@ def test_a_lost_step_is_found_whatever_the_clock_does(producer, monkeypatch, jum
     assert producer.queue == [(batch_id, Step("read", 0))]
 
 
+def test_repeated_custom_ids_are_found_across_pieces(producer, monkeypatch):
+    monkeypatch.setattr("producer.bulk.reading.CHUNK_LINES", 10)
+    names = ["x", *map(str, range(30)), "x", "y", "x", "7", "y"]
+    batch_id = producer.submit(
+        b"".join(b'{"prompt":"p","custom_id":"%b"}\n' % name.encode() for name in names)
+    )
+    producer.run()
+    sent = [line for _, message in producer.sender.bundles for line in message.lines]
+    assert len(sent) == 32
+    told = {error.line: error.message for error in producer.states.errors(batch_id)}
+    assert {line: int(words.split("line ")[1].split()[0]) for line, words in told.items()} == {
+        32: 1,
+        34: 1,
+        35: 9,
+        36: 33,
+    }
+
+
 def test_only_what_is_missing_is_published_again(producer):
     batch_id = producer.submit(lines(100))
     producer.run()
@@ -210,10 +230,18 @@ def test_a_step_nobody_waits_for_is_not_done(producer, kind: StepKind):
     assert do_step(producer.tools, producer.steward, "batch_x", Step(kind, 0)) == "done before"
 
 
-def test_limits_and_pages(producer):
+def test_no_more_batches_than_the_limit_are_made_at_once(producer):
+    record = producer.states.get(producer.submit(lines(1))).record
+    more = [msgspec.structs.replace(record, id=f"batch_{n}") for n in range(64)]
+    with ThreadPoolExecutor(16) as threads:
+        made = list(threads.map(lambda one: producer.states.create(one, 8), more))
+    assert sum(made) == 7
+    assert len(producer.states.open_ids()) == 8
+    assert producer.states.create(record, 8)  # its answer was lost, and it is asked again
+
+
+def test_pages(producer):
     ids = [producer.submit(lines(1)) for _ in range(5)]
-    record = producer.states.get(ids[0]).record
-    assert not producer.states.create(record, 5)
     page, more = producer.states.page("t", 2, None)
     assert more
     seen = [state.id for state in page]
