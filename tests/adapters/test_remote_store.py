@@ -26,10 +26,11 @@ from tests.adapters.peft_dirs import write_adapter
 WEIGHTS = "adapter_model.safetensors"
 
 
-@pytest.fixture(params=["file", "memory", "s3"])
+@pytest.fixture(params=["file", "memory", "s3", pytest.param("gs", marks=pytest.mark.long)])
 def store(request, tmp_path):
-    if request.param == "s3":
-        yield RemoteStore(request.getfixturevalue("bucket") + "/far", tmp_path / "cache")
+    if request.param in ("s3", "gs"):
+        bucket = request.getfixturevalue(f"{request.param}_bucket")
+        yield RemoteStore(f"{bucket}/far", tmp_path / "cache")
         return
     url = f"file://{tmp_path}/far" if request.param == "file" else "memory://far"
     yield RemoteStore(url, tmp_path / "cache")
