@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import NamedTuple
 
 import msgspec
 
@@ -19,6 +21,7 @@ from openlora.errors import (
 from openlora.joblog import Claim, JobLog
 from openlora.joblog.crashes import CrashLog, Suspicion
 from openlora.protocol.codec import decode_job
+from openlora.protocol.events import FinishReason
 from openlora.protocol.jobs import Job
 from openlora.protocol.names import JOB_ID_LENGTH, is_job_id
 from workers.adapter_tokenizers import AdapterTokenizers, ChosenTokenizer
@@ -26,10 +29,22 @@ from workers.backlog import Fetched
 from workers.dead_letters import DeadLetters, condemned
 from workers.engine_client import EngineClient
 from workers.messages import ModelFacts, Start, weights_of
+from workers.reading import Reader, is_long
 from workers.run import Run, failure_of, now_ms
 from workers.token_sink import TokenSink
 
 logger = logging.getLogger("workers.admission")
+
+
+class Begun(NamedTuple):
+    """A claimed job but for its prompt's token IDs.
+
+    ``reason``: why it is finished already; ``unreadable``: what is wrong with its adapters.
+    """
+
+    run: Run
+    reason: FinishReason | None
+    unreadable: AdapterFailed | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +54,7 @@ class Admission:
     Attributes:
         end_position: (position, job ID or None): the message needs nothing more from us.
         next_ticket: a number never used before.
+        reader: of long prompts.
     """
 
     worker_id: str
@@ -52,9 +68,11 @@ class Admission:
     crash_log: CrashLog
     end_position: Callable[[Fetched, str | None], None]
     next_ticket: Callable[[], int]
+    reader: Reader[Begun]
 
     def admit(self, batch: Sequence[Fetched], running: dict[str, Run]) -> list[Run]:
-        """New runs: to be started, or with their ``end`` set and not logged yet.
+        """New runs: to be started, or with their ``end`` set and not logged yet, or with neither:
+        those are told of by ``take_read`` later.
 
         ``running``: job ID → run; a message of a job that runs here only adds its position.
         """
@@ -138,20 +156,43 @@ class Admission:
         )
         run.restarted = restarted
         reason = run.resume(claim.chunks)
+        if reason is None and self.sink.is_cancelled(claim):
+            reason = "cancelled"
+        begun = Begun(run, reason, unreadable)
+        if (job.prompt is None) == (job.messages is None):
+            error = InvalidRequest("the job must have exactly one of prompt and messages")
+            run.fail(failure_of(error))
+        elif is_long(job):
+            self.reader.begin(begun, job.tenant, chosen.prompt, job)
+        else:
+            self._go_on(begun, lambda: chosen.prompt.encode(job))
+        return run
+
+    def take_read(self, is_open: Callable[[Run], bool]) -> list[Run]:
+        """Runs whose long prompt was read meanwhile: to be started, or with their ``end`` set.
+        ``is_open``: whether one is still ours and has not ended."""
+        runs = []
+        for begun, answer in self.reader.finished():
+            if is_open(begun.run):
+                self._go_on(begun, partial(_given, answer))
+                runs.append(begun.run)
+        return runs
+
+    def _go_on(self, begun: Begun, prompt: Callable[[], list[int]]) -> None:
+        """Everything but the prompt's token IDs is known."""
+        run = begun.run
         try:
-            prompt_token_ids = self._prompt(job, chosen)
+            prompt_token_ids = prompt()
+            self.facts.check_length(len(prompt_token_ids))
             run.prompt_tokens = len(prompt_token_ids)
-            if reason is not None:
-                run.finish(reason)
-            elif self.sink.is_cancelled(claim):
-                run.finish("cancelled")
-            elif unreadable is not None:
-                raise unreadable
+            if begun.reason is not None:
+                run.finish(begun.reason)
+            elif begun.unreadable is not None:
+                raise begun.unreadable
             else:
                 self._start(run, prompt_token_ids)
         except OpenLoRAError as error:
             run.fail(failure_of(error))
-        return run
 
     def _tokenizer(self, job: Job) -> tuple[ChosenTokenizer, AdapterFailed | None]:
         """The job's, and why its adapters' cannot be had: it may have ended all the same."""
@@ -159,13 +200,6 @@ class Admission:
             return self.tokenizers.of(map(self.adapters.path, (a.hash for a in job.adapters))), None
         except AdapterFailed as error:
             return self.tokenizers.of(()), error
-
-    def _prompt(self, job: Job, chosen: ChosenTokenizer) -> list[int]:
-        if (job.prompt is None) == (job.messages is None):
-            raise InvalidRequest("the job must have exactly one of prompt and messages")
-        token_ids = chosen.prompt.encode(job)
-        self.facts.check_length(len(token_ids))
-        return token_ids
 
     def _start(self, run: Run, prompt_token_ids: list[int]) -> None:
         job = run.job
@@ -183,6 +217,12 @@ class Admission:
             merge=job.merge,
             tenant=job.tenant,
         )
+
+
+def _given(answer: list[int] | Exception) -> list[int]:
+    if isinstance(answer, Exception):
+        raise answer
+    return answer
 
 
 def parse_job(value: bytes) -> Job:

@@ -23,6 +23,7 @@ from workers.dead_letters import DeadLetters
 from workers.engine_client import EngineClient
 from workers.loop import WorkerLoop
 from workers.messages import ModelFacts
+from workers.reading import Reader
 from workers.token_sink import TokenSink
 from workers.tokenizer import PromptTokenizer
 
@@ -47,19 +48,23 @@ class Parts:
         def end_position(fetched: Fetched, job_id: str | None) -> None:
             self.consumer.end(fetched.position, job_id)
 
-        self.bulk.prepare(tokenizer, facts)
+        # One for jobs and lines: what an adapter's tokenizer takes to read is spent once.
+        tokenizers = AdapterTokenizers(tokenizer)
+        wake = self.loop.wake
+        self.bulk.prepare(tokenizer, facts, tokenizers, Reader(facts.max_model_len, wake))
         return Admission(
             worker_id=self.config.worker_id,
             job_log=self.job_log,
             sink=self.sink,
             engine=self.engine,
             facts=facts,
-            tokenizers=AdapterTokenizers(tokenizer),
+            tokenizers=tokenizers,
             adapters=open_store(self.config.store, self.config.adapter_cache),
             dead_letters=self.dead_letters,
             crash_log=self.crash_log,
             end_position=end_position,
             next_ticket=self.loop.next_ticket,
+            reader=Reader(facts.max_model_len, wake),
         )
 
 

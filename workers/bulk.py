@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from openlora.errors import OpenLoRAError
+from openlora.joblog.crashes import Suspicion
 from openlora.protocol.bulk import BulkAnswer, BulkLine
 from openlora.protocol.events import Failure, FinishReason
 from workers.adapter_tokenizers import AdapterTokenizers
@@ -25,6 +26,7 @@ from workers.bulk_suspects import LineSuspects
 from workers.engine_client import EngineClient
 from workers.messages import ModelFacts, Output, StepOutputs
 from workers.offsets import Position
+from workers.reading import Reader, is_long
 from workers.tokenizer import PromptTokenizer
 
 ADMIT_AT_ONCE = 32
@@ -37,6 +39,8 @@ SPARE_SEATS = 8
 AHEAD_SHARE = 2
 """While none is, one line for so many seats waits at the engine: no seat is empty for a step."""
 UPKEEP_S = 1.0
+
+_Line = tuple[Bundle, BulkLine, Suspicion | None]
 
 
 class BulkLane:
@@ -78,12 +82,19 @@ class BulkLane:
         self._tokenizer: PromptTokenizer | None = None
         self._tokenizers: AdapterTokenizers | None = None
         self._facts: ModelFacts | None = None
+        self._reader: Reader[_Line] | None = None
         self.tokens_made = 0
 
-    def prepare(self, tokenizer: PromptTokenizer, facts: ModelFacts) -> None:
-        """Model and tokenizer are loaded; once, before the first turn."""
+    def prepare(
+        self,
+        tokenizer: PromptTokenizer,
+        facts: ModelFacts,
+        tokenizers: AdapterTokenizers,
+        reader: Reader[_Line],
+    ) -> None:
+        """Model and tokenizer are loaded; once, before the first turn. ``reader``: of long ones."""
         self._tokenizer, self._facts = tokenizer, facts
-        self._tokenizers = AdapterTokenizers(tokenizer)
+        self._tokenizers, self._reader = tokenizers, reader
         self._budget = min(self._budget, facts.max_num_seqs)
         self._spare, self._ahead = self._budget // SPARE_SEATS, self._budget // AHEAD_SHARE
 
@@ -169,6 +180,7 @@ class BulkLane:
 
     def refill(self, interactive: int) -> None:
         """Admit lines into the room that ``interactive`` runs leave, a few at a time."""
+        self._take_read()
         if interactive:
             self._interactive_until = time.monotonic() + ABOUT_S
         for _ in range(ADMIT_BESIDE_INTERACTIVE if interactive else ADMIT_AT_ONCE):
@@ -200,11 +212,30 @@ class BulkLane:
             return
         bundle = opened.bundle
         self._bundles.add(bundle)
-        self._waiting.extend((bundle, line) for line in opened.lines)
+        for line in opened.lines:
+            self._queue(bundle, line, None)
         for line, suspicion in opened.suspects:
-            self._suspects.add(bundle, line, suspicion)
+            self._queue(bundle, line, suspicion)
         for answer in opened.answers:
             self._add(bundle, answer)
+
+    def _queue(self, bundle: Bundle, line: BulkLine, suspicion: Suspicion | None) -> None:
+        """A line to be run once its prompt is known: a long one is read beside the loop."""
+        assert self._reader is not None
+        assert self._tokenizer is not None
+        if is_long(line) and line.line not in bundle.prompts:
+            self._reader.begin((bundle, line, suspicion), "", self._tokenizer, line)
+        elif suspicion is None:
+            self._waiting.append((bundle, line))
+        else:
+            self._suspects.add(bundle, line, suspicion)
+
+    def _take_read(self) -> None:
+        assert self._reader is not None
+        for (bundle, line, suspicion), answer in self._reader.finished():
+            if bundle in self._bundles:
+                bundle.prompts[line.line] = answer
+                self._queue(bundle, line, suspicion)
 
     def _try_suspect(self) -> None:
         """Start the next suspected line once the engine is empty."""

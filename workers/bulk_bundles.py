@@ -33,12 +33,16 @@ def is_bundle(fetched: Fetched) -> bool:
 
 @dataclass(slots=True, eq=False)
 class Bundle:
-    """A message of lines; it ends when every line has its answer, or is dropped."""
+    """A message of lines; it ends when every line has its answer, or is dropped.
+
+    ``prompts``: of its long lines those that were read, by line: token IDs, or why there are none.
+    """
 
     fetched: Fetched
     message: BulkMessage
     answers: list[BulkAnswer] = field(default_factory=list)
     letters: list[bytes] = field(default_factory=list)
+    prompts: dict[int, list[int] | Exception] = field(default_factory=dict)
     failure: OpenLoRAError | None = None  # of its adapters, and so of every line
 
     @property
@@ -101,7 +105,10 @@ def prompt_of(
     """
     if now_ms() >= bundle.message.deadline_ms:
         raise DeadlineExceeded("the batch expired before the line was run")
-    token_ids = tokenizer.encode(line)
+    given = bundle.prompts.get(line.line)
+    if isinstance(given, Exception):
+        raise given
+    token_ids = tokenizer.encode(line) if given is None else given
     facts.check_length(len(token_ids))
     if bundle.failure is not None:
         raise bundle.failure

@@ -73,10 +73,13 @@ class WorkerLoop:
             engine,
             next_ticket=self.next_ticket,
             rename=self._rename,
-            is_open=lambda run: run.end is None and self._by_job.get(run.job.job_id) is run,
+            is_open=self._is_open,
             step_aside=lambda: 0 if self._bulk is None else self._bulk.step_aside(),
             line_on_trial=lambda: self._bulk is not None and self._bulk.is_on_trial,
         )
+
+    def _is_open(self, run: Run) -> bool:
+        return run.end is None and self._by_job.get(run.job.job_id) is run
 
     def _rename(self, run: Run, ticket: int) -> None:
         del self._runs[run.ticket]
@@ -161,6 +164,7 @@ class WorkerLoop:
             self._emit(steps)
             if bulk is not None:
                 bulk.take(steps)
+        self._take_read()
         if self._inbox:
             self._admit()
         elif bulk is not None and not bulk.is_idle and not self._ward.has_suspects:
@@ -248,15 +252,24 @@ class WorkerLoop:
     def _admit(self) -> None:
         assert self._admission is not None
         batch = [self._inbox.popleft() for _ in range(min(ADMIT_AT_ONCE, len(self._inbox)))]
-        ended = []
-        for run in self._admission.admit(batch, self._by_job):
+        runs = self._admission.admit(batch, self._by_job)
+        for run in runs:
             self._runs[run.ticket] = run
             self._by_job[run.job.job_id] = run
-            if run.end is not None:
-                ended.append(run)
-                continue
-            self._ward.begin(run)
-            self._deadlines.add(run.job, self._by_job)
+            if run.end is None:
+                self._deadlines.add(run.job, self._by_job)
+        self._begin(runs)
+
+    def _take_read(self) -> None:
+        """Go on with runs whose long prompts were read meanwhile."""
+        if self._admission is not None:
+            self._begin(self._admission.take_read(self._is_open))
+
+    def _begin(self, runs: Sequence[Run]) -> None:
+        for run in runs:
+            if run.end is None and run.start is not None:
+                self._ward.begin(run)
+        ended = [run for run in runs if run.end is not None]
         if ended:
             self._append(ended)
 

@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
-from openlora.errors import InvalidRequest, SetupError
+from openlora.errors import InvalidRequest, OpenLoRAError, PromptTooLong, SetupError
 from openlora.protocol.jobs import Message
 
 if TYPE_CHECKING:
     import tokenizers
+
+HEAD_CHARS_PER_TOKEN = 8
+"""Twice as many as a token has in most texts: what this much of a prompt does not fill the context
+with is read whole."""
+CUT_TOKENS = 256
+"""So many more tokens a text may have where it is cut off in the middle of one."""
 
 
 class Prompted(Protocol):
@@ -65,16 +73,40 @@ class PromptTokenizer:
                 tokenizer cannot read the text, or nothing is left to prefill.
         """
         is_prompt = job.messages is None
-        text = job.prompt or "" if is_prompt else self._render(job)
-        try:
-            token_ids: list[int] = self.backend.encode(text, add_special_tokens=is_prompt).ids
-        except BaseException as error:
-            if not is_tokenizers_own(error):
-                raise
-            raise InvalidRequest(f"the tokenizer cannot read the text: {error}") from error
-        if not token_ids:
-            raise InvalidRequest("the prompt is empty; send at least one character")
+        with _own_errors():
+            token_ids: list[int] = self.backend.encode(
+                self._text(job), add_special_tokens=is_prompt
+            ).ids
+        return _some(token_ids)
+
+    def encode_aside(self, job: Prompted, max_tokens: int) -> list[int]:
+        """As ``encode``, for a thread beside others: they run on meanwhile.
+
+        Raises:
+            InvalidRequest: as ``encode``.
+            PromptTooLong: the beginning alone has more than ``max_tokens``; the rest is not read.
+        """
+        is_prompt = job.messages is None
+        text = self._text(job)
+        head = text[: HEAD_CHARS_PER_TOKEN * max_tokens]
+        with _own_errors():
+            if len(head) < len(text):
+                tokens = len(self._encode_released(head, is_prompt))
+                if tokens > max_tokens + CUT_TOKENS:
+                    raise PromptTooLong(
+                        f"the prompt has more than {max_tokens} tokens, which is what the model's "
+                        "context holds; shorten it"
+                    )
+            return _some(self._encode_released(text, is_prompt))
+
+    def _encode_released(self, text: str, is_prompt: bool) -> list[int]:
+        """A list of texts is read without the interpreter's lock, a text by itself is not."""
+        (encoded,) = self.backend.encode_batch([text], add_special_tokens=is_prompt)
+        token_ids: list[int] = encoded.ids
         return token_ids
+
+    def _text(self, job: Prompted) -> str:
+        return job.prompt or "" if job.messages is None else self._render(job)
 
     def _render(self, job: Prompted) -> str:
         from jinja2 import TemplateError
@@ -92,6 +124,24 @@ class PromptTokenizer:
         except (TemplateError, ValueError, TypeError) as error:
             raise InvalidRequest(f"the chat template refuses the messages: {error}") from error
         return cast(str, text)
+
+
+def _some(token_ids: list[int]) -> list[int]:
+    if not token_ids:
+        raise InvalidRequest("the prompt is empty; send at least one character")
+    return token_ids
+
+
+@contextmanager
+def _own_errors() -> Iterator[None]:
+    try:
+        yield
+    except OpenLoRAError:
+        raise
+    except BaseException as error:
+        if not is_tokenizers_own(error):
+            raise
+        raise InvalidRequest(f"the tokenizer cannot read the text: {error}") from error
 
 
 def _load(model: str) -> Any:

@@ -14,11 +14,13 @@ from openlora.protocol.bulk import (
 )
 from openlora.protocol.codec import encode
 from openlora.protocol.dead import decode_dead_letter
+from workers.adapter_tokenizers import AdapterTokenizers
 from workers.backlog import Fetched
 from workers.bulk import BulkLane
 from workers.bulk_opening import BundleOpener
 from workers.messages import ModelFacts, Output, StepOutputs
 from workers.offsets import Position
+from workers.reading import Reader
 
 FACTS = ModelFacts(1, "cpu", "f32", 200, 32_768, (0,), 0, 0, "none", max_num_seqs=16)
 SOON = 1 << 60
@@ -98,7 +100,8 @@ class Bench:
             next_ticket=itertools.count().__next__,
             others_inside=lambda: self.others_inside,
         )
-        self.lane.prepare(tokenizer, FACTS)
+        reader = Reader(FACTS.max_model_len, lambda: None)
+        self.lane.prepare(tokenizer, FACTS, AdapterTokenizers(tokenizer), reader)
 
     def deliver(self, value, offset=0):
         position = Position(("openlora.batch", 0), offset, 1)
