@@ -26,6 +26,8 @@ PERIOD_S = 2.0
 CALM_S = 10.0
 """How long nothing is cancelled after Redis was away: leases ran out, and so did the heartbeats of
 workers that run the jobs."""
+SLOW_S = 1.0
+"""A Redis that took longer to answer was away meanwhile, or as good as that."""
 _LEAD_MS = 10_000  # a gateway that died is replaced after this
 
 _logger = logging.getLogger(__name__)
@@ -77,7 +79,10 @@ class Sweeper:
         # An in-memory broker comes back without topics, and what was in them.
         losses = await self._topics.ensure()
         topics_lost, self._losses = losses != self._losses, losses
+        asked_at = time.monotonic()
         heartbeats = await self._log.heartbeats()
+        if time.monotonic() - asked_at > SLOW_S:
+            self.stay_calm()
         total = Decision()
         async for page in self._log.open_jobs(0 if topics_lost else lost_jobs.MIN_AGE_MS):
             decision = decide(page, heartbeats, self._lost, topics_lost)

@@ -24,6 +24,7 @@ from workers.messages import (
 SOCKET_BUFFER_BYTES = 1 << 17
 """About 20 steps of 200 tokens: what the engine may run ahead before it waits for the I/O."""
 STOP_TIMEOUT_S = 5.0
+GONE_TIMEOUT_S = 1.0
 PROGRESS_SILENCE_S = 1.0
 
 
@@ -132,7 +133,7 @@ class EngineClient:
             else:
                 self._sender.flush()
         except OSError as error:
-            raise EngineGone(self._process.wait()) from error
+            raise EngineGone(self._status()) from error
 
     @property
     def wants_write(self) -> bool:
@@ -148,11 +149,20 @@ class EngineClient:
         except ConnectionResetError:
             data = b""
         if not data:
-            raise EngineGone(self._process.wait())
+            raise EngineGone(self._status())
         bodies = self._splitter.feed(data)
         if self._early:
             bodies, self._early = self._early + bodies, []
         return [self._decode(body) for body in bodies]
+
+    def _status(self) -> int:
+        """How the process ended, whose socket is closed. One that does not come to its end (a
+        thread or the device holds it up) is ended here: its jobs must not wait for it."""
+        try:
+            return self._process.wait(GONE_TIMEOUT_S)
+        except subprocess.TimeoutExpired:
+            self.kill()
+            return 1  # its own doing, as what made it close the socket was
 
     def stop(self) -> None:
         """End the process: it leaves when its socket closes, or is killed after a while."""

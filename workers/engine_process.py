@@ -18,7 +18,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, Protocol, cast
+from typing import TYPE_CHECKING, NoReturn, Protocol, cast
 
 import msgspec
 
@@ -273,5 +273,14 @@ def main() -> int:
     return 0
 
 
+def run() -> NoReturn:
+    """``main``, and the end of this process with its status, whatever its threads are at: one that
+    loads an adapter would keep it alive, and its jobs waiting for nothing."""
+    status = main()
+    logging.shutdown()
+    sys.stderr.flush()
+    os._exit(status)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    run()

@@ -25,6 +25,8 @@ LAST_BACKOFF_S = 1.0
 ASK_INTERVAL_S = 0.5
 """How old a log's answer about a job, in which its lease was looked at, may become."""
 
+SLOW_S = 0.5
+"""An answer that took longer came from a Redis that was away meanwhile, or as good as that."""
 LENIENT_S = 3.0
 """How long nothing is cancelled after Redis was away: leases ran out that gateways now renew."""
 
@@ -105,14 +107,17 @@ class TokenSink:
         """``call`` until Redis answers it. Raises Stopped when the worker must stop now."""
         backoff_s = FIRST_BACKOFF_S
         while True:
+            began = time.monotonic()
             try:
                 answer = call()
             except Overloaded as error:
                 if backoff_s == FIRST_BACKOFF_S:
                     logger.warning("event=redis_away error=%r next=hold_and_retry", error.message)
             else:
-                if backoff_s > FIRST_BACKOFF_S:
-                    self._lenient_until = time.monotonic() + LENIENT_S
+                # The client waits and asks again by itself before it says that Redis is away.
+                now = time.monotonic()
+                if backoff_s > FIRST_BACKOFF_S or now - began > SLOW_S:
+                    self._lenient_until = now + LENIENT_S
                 return answer
             if self._stop_now.wait(backoff_s):
                 raise Stopped

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import signal
 
 import pytest
 
 from openlora.errors import SetupError
 from openlora.joblog import AsyncJobLog, JobLog, async_redis_client, redis_client
+from openlora.local import ServerProcess
 from openlora.protocol.events import Failure
 from openlora.protocol.names import JOBS_TOPIC, job_key
 from producer import lost_jobs
@@ -19,6 +22,10 @@ from producer.topics import TopicKeeper
 from tests.conftest import Broker
 from tests.joblog.jobs import a_chunk, a_job
 from tests.producer.test_lost_jobs import an_owner
+
+
+class NoPublisher:
+    """Where nothing is to be published."""
 
 
 class TopicsOf:
@@ -106,6 +113,43 @@ def test_jobs_that_nobody_wants_any_more_are_ended(
             asyncio.run(main())
         finally:
             publisher.close()
+
+
+@pytest.mark.services
+def test_what_ran_out_while_redis_stood_still_is_not_cancelled_at_once(
+    fresh_redis: ServerProcess, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It answers in the end, so that no sweep fails."""
+    monkeypatch.setattr(lost_jobs, "MIN_AGE_MS", 0)
+    pid = fresh_redis.pid
+    assert pid is not None
+
+    class Stopping:
+        async def ensure(self) -> int:
+            if not stopped:
+                stopped.append(True)
+                os.kill(pid, signal.SIGSTOP)
+                asyncio.get_running_loop().call_later(1.5, os.kill, pid, signal.SIGCONT)
+            return 0
+
+    stopped: list[bool] = []
+
+    async def main() -> None:
+        async with async_redis_client(fresh_redis.address) as client:
+            log = AsyncJobLog(client)
+            job = a_job()
+            await log.store(job, 1000)
+            with redis_client(fresh_redis.address) as blocking:
+                JobLog(blocking).claim([job.job_id], "alive, but its heartbeat ran out")
+            sweeper = Sweeper(log, NoPublisher(), Stopping(), "g1")
+            assert (await sweeper.sweep()).cancelled == [job.job_id]
+            assert (await log.read(job.job_id)).end is None
+            monkeypatch.setattr(sweeper_module, "CALM_S", 0.0)
+            sweeper.stay_calm()
+            await sweeper.sweep()
+            assert (await log.read(job.job_id)).end.finish_reason == "cancelled"
+
+    asyncio.run(main())
 
 
 @pytest.mark.services

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import select
 import signal
+import subprocess
 import time
 
 import pytest
@@ -88,6 +89,47 @@ def test_a_killed_engine_is_noticed_at_the_next_read_or_write(engine):
     with pytest.raises(EngineGone) as gone:
         outputs_until(engine, lambda seen: False)
     assert gone.value.status == -signal.SIGKILL
+
+
+FAILS_WHILE_A_THREAD_WORKS = """
+import sys, threading, time
+from workers import engine_process
+
+class Broken(engine_process.ScriptedEngine):
+    def step(self):
+        threading.Thread(target=time.sleep, args=(60,)).start()  # as one that loads an adapter
+        raise RuntimeError("broken")
+
+engine_process.build_engine = lambda setup, progress: Broken()
+engine_process.run()
+"""
+CLOSES_AND_STAYS = """
+import socket, sys, time
+from workers import engine_process
+
+engine_process.EngineServer.serve = lambda self: self._sock.shutdown(socket.SHUT_RDWR)
+engine_process.os._exit = lambda status: time.sleep(60)
+engine_process.run()
+"""
+
+
+@pytest.mark.parametrize("program", [FAILS_WHILE_A_THREAD_WORKS, CLOSES_AND_STAYS])
+def test_an_engine_that_is_broken_is_gone_at_once_whatever_holds_it_up(monkeypatch, program):
+    popen = subprocess.Popen
+
+    def start_program(argv, **settings):
+        return popen([argv[0], "-c", program, argv[-1]], **settings)
+
+    monkeypatch.setattr("workers.engine_client.subprocess.Popen", start_program)
+    engine = EngineClient(setup())
+    engine.wait_ready()
+    engine.start(start(1))
+    began = time.monotonic()
+    with pytest.raises(EngineGone) as gone:
+        outputs_until(engine, lambda seen: False)
+    assert time.monotonic() - began < 5
+    assert gone.value.status == 1
+    assert not is_alive(engine.pid)
 
 
 def test_stop_ends_the_process(engine):
