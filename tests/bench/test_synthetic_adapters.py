@@ -97,7 +97,7 @@ def test_an_adapter_of_a_large_model_takes_no_longer_than_a_copy(tmp_path):
         adapter_bytes(DUMMY_CONFIGS["8b"], 16, 2), rel=0.01
     )
     files = source._files(0)
-    started = time.perf_counter()
+    started = time.thread_time()
     num_bytes = sum(len(bytes(chunk)) for _, _, chunks in files for chunk in chunks)
-    # Over 1 GB/s on one core; a busy machine is given ten times as long.
-    assert num_bytes / (time.perf_counter() - started) > 1e8
+    # Over 1 GB/s on one core; a slow machine is given ten times as long.
+    assert num_bytes / (time.thread_time() - started) > 1e8

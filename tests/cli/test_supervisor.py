@@ -91,7 +91,14 @@ def test_a_dead_child_is_told_of_and_started_again(make_child, signals, capsys):
     signals.hold()
     first = psutil.Process(child._process.pid)
     after(0.2, first.kill)
-    after(3.0, interrupt)
+
+    def interrupt_once_it_runs_again():
+        deadline = time.monotonic() + 60
+        while time.monotonic() < deadline and child._process.pid == first.pid:
+            time.sleep(0.02)
+        interrupt()
+
+    after(0.2, interrupt_once_it_runs_again)
     supervisor.run()
     assert child.running
     assert child._process.pid != first.pid

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Iterable, Mapping
 from typing import Any, Self
 
@@ -66,12 +65,6 @@ class Client:
     def run(self, request_id: str, **fields: Any) -> list[Frame]:
         self.generate(request_id, **fields)
         return self.until_end(request_id)
-
-    def wait_for_end_of(self, job_id: str, *, silence_s: float) -> Frame:
-        """The last frame of a job that nobody watches for ``silence_s``."""
-        time.sleep(silence_s)  # a resume before that would keep the job alive
-        self.send(type="resume", request_id=job_id, job_id=job_id, after=-1)
-        return self.until_end(job_id)[-1]
 
 
 def token_ids(frames: Iterable[Frame]) -> list[int]:

@@ -10,11 +10,13 @@ DONE = "document.querySelectorAll('.answer[data-state=done]').length"
 
 
 def script(job: Job) -> list[str]:
-    """Says who speaks and the last thing said; "long" is answered at length."""
+    """Says who speaks and the last thing said; "long" is answered at length, "endless" for as long
+    as anybody listens."""
     who = "+".join(f"{ref.id}*{ref.weight:g}" for ref in job.adapters) or "base"
     last = (job.messages or ())[-1].content
     words = [f"{who}", " hears:"] + [f" {word}" for word in last.split()]
-    return words + [f" w{i}" for i in range(400)] if "long" in last else words
+    count = 100_000 if "endless" in last else 400 if "long" in last else 0
+    return words + [f" w{i}" for i in range(count)]
 
 
 def ask(page: Page, prompt: str) -> None:

@@ -12,6 +12,7 @@ from websockets.exceptions import ConnectionClosed, InvalidStatus
 from openlora.local import free_port
 from tests.integration.bad_client import Client, text_of, token_ids
 from tests.integration.up_system import UpSystem, write_adapters, write_model
+from tests.workers.running import wait_until
 
 pytestmark = [pytest.mark.services, pytest.mark.timeout(300)]
 
@@ -243,12 +244,24 @@ def test_a_cancel_ends_the_stream_whenever_it_comes(client):
     assert client.run("after", prompt="a", params=GREEDY)[-1]["type"] == "done"
 
 
+def running_of(system) -> int:
+    """Requests in the engine, by the worker's heartbeat."""
+    headers = {"Authorization": "Bearer one"}
+    (worker,) = httpx.get(f"{system.url}/v1/workers", headers=headers).json()
+    return worker["running"]
+
+
 def test_the_job_of_a_client_that_left_is_cancelled_with_its_usage(system, client):
     with Client(system.url, "one") as leaving:
         # More than the engine says within the grace.
         leaving.generate("r", prompt="a", params={**GREEDY, "max_tokens": 30_000})
-        job_id = leaving.receive()["job_id"]
-    end = client.wait_for_end_of(job_id, silence_s=4)
+        while (frame := leaving.receive())["type"] != "token":
+            pass
+        wait_until(lambda: running_of(system) == 1)
+    wait_until(lambda: running_of(system) == 0, 60)
+    job_id = frame["job_id"]
+    client.send(type="resume", request_id=job_id, job_id=job_id, after=-1)
+    end = client.until_end(job_id)[-1]
     assert end["finish_reason"] == "cancelled"
     assert 0 < end["usage"]["completion_tokens"] < 30_000
 

@@ -140,13 +140,12 @@ def test_two_voices_answer_side_by_side(page: Page) -> None:
 
 
 def test_stop_ends_the_work(page: Page, worker: ScriptedWorker) -> None:
-    ask(page, "a long story")
+    ask(page, "an endless story")
     page.wait("document.querySelector('.answer-text').textContent.includes('w5')")
     page.click("#stop")
     page.wait(f"{DONE} === 1")
     assert "Stopped" in page.js("document.querySelector('.answer-foot').textContent")
     assert page.js("document.querySelector('#send').checkVisibility()")
-    assert len(answers(page)[0]) < 1500
 
 
 def test_an_error_is_shown_with_its_reason(
@@ -162,7 +161,7 @@ def test_an_error_is_shown_with_its_reason(
         page.click("[data-use]")
         registry.remove("fleeting")
     # It learns of that within a second, and answers until then.
-    wait_until(lambda: "fleeting" not in httpx.get(f"{gateway.url}/v1/adapters").text, 5)
+    wait_until(lambda: "fleeting" not in httpx.get(f"{gateway.url}/v1/adapters").text)
     ask(page, "anyone there?")
     page.wait("document.querySelector('.answer[data-state=error]') !== null")
     shown = page.js("document.querySelector('.error').innerText")

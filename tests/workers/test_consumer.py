@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import time
+import threading
 from collections import deque
 
 import pytest
@@ -93,14 +93,18 @@ def test_a_quiet_worker_fetches_behind_a_hint(servers, publish, monkeypatch):
     jobs = Jobs(servers, Budgets(50, 50))
     publish(JOBS_TOPIC, b"before")
     wait_until(lambda: jobs.values() == [b"before"])
-    jobs.consumer.attention.hears_hints(True)
-    time.sleep(1.0)  # it rests by now
+    looking, rests = jobs.consumer.attention, threading.Event()
+    rest = looking.rest
+    monkeypatch.setattr(looking, "rest", lambda **flows: (rests.set(), rest(**flows)))
+    looking.hears_hints(True)
+    rests.clear()
+    assert rests.wait(20)  # for a minute
     publish(JOBS_TOPIC, b"0")
     publish(BATCH_TOPIC, b"b0", partition=1)
     assert jobs.values() == [b"before"]
-    jobs.consumer.attention.hint()
-    wait_until(lambda: jobs.values() == [b"before", b"0"], timeout_s=1.0)
-    wait_until(lambda: jobs.values(BATCH_TOPIC) == [b"b0"], timeout_s=1.0)
+    looking.hint()
+    wait_until(lambda: jobs.values() == [b"before", b"0"])
+    wait_until(lambda: jobs.values(BATCH_TOPIC) == [b"b0"])
     jobs.leave()
 
 
@@ -113,7 +117,8 @@ def test_a_member_serves_what_it_keeps_while_another_joins(servers, publish):
     wait_until(lambda: first.consumer._assignor.joining)
     # It keeps the lower half of what it has. A round of joining takes 3 s on the embedded broker.
     publish(JOBS_TOPIC, b"meanwhile")
-    wait_until(lambda: first.values() == [b"before", b"meanwhile"], timeout_s=1.5)
+    wait_until(lambda: first.values() == [b"before", b"meanwhile"])
+    assert first.consumer._assignor.joining
     second.leave()
     first.leave()
 

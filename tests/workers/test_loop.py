@@ -64,11 +64,12 @@ def test_the_offset_is_committed_behind_the_end_and_the_log_retired(shared_syste
 
 def test_a_long_job_holds_back_the_commit_of_those_behind_it(shared_system):
     system = shared_system
-    long, short = a_job(max_tokens=150), a_job(max_tokens=1)
+    long, short = a_job(max_tokens=100_000), a_job(max_tokens=1)
     first = system.submit(long, partition=2)
     second = system.submit(short, partition=2)
     system.end(short)
     assert system.committed(partition=2) <= first
+    system.cancel(long)
     system.end(long)
     wait_until(lambda: system.committed(partition=2) == second + 1)
 
@@ -122,7 +123,7 @@ def test_a_lease_that_nobody_renews_cancels_the_job(shared_system):
 
 def test_a_deadline_ends_a_running_job(shared_system):
     system = shared_system
-    job = a_job(max_tokens=100_000, deadline_ms=int(time.time() * 1000) + 600)
+    job = a_job(max_tokens=100_000, deadline_ms=int(time.time() * 1000) + 1500)
     end = system.run(job)
     assert end.failure.code == "deadline_exceeded"
     assert end.completion_tokens == len(system.tokens(job)) > 0
@@ -161,23 +162,25 @@ def test_a_log_that_redis_lost_is_opened_anew(shared_system):
 
 def test_a_log_that_vanishes_under_a_running_job_is_written_again(shared_system):
     system = shared_system
-    job = a_job(max_tokens=80)
+    job = a_job(max_tokens=100_000)
     system.submit(job)
     wait_until(lambda: len(system.tokens(job)) > 5)
     key = job_key(job.job_id)
     epoch = int(system.redis.hget(key, "epoch"))
     system.redis.delete(key, log_key(job.job_id, epoch))
-    assert system.end(job).completion_tokens == 80
+    wait_until(lambda: len(system.tokens(job)) > 20)
+    system.cancel(job)
+    count = system.end(job).completion_tokens
     chunks = system.chunks(job)
     assert {chunk.epoch for chunk in chunks} == {epoch}
     assert len(chunks[0].tokens) > 5
-    assert [token.token_id for token in system.tokens(job)] == expected_ids(job, 80)
+    assert [token.token_id for token in system.tokens(job)] == expected_ids(job, count)
 
 
 def test_a_run_whose_log_holds_another_text_goes_on_from_that(shared_system):
     """Redis lost the run's claim, and a worker that it had fenced appended meanwhile."""
     system = shared_system
-    job = a_job(max_tokens=80)
+    job = a_job(max_tokens=100_000)
     system.submit(job)
     wait_until(lambda: len(system.tokens(job)) > 5)
     key = job_key(job.job_id)
@@ -189,10 +192,12 @@ def test_a_run_whose_log_holds_another_text_goes_on_from_that(shared_system):
         chunk = Chunk(job.job_id, older, 0, (Token(1, " other"), Token(2, " text")))
         pipeline.rpush(log_key(job.job_id, older), encode(chunk))
         pipeline.execute()
-    assert system.end(job).completion_tokens == 80
+    wait_until(lambda: len(system.tokens(job)) > 20)
+    system.cancel(job)
+    count = system.end(job).completion_tokens
     tokens = [token.token_id for token in system.tokens(job)]
     assert tokens[:2] == [1, 2]
-    assert len(tokens) == 80
+    assert len(tokens) == count
     assert len({chunk.epoch for chunk in system.chunks(job)}) == 2
 
 

@@ -1,9 +1,8 @@
-"""Pins of the registry reach a running worker's engine within a second, and leave it."""
+"""Pins of the registry reach a running worker's engine soon, and leave it."""
 
 from __future__ import annotations
 
 import threading
-import time
 
 import pytest
 
@@ -15,7 +14,7 @@ from openlora.protocol.status import AdapterRecord
 from openlora.registry import AdapterRegistry
 from tests.gateway.peft_dirs import write_adapter
 from tests.workers.running import wait_until
-from workers.pins import PinWatch
+from workers.pins import AGAIN_S, PinWatch
 
 pytestmark = pytest.mark.services
 
@@ -29,10 +28,8 @@ def test_a_pinned_adapter_is_loaded_ahead(shared_system, tmp_path):
     registry.put(AdapterRecord("hot", 0, info.hash, 4, ("q_proj",), "tiny", 1, "/x", 0))
     assert info.hash not in system.heartbeat(worker).resident_adapters
     registry.pin("hot", pinned=True)
-    started = time.monotonic()
-    wait_until(lambda: info.hash in system.heartbeat(worker).resident_adapters, 5)
-    # A heartbeat may be a second old.
-    assert time.monotonic() - started < 2.5
+    # Much sooner than all pins are told once more.
+    wait_until(lambda: info.hash in system.heartbeat(worker).resident_adapters, AGAIN_S / 2)
     (tier,) = system.heartbeat(worker).tiers
     assert (tier.tier, info.hash in tier.contents) == ("device", True)
     registry.remove("hot")
@@ -44,7 +41,7 @@ def test_what_the_store_lacks_is_said_and_ends_nothing(shared_system):
     registry = AdapterRegistry(system.redis)
     registry.put(AdapterRecord("gone", 0, "b" * 64, 4, ("q_proj",), "tiny", 1, "/x", 0))
     registry.pin("gone", pinned=True)
-    wait_until(lambda: "event=pin_failed" in worker.log_text(), 5)
+    wait_until(lambda: "event=pin_failed" in worker.log_text())
     registry.remove("gone")
     assert worker.process.poll() is None
 
@@ -62,15 +59,15 @@ def test_pins_that_go_while_redis_is_away_are_let_go_of(shared_system, tmp_path)
     pins = PinWatch(client, store, engine, woken.set)
     pins.start()
     try:
-        wait_until(woken.is_set, 5)
+        wait_until(woken.is_set)
         pins.apply()
         assert engine.pinned == [(info.hash,)]
         client.is_away = True
-        wait_until(lambda: client.num_failed, 5)
+        wait_until(lambda: client.num_failed)
         registry.pin("brief", pinned=False)
         woken.clear()
         client.is_away = False
-        wait_until(woken.is_set, 5)
+        wait_until(woken.is_set)
         pins.apply()
         assert engine.pinned == [(info.hash,), ()]
         pins.apply()
@@ -92,7 +89,7 @@ def test_a_pinned_adapter_that_is_quarantined_is_loaded_by_no_engine(redis_url, 
         client.set(quarantine_key(contents[0]), "ends engines")
         pins = PinWatch(client, store, engine, woken.set)
         pins.start()
-        wait_until(woken.is_set, 5)
+        wait_until(woken.is_set)
         pins.apply()
         pins.stop()
         pins._thread.join(5)  # its client closes here

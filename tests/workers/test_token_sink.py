@@ -98,8 +98,9 @@ def test_a_lease_that_ran_out_is_heard_within_the_interval_at_which_runs_ask(ben
     assert bench.sink.append([run]) == []
     bench.redis.hset(job_key(run.job.job_id), "lease_until", 1)
     say(run, 1)
+    run.last_heard += 60  # however long the test is held up here
     assert bench.sink.append([run]) == []
-    run.last_heard -= ASK_INTERVAL_S
+    run.last_heard -= 60 + ASK_INTERVAL_S
     say(run, 1)
     assert bench.sink.append([run]) == [(run, Verdict.CANCEL)]
 
