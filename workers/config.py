@@ -33,6 +33,8 @@ ENVIRONMENT: dict[str, str] = {
     "flash-attn-2; `openlora doctor` shows what auto takes",
     "OPENLORA_ENGINE": "model (default); to measure without weights: dummy, the model with random "
     "ones, or scripted:RATE / clock:RATE, which compute nothing",
+    "OPENLORA_MAX_GRAPH_TOKENS": "on a GPU, steps with parts of prompts and at most so many tokens "
+    "run as CUDA graphs (default 0: none; those without prompts always do)",
     "OPENLORA_DETERMINISTIC": "1: a request's logits do not depend on what else runs, bit for bit "
     "(CUDA only, slower; default 0)",
     "OPENLORA_DRAIN_TIMEOUT_S": "seconds that running jobs get to end after SIGTERM (default 30)",
@@ -63,6 +65,7 @@ class WorkerConfig:
         engine: "model"; for benchmarks "dummy" (random weights, only the configuration is read), or
             "scripted:RATE" / "clock:RATE" (steps per second).
         deterministic: as ``EngineConfig.deterministic``.
+        max_graph_tokens: as ``EngineConfig.max_graph_tokens``.
         worker_id: names this worker in claims and heartbeats.
         interactive_budget, batch_budget: jobs of each kind held at once, waiting ones included.
         drain_timeout_s: what running jobs get to end when the worker stops; then they are left
@@ -80,6 +83,7 @@ class WorkerConfig:
     attention_backend: str = "auto"
     engine: str = "model"
     deterministic: bool = False
+    max_graph_tokens: int = 0
     worker_id: str = ""
     interactive_budget: int = 512
     batch_budget: int = 256
@@ -110,6 +114,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help=f"{ENVIRONMENT['OPENLORA_DETERMINISTIC']} [OPENLORA_DETERMINISTIC]",
     )
+    flag("--max-graph-tokens", "N", "OPENLORA_MAX_GRAPH_TOKENS")
     parser.add_argument(
         "--worker-id",
         default="",
@@ -155,21 +160,30 @@ def config_from(args: argparse.Namespace, environ: Mapping[str, str]) -> WorkerC
         engine=engine,
         deterministic=args.deterministic
         or _switch("OPENLORA_DETERMINISTIC", environ.get("OPENLORA_DETERMINISTIC")),
+        max_graph_tokens=_whole_number(
+            "max-graph-tokens",
+            args.max_graph_tokens or environ.get("OPENLORA_MAX_GRAPH_TOKENS"),
+            "tokens",
+            0,
+            0,
+        ),
         worker_id=args.worker_id or f"{socket.gethostname()}-{secrets.token_hex(4)}",
         interactive_budget=_at_least_one("interactive-budget", args.interactive_budget),
         batch_budget=_at_least_one("batch-budget", args.batch_budget),
         drain_timeout_s=_seconds(
             "drain-timeout-s", args.drain_timeout_s or environ.get("OPENLORA_DRAIN_TIMEOUT_S")
         ),
-        keep_ended_s=_whole_seconds(
+        keep_ended_s=_whole_number(
             "keep-ended-s",
             args.keep_ended_s or environ.get("OPENLORA_KEEP_ENDED_S"),
+            "seconds",
             LEAST_KEEP_S,
             RETIRED_TTL_S,
         ),
-        quarantine_s=_whole_seconds(
+        quarantine_s=_whole_number(
             "quarantine-s",
             args.quarantine_s or environ.get("OPENLORA_QUARANTINE_S"),
+            "seconds",
             1,
             QUARANTINE_TTL_S,
         ),
@@ -218,12 +232,12 @@ def _seconds(name: str, value: str | None) -> float:
     return seconds
 
 
-def _whole_seconds(name: str, value: str | None, least: int, default: int) -> int:
+def _whole_number(name: str, value: str | None, unit: str, least: int, default: int) -> int:
     if value is None:
         return default
     if not value.isascii() or not value.isdigit() or int(value) < least:
         raise SetupError(
-            f"{name} is {value!r}; it must be a whole number of seconds, {least} or more"
+            f"{name} is {value!r}; it must be a whole number of {unit}, {least} or more"
         )
     return int(value)
 

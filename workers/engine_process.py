@@ -90,6 +90,7 @@ def build_engine(
         adapter_disk_bytes=setup.adapter_disk_bytes,
         load_format="dummy" if kind == "dummy" else "auto",
         deterministic=setup.deterministic,
+        max_graph_tokens=setup.max_graph_tokens,
     )
     return Engine(config, progress=progress)
 

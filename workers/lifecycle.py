@@ -100,6 +100,7 @@ class Worker:
                 log_level=config.log_level.upper(),
                 attention_backend=config.attention_backend,
                 deterministic=config.deterministic,
+                max_graph_tokens=config.max_graph_tokens,
                 **_store_settings(config),
             )
         )

@@ -35,6 +35,7 @@ class EngineSetup(msgspec.Struct, frozen=True, array_like=True):
     adapter_disk_bytes: int = 1 << 30
     attention_backend: str = "auto"
     deterministic: bool = False
+    max_graph_tokens: int = 0
 
 
 class ModelFacts(msgspec.Struct, frozen=True, array_like=True, tag="facts"):

@@ -67,6 +67,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="logits that do not depend on the batch (CUDA): what that costs",
     )
+    parser.add_argument(
+        "--max-graph-tokens",
+        type=int,
+        default=0,
+        metavar="N",
+        help="steps with prefill of up to N tokens run as CUDA graphs; default 0: none",
+    )
     parser.add_argument("--requests", type=int, default=512, help="of the zipf case")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")

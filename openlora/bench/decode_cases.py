@@ -134,7 +134,9 @@ def zipf_case(args: argparse.Namespace, folder: Path) -> None:
 
 
 def _mode(args: argparse.Namespace) -> dict[str, object]:
-    return {"deterministic": True} if args.deterministic else {}
+    """What a row says of how the engine ran, where that is not the usual way."""
+    modes = {"deterministic": args.deterministic, "max_graph_tokens": args.max_graph_tokens}
+    return {name: value for name, value in modes.items() if value}
 
 
 def loads_case(args: argparse.Namespace, folder: Path) -> None:
@@ -209,5 +211,6 @@ def _engine(args: argparse.Namespace, max_num_seqs: int) -> Engine:
             enable_prefix_caching=False,
             attention_backend=args.attention_backend,
             deterministic=args.deterministic,
+            max_graph_tokens=args.max_graph_tokens,
         )
     )

@@ -42,6 +42,9 @@ class EngineConfig:
         merge_dir: directory that keeps merged adapters; None: a temporary one.
         max_num_seqs: most requests that run in one step.
         max_num_batched_tokens: most tokens of one step.
+        max_graph_tokens: on a GPU, steps with parts of prompts run as CUDA graphs where they have
+            at most so many tokens, and short contexts: a small one is then done sooner by the
+            time that its launches would take. 0: only steps without prompts are graphs.
         max_model_len: longest prompt and output together; None: the model's own limit.
         enable_prefix_caching: keep the KV of past prompts for requests that begin the same.
         load_format: "dummy" makes random weights of the right shape.
@@ -75,6 +78,7 @@ class EngineConfig:
     merge_dir: str | None = None
     max_num_seqs: int = 64
     max_num_batched_tokens: int = 2048
+    max_graph_tokens: int = 0
     max_model_len: int | None = None
     enable_prefix_caching: bool = True
     load_format: str = "auto"
@@ -97,6 +101,7 @@ class EngineConfig:
             )
         for name in ("block_size", "max_num_seqs", "max_num_batched_tokens"):
             _check_at_least(name, getattr(self, name), 1)
+        _check_at_least("max_graph_tokens", self.max_graph_tokens, 0)
         for name in ("kv_cache_bytes", "num_kv_blocks"):
             _check_at_least(name, getattr(self, name), 1)
         _check_at_least("adapter_cache_bytes", self.adapter_cache_bytes, 0)

@@ -46,6 +46,7 @@ def cuda_parts(
         lora=any(num_pages),
         block_size=kv_cache.block_size,
         max_num_seqs=config.max_num_seqs,
+        max_graph_tokens=config.max_graph_tokens,
         max_model_len=info.max_model_len,
         deterministic=config.deterministic,
     )
@@ -67,6 +68,7 @@ def cuda_parts(
             kv_cache,
             uploads,
             max_num_seqs=config.max_num_seqs,
+            max_graph_tokens=config.max_graph_tokens,
             max_model_len=info.max_model_len,
             attention=attention,
             deterministic=config.deterministic,

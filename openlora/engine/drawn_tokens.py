@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
@@ -95,34 +94,6 @@ class DrawnTokens:
         arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
         arrived.record()
         return PendingTokens(Samples(**copies), arrived, sampling, places, num_rows)
-
-
-class PinnedRing:
-    """Pinned host buffers for uploads, none rewritten before its last copy has ended.
-
-    Args:
-        num_ints: int32 elements of each buffer.
-        num_buffers: one more than the steps that may be under way.
-    """
-
-    def __init__(self, num_ints: int, num_buffers: int = 3) -> None:
-        self._free: deque[tuple[torch.Tensor, torch.cuda.Event | None]] = deque(
-            (torch.empty(num_ints, dtype=torch.int32, pin_memory=True), None)
-            for _ in range(num_buffers)
-        )
-
-    def take(self) -> torch.Tensor:
-        """A buffer to fill; give it back with ``sent`` once its copy is queued."""
-        buffer, event = self._free.popleft()
-        if event is not None:
-            event.synchronize()
-        return buffer
-
-    def sent(self, buffer: torch.Tensor) -> None:
-        """The copy from ``buffer`` is queued on the current stream."""
-        event = torch.cuda.Event()  # type: ignore[no-untyped-call]
-        event.record()
-        self._free.append((buffer, event))
 
 
 def _to_host(tensor: torch.Tensor) -> torch.Tensor:

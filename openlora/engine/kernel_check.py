@@ -15,25 +15,14 @@ import triton
 
 from openlora.adapters.lora_set import SITES, LoRASet
 from openlora.adapters.page_tensors import PageTensors
-from openlora.engine.attention_binding import AttentionBinding, attention_scratch
-from openlora.engine.cuda_ops import (
-    CudaOps,
-    LoRABinding,
-    RotaryBinding,
-    decode_tiles,
-    scratch_elements,
-)
-from openlora.engine.decode_graphs import PAGES_PER_ROW, USUAL_PAGES_PER_ROW, buckets
+from openlora.engine.graph_steps import GraphSteps, LoRAKind
 from openlora.engine.kv_cache import KVCache
 from openlora.engine.mixed_steps import MixedSteps
-from openlora.engine.sgmv_plan import PlanLayout
 from openlora.engine.step import RowSampling, StepRow
 from openlora.errors import SetupError
 from openlora.kernels.linear import Linear
 from openlora.kernels.triton_compile import KernelFailed, compile_launches
 from openlora.kernels.triton_invariant_linear import InvariantLinear, SplitScratch
-from openlora.kernels.triton_sampling import GreedyScratch, greedy, take_tokens
-from openlora.kernels.triton_sgmv import SGMVTables, SGMVTiles
 from openlora.models.config import ModelConfig
 from openlora.models.decoder import Decoder
 from openlora.models.weights import weight_shapes
@@ -54,6 +43,7 @@ def check_kernels(
     lora: bool,
     block_size: int,
     max_num_seqs: int,
+    max_graph_tokens: int = 0,
     max_model_len: int,
     deterministic: bool = False,
 ) -> int:
@@ -82,6 +72,7 @@ def check_kernels(
             lora=lora,
             block_size=block_size,
             max_num_seqs=max_num_seqs,
+            max_graph_tokens=max_graph_tokens,
             max_model_len=max_model_len,
             num_processors=properties.multi_processor_count,
             deterministic=deterministic,
@@ -126,6 +117,7 @@ def compile_kernels(
     lora: bool,
     block_size: int = 16,
     max_num_seqs: int = 64,
+    max_graph_tokens: int = 0,
     max_model_len: int | None = None,
     num_processors: int = 132,
     deterministic: bool = False,
@@ -135,7 +127,7 @@ def compile_kernels(
     Args:
         config, dtype: the model's.
         lora: whether there are adapter pages.
-        block_size, max_num_seqs, max_model_len: the engine's.
+        block_size, max_num_seqs, max_graph_tokens, max_model_len: the engine's.
         num_processors: of the GPU.
         deterministic: of the engine.
 
@@ -148,8 +140,10 @@ def compile_kernels(
     steps = MetaSteps(
         config,
         dtype,
+        lora=lora,
         block_size=block_size,
         max_num_seqs=max_num_seqs,
+        max_graph_tokens=max_graph_tokens,
         max_model_len=max_model_len or config.max_model_len,
         num_processors=num_processors,
         deterministic=deterministic,
@@ -158,10 +152,8 @@ def compile_kernels(
     def walk() -> None:
         # All sizes that graphs are captured in: kernels of few rows are cut otherwise, and one that
         # is compiled when it is first needed stops all streams for as long as that takes.
-        kinds = (None, False, True)[: 1 if not lora else 2 if deterministic else 3]
-        for rows in buckets(max_num_seqs):
-            for rows_share in kinds:
-                steps.decode(rows, rows_share)
+        for bucket, kind in steps.graph_steps.sizes():
+            steps.captured(bucket, kind)
         sets = [LoRASet.EMPTY, *([LoRASet((((0, 1.0),),) * len(SITES), "any")] if lora else [])]
         # Linears of deterministic steps have other tiles for many tokens, and for more yet.
         for tokens in (block_size + 1, 80, 300) if deterministic else (block_size + 1,):
@@ -180,8 +172,10 @@ class MetaSteps:
         config: ModelConfig,
         dtype: torch.dtype,
         *,
+        lora: bool,
         block_size: int,
         max_num_seqs: int,
+        max_graph_tokens: int,
         max_model_len: int,
         num_processors: int,
         deterministic: bool = False,
@@ -195,15 +189,10 @@ class MetaSteps:
             _META,
             make_linear=partial(InvariantLinear, SplitScratch(_META)) if deterministic else Linear,
         )
-        self._deterministic = deterministic
-        pages = PageTensors(config, (1,) * len(SITES), dtype, _META)
+        pages = PageTensors(config, (int(lora),) * len(SITES), dtype, _META)
         kv_cache = KVCache(config, 1, dtype, _META, block_size)
-        self._model = model
-        self._pages = [site.layers for site in pages.sites]
-        self._kv_cache = kv_cache
-        self._processors = num_processors
-        self._max_num_seqs = max_num_seqs
-        self._max_model_len = max_model_len
+        self._block_size = block_size
+        self._drawn = torch.empty(max_num_seqs, dtype=torch.int64, device=_META)
         self._mixed = MixedSteps(
             model,
             pages,
@@ -214,72 +203,31 @@ class MetaSteps:
             to_device=lambda array: torch.empty(array.shape, dtype=torch.int32, device=_META),
             deterministic=deterministic,
         )
+        self.graph_steps = GraphSteps(
+            model,
+            pages,
+            kv_cache,
+            self._drawn,
+            num_processors=num_processors,
+            max_rows=max_num_seqs,
+            max_tokens=max_graph_tokens,
+            max_model_len=max_model_len,
+            deterministic=deterministic,
+        )
 
     def mixed(self, counts: Sequence[int], lora_set: LoRASet) -> None:
         """Rows of ``counts`` tokens each, decodes first."""
-        blocks = -(-max(counts) // self._kv_cache.block_size)
+        blocks = -(-max(counts) // self._block_size)
         rows = [
             StepRow(index, [0] * count, 0, [0] * blocks, lora_set, _SAMPLING)
             for index, count in enumerate(counts)
         ]
-        self._mixed.logits(rows, {}, _ints(self._max_num_seqs).long())
+        self._mixed.logits(rows, {}, self._drawn)
 
-    def decode(self, num_rows: int, rows_share: bool | None) -> None:
-        """As ``DecodeGraphs`` captures it; ``rows_share`` None: without LoRA."""
-        fields = _ints(5, self._max_num_seqs)[:, :num_rows]
-        blocks = -(-self._max_model_len // self._kv_cache.block_size)
-        config = self._model.config
-        lora = None
-        if rows_share is not None:
-            tiles = decode_tiles(
-                self._pages,
-                self._processors,
-                rows_share=rows_share,
-                deterministic=self._deterministic,
-            )
-            lora = self._lora(tiles, num_rows)
-        ops = CudaOps(
-            config=config,
-            positions=fields[2],
-            slots=fields[3],
-            rotary=RotaryBinding.of(self._model),
-            kv_layers=self._kv_cache.layers,
-            attention_binding=AttentionBinding.of_decodes(
-                num_decodes=num_rows,
-                block_tables=_ints(self._max_num_seqs, blocks),
-                context_lens=fields[4],
-                scratch=attention_scratch(
-                    config,
-                    num_rows,
-                    num_processors=self._processors,
-                    max_model_len=self._max_model_len,
-                    device=_META,
-                    deterministic=self._deterministic,
-                ),
-            ),
-            lora=lora,
-        )
-        tokens = take_tokens(fields[0], fields[1], _ints(self._max_num_seqs).long())
-        logits = self._model.logits(self._model.forward(tokens, ops), ops)
-        greedy(logits, GreedyScratch(num_rows, self._processors, _META))
-
-    def _lora(self, tiles: tuple[SGMVTiles, ...], num_rows: int) -> LoRABinding:
-        layout = PlanLayout(self._max_num_seqs, self._max_num_seqs * PAGES_PER_ROW)
-        h_rows = self._max_num_seqs * PAGES_PER_ROW
-        return LoRABinding(
-            plan=SGMVTables(
-                _ints(len(SITES), layout.site_ints),
-                layout.items_at,
-                layout.max_chunks,
-                layout.max_items,
-                usual_chunks=num_rows,
-                usual_items=num_rows * USUAL_PAGES_PER_ROW,
-            ),
-            pages=self._pages,
-            h=torch.empty(scratch_elements(self._pages, tiles, h_rows), device=_META),
-            h_rows=h_rows,
-            tiles=tiles,
-        )
+    def captured(self, bucket: int, kind: LoRAKind) -> None:
+        """As ``StepGraphs`` captures it."""
+        steps = self.graph_steps
+        steps.forward(bucket, steps.ops(bucket, kind), steps.scratch(bucket))
 
 
 def _shortened(config: ModelConfig) -> ModelConfig:
@@ -288,10 +236,6 @@ def _shortened(config: ModelConfig) -> ModelConfig:
     num_layers = max(2, 1 + max(kinds.index(kind) for kind in set(kinds)))
     num_layers = min(num_layers, config.num_layers)
     return replace(config, num_layers=num_layers, sliding_layers=config.sliding_layers[:num_layers])
-
-
-def _ints(*shape: int) -> torch.Tensor:
-    return torch.empty(shape, dtype=torch.int32, device=_META)
 
 
 def _dotted(capability: tuple[int, int]) -> str:

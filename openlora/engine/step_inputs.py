@@ -37,6 +37,12 @@ class StepInputs:
     block_tables: Ints
     sampled: Ints
 
+    @property
+    def owners(self) -> Ints:
+        """[tokens], the row of each."""
+        counts = self.spans[:, 1]
+        return np.repeat(np.arange(len(counts), dtype=np.int32), counts)
+
 
 def decode_inputs(
     rows: Sequence[StepRow], drawn_at: Mapping[int, int], block_size: int
@@ -102,8 +108,7 @@ def mixed_inputs(
 
 def by_token(inputs: StepInputs) -> StepInputs:
     """The same step with each token as a row of its own, with the context that it sees."""
-    counts = inputs.spans[:, 1]
-    owners = np.repeat(np.arange(len(counts), dtype=np.int32), counts)
+    owners = inputs.owners
     at = np.arange(len(owners), dtype=np.int32)
     return replace(
         inputs,

@@ -30,6 +30,7 @@ from openlora.errors import SetupError
             {"deterministic": True, "attention_backend": "flash-attn-4"},
             "deterministic is set, and attention_backend is 'flash-attn-4'",
         ),
+        ({"max_graph_tokens": -1}, "max_graph_tokens is -1; it must be at least 0"),
         ({"max_num_seqs": 65, "max_num_batched_tokens": 64}, "less than max_num_seqs"),
     ],
 )

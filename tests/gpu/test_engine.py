@@ -5,8 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from openlora.engine import Engine, EngineConfig, Request, SamplingParams, decode_graphs
-from openlora.kernels.triton_sampling import GreedyScratch
+from openlora.engine import Engine, EngineConfig, Request, SamplingParams, step_graphs
 from tests.engine.tiny_model import (
     ADAPTER_MIXES,
     VOCAB_SIZE,
@@ -69,8 +68,15 @@ def requests_of(prompts: list[list[int]], params: SamplingParams) -> list[Reques
 
 @pytest.mark.parametrize(
     "settings",
-    [{}, {"max_num_batched_tokens": 24}, {"num_kv_blocks": 20}, {"max_num_seqs": 3}],
-    ids=["whole", "chunked", "preempted", "few seats"],
+    [
+        {},
+        {"max_num_batched_tokens": 24},
+        {"num_kv_blocks": 20},
+        {"max_num_seqs": 3},
+        {"max_graph_tokens": 600},
+        {"max_graph_tokens": 200, "max_num_batched_tokens": 200},
+    ],
+    ids=["whole", "chunked", "preempted", "few seats", "in graphs", "chunked in graphs"],
 )
 def test_greedy_equals_transformers_and_peft(tiny, prompts, settings) -> None:
     reference = Reference(*tiny)
@@ -100,12 +106,12 @@ def noted(kinds: set[str], kind: str) -> str:
 
 
 def test_repeats_are_bit_equal_and_base_batches_launch_no_lora(tiny, prompts, monkeypatch) -> None:
-    kind_of = decode_graphs._kind
+    kind_of = step_graphs._kind
     engine = make_engine(tiny, dtype="bfloat16", enable_prefix_caching=False)
     params = SamplingParams(max_tokens=NUM_TOKENS, temperature=0, logprobs=1, ignore_eos=True)
     base = [Request(prompt_token_ids=prompt, params=params) for prompt in prompts]
     kinds: set[str] = set()
-    monkeypatch.setattr(decode_graphs, "_kind", lambda plan: noted(kinds, kind_of(plan)))
+    monkeypatch.setattr(step_graphs, "_kind", lambda plan: noted(kinds, kind_of(plan)))
     engine.generate(base)
     assert kinds == {"none"}
     first = engine.generate(requests_of(prompts, params))
@@ -132,32 +138,31 @@ def test_bf16_log_probabilities_are_near_those_of_transformers_and_peft(tiny, pr
     assert float(worst.max()) < BF16_MAX_ERROR
 
 
+@pytest.mark.parametrize("max_graph_tokens", [0, 600])
 @torch.inference_mode()
-def test_replay_equals_eager_bit_for_bit(tiny, prompts, monkeypatch) -> None:
-    engine = make_engine(tiny, dtype="bfloat16")
+def test_replay_equals_eager_bit_for_bit(tiny, prompts, monkeypatch, max_graph_tokens) -> None:
+    engine = make_engine(tiny, dtype="bfloat16", max_graph_tokens=max_graph_tokens)
     graphs = engine._runner._graphs
-    run, compared = graphs.run, []
+    run, steps, compared = graphs.run, graphs._steps, []
 
     def run_both(inputs, plan):
-        logits, token_ids = run(inputs, plan)
-        replayed = logits.clone()
-        bucket = logits.shape[0]
+        step = run(inputs, plan)
+        replayed = step.sampled(step.logits).clone(), step.sampled(step.token_ids).clone()
         # The same buffers again, outside the graph: KV of the step is written over with itself.
-        tokens_before = graphs._drawn.tokens.clone()
-        scratch = GreedyScratch(bucket, 132, logits.device)
-        ops = graphs._ops(bucket, decode_graphs._kind(plan))
-        eager, eager_ids = graphs._forward(bucket, ops, scratch)
-        rows = len(inputs.token_ids)
-        assert torch.equal(eager[:rows], replayed[:rows])
-        assert torch.equal(eager_ids[:rows], token_ids[:rows])
-        assert torch.equal(graphs._drawn.tokens, tokens_before)
-        compared.append(rows)
-        return logits, token_ids
+        tokens_before = steps._drawn.clone()
+        bucket, kind = steps.nearest(len(inputs.token_ids), step_graphs._kind(plan))
+        eager = steps.forward(bucket, steps.ops(bucket, kind), steps.scratch(bucket))
+        for again, of_graph in zip(eager, replayed, strict=True):
+            assert torch.equal(step.sampled(again), of_graph)
+        assert torch.equal(steps._drawn, tokens_before)
+        compared.append(len(inputs.token_ids) - len(inputs.spans))
+        return step
 
     monkeypatch.setattr(graphs, "run", run_both)
     params = SamplingParams(max_tokens=NUM_TOKENS, temperature=0, ignore_eos=True)
     engine.generate(requests_of(prompts, params))
     assert len(compared) >= NUM_TOKENS - 2
+    assert any(compared) == bool(max_graph_tokens)
 
 
 def test_split_contexts_do_not_share_memory_with_what_comes_later(tiny) -> None:

@@ -85,8 +85,10 @@ def other_steps(*, deterministic: bool) -> dict[str, list]:
     steps = MetaSteps(
         config,
         DTYPE,
+        lora=True,
         block_size=16,
         max_num_seqs=64,
+        max_graph_tokens=0,
         max_model_len=config.max_model_len,
         num_processors=132,
         deterministic=deterministic,
@@ -107,7 +109,9 @@ def multiplies(ptx: str) -> dict[str, int]:
 
 def show(*, deterministic: bool) -> None:
     """A line a kernel of an engine."""
-    kernels = compile_kernels(CONFIGS[NAME], DTYPE, lora=True, deterministic=deterministic)
+    kernels = compile_kernels(
+        CONFIGS[NAME], DTYPE, lora=True, max_graph_tokens=512, deterministic=deterministic
+    )
     for name, variants in kernels.items():
         for kernel in variants:
             line = {

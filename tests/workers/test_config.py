@@ -39,6 +39,7 @@ def test_every_variable_is_read():
         "OPENLORA_ATTENTION_BACKEND": "flash-attn-4",
         "OPENLORA_ENGINE": "dummy",
         "OPENLORA_DETERMINISTIC": "1",
+        "OPENLORA_MAX_GRAPH_TOKENS": "512",
         "OPENLORA_DRAIN_TIMEOUT_S": "2.5",
         "OPENLORA_KEEP_ENDED_S": "60",
         "OPENLORA_QUARANTINE_S": "90",
@@ -51,6 +52,7 @@ def test_every_variable_is_read():
     assert (config.device, config.dtype, config.log_level) == ("cpu", "float16", "info")
     assert (config.engine, config.attention_backend) == ("dummy", "flash-attn-4")
     assert config.deterministic
+    assert config.max_graph_tokens == 512
     seconds = (config.drain_timeout_s, config.keep_ended_s, config.quarantine_s)
     assert seconds == (2.5, 60, 90)
 
@@ -77,6 +79,7 @@ def test_the_store_is_in_the_cache_directory():
         ([], "no model given"),
         (["--model", "m", "--keep-ended-s", "29"], "keep-ended-s is '29'.*30 or more"),
         (["--model", "m", "--quarantine-s", "0"], "quarantine-s is '0'.*1 or more"),
+        (["--model", "m", "--max-graph-tokens", "-1"], "max-graph-tokens is '-1'.*0 or more"),
         (["--model", "m", "--device", "tpu"], "device is 'tpu'"),
         (["--model", "m", "--dtype", "int8"], "dtype is 'int8'"),
         (["--model", "m", "--engine", "scripted:fast"], "engine is 'scripted:fast'"),
