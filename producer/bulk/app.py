@@ -97,11 +97,20 @@ def do_step(tools: Tools, steward: Steward, batch_id: str, step: Step) -> str:
         newest = tools.states.get(batch_id)
         if newest is not None and newest.step == step.token:
             raise
+        _clear_after(tools, state)
         return "done before"  # somebody else finished it, and cleared up
     else:
-        tools.states.finish(batch_id, step, fields)
+        if not tools.states.finish(batch_id, step, fields):
+            _clear_after(tools, state)
     steward.advance(batch_id)
     return "done"
+
+
+def _clear_after(tools: Tools, state: BatchState) -> None:
+    """A step came late: where the batch is over, nobody else takes away what it wrote."""
+    newest = tools.states.get(state.id)
+    if newest is None or newest.phase == "over":
+        tools.folder(state).remove_working_files()
 
 
 def _fail(tools: Tools, state: BatchState, step: Step, error: InputUnusable) -> None:

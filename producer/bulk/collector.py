@@ -158,6 +158,9 @@ class Collector:
             state = self._states.get(batch_id)
             if state is None or state.phase not in ("running", "closing"):
                 continue  # nobody waits for them any more
-            write_segment(self._store.folder(batch_id).segments, name, batch.results)
+            folder = self._store.folder(batch_id)
+            write_segment(folder.segments, name, batch.results)
             for adapter, marks in batch.marks.items():
-                self._states.mark(batch_id, marks, source="worker", adapter=adapter)
+                if self._states.mark(batch_id, marks, source="worker", adapter=adapter) < 0:
+                    folder.remove_working_files()  # it has ended meanwhile
+                    break

@@ -66,14 +66,15 @@ class BatchFolder:
         """The results are complete: all else goes, each folder at once. A step that is done twice
         by now would take what is left of one for all of it."""
         for name in ("chunks", "ids", "segments"):
-            going = self.path / f".{name}"
-            shutil.rmtree(going, ignore_errors=True)  # of one that was killed here
             with suppress(FileNotFoundError):
-                (self.path / name).rename(going)
-            shutil.rmtree(going, ignore_errors=True)
+                (self.path / name).rename(self.path / f".{name}.{secrets.token_hex(4)}")
         self.plan.unlink(missing_ok=True)
-        for path in (self.path / "results").glob(".*"):  # not finished by one that was killed
-            path.unlink(missing_ok=True)
+        # These, and what whoever was killed has not finished.
+        for path in (*self.path.glob(".*"), *(self.path / "results").glob(".*")):
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
 
     def results(self) -> list[Path]:
         """All of them, in the order of the lines."""

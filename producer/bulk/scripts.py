@@ -17,11 +17,15 @@ if (current[1] or '') ~= ARGV[1] or (current[2] or '0') ~= ARGV[2] then return 0
 redis.call('HSET', KEYS[1], 'step', ARGV[3], 'step_ms', ARGV[4])
 return 1
 """
-FINISH = """
-if (redis.call('HGET', KEYS[1], 'step') or '') ~= ARGV[1] then return 0 end
-redis.call('HSET', KEYS[1], 'step', '', 'problem', '', unpack(ARGV, 2))
+# ARGV: the step and the phase as they were seen, '' for any phase; then fields and their values
+SET = """
+local current = redis.call('HMGET', KEYS[1], 'step', 'phase')
+if (current[1] or '') ~= ARGV[1] then return 0 end
+if ARGV[2] ~= '' and current[2] ~= ARGV[2] then return 0 end
+redis.call('HSET', KEYS[1], 'step', '', 'problem', '', unpack(ARGV, 3))
 return 1
 """
+# ARGV: how it ends, now, seconds that workers are told to stop for
 END = """
 local known = redis.call('HMGET', KEYS[1], 'phase', 'ending')
 if not known[1] then return 'missing' end

@@ -65,7 +65,7 @@ class BatchStates:
         self._keep_over_s = keep_over_s
         self._create = client.register_script(scripts.CREATE)
         self._begin = client.register_script(scripts.BEGIN)
-        self._finish = client.register_script(scripts.FINISH)
+        self._set = client.register_script(scripts.SET)
         self._end = client.register_script(scripts.END)
         self._mark = client.register_script(scripts.MARK)
 
@@ -107,17 +107,17 @@ class BatchStates:
             return bool(self._begin(keys=keys, args=args))
 
     def change(self, state: BatchState, fields: Mapping[str, object]) -> bool:
-        """Set fields of a batch without a step; False where the batch moved on."""
-        return self._set(state.id, state.step, fields)
+        """Set fields of a batch without a step; False where the batch moved on since ``state``."""
+        return self._change(state.id, state.step, state.phase, fields)
 
     def finish(self, batch_id: str, step: Step, fields: Mapping[str, object]) -> bool:
         """The step is done, with these fields; False where somebody else finished it before."""
-        return self._set(batch_id, step.token, fields)
+        return self._change(batch_id, step.token, "", fields)
 
-    def _set(self, batch_id: str, step: str, fields: Mapping[str, object]) -> bool:
+    def _change(self, batch_id: str, step: str, phase: str, fields: Mapping[str, object]) -> bool:
         words = [word for pair in _fields(fields).items() for word in pair]
         with redis_errors(self._redis):
-            return bool(self._finish(keys=[batch_key(batch_id)], args=[step, *words]))
+            return bool(self._set(keys=[batch_key(batch_id)], args=[step, phase, *words]))
 
     def report_problem(self, batch_id: str, problem: str) -> None:
         """Show why the batch does not go on; the next step that is done takes it away."""
