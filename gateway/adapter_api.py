@@ -10,9 +10,10 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
+from gateway.bodies import read_body
 from gateway.registration import NewAdapter
 from gateway.system import Gateway
-from openlora.errors import Forbidden, InvalidRequest, PayloadTooLarge
+from openlora.errors import Forbidden, InvalidRequest
 from openlora.protocol.status import AdapterRecord, Heartbeat
 from openlora.registry import OPERATOR, check_adapter_id
 from openlora.registry.records import key_of, owner_of
@@ -203,13 +204,8 @@ def _json(value: object, status: int = 200) -> Response:
 
 
 async def _decoded(request: Request, kind: type[T], example: str) -> T:
-    """The body, read no further than the limit."""
-    body = bytearray()
-    async for part in request.stream():
-        body += part
-        if len(body) > MAX_BODY_BYTES:
-            raise PayloadTooLarge(f"the body is over {MAX_BODY_BYTES} bytes; send less")
+    body = await read_body(request, MAX_BODY_BYTES)
     try:
-        return msgspec.json.decode(bytes(body), type=kind)
+        return msgspec.json.decode(body, type=kind)
     except (msgspec.DecodeError, UnicodeError) as error:
         raise InvalidRequest(f"the body is not valid: {error}; send {example}") from error

@@ -12,6 +12,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
+from gateway.bodies import read_body
 from gateway.config import GatewayConfig
 from gateway.files_api import Keyed, file_routes, storing
 from gateway.keys import RateLimits
@@ -20,7 +21,6 @@ from openlora.errors import (
     FileNotFound,
     Forbidden,
     InvalidRequest,
-    PayloadTooLarge,
     RateLimited,
 )
 from openlora.joblog import redis_client
@@ -91,9 +91,7 @@ class BatchesApi:
                 "this key is limited to some adapters, and a batch's lines may name any; ask the "
                 "operator for a key that is not, or send the lines as requests"
             )
-        body = await request.body()
-        if len(body) > MAX_BODY_BYTES:
-            raise PayloadTooLarge(f"the body is over {MAX_BODY_BYTES} bytes; send less")
+        body = await read_body(request, MAX_BODY_BYTES)
         try:
             new = msgspec.json.decode(body, type=NewBatch)
         except (msgspec.DecodeError, UnicodeError, RecursionError) as error:

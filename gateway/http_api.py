@@ -17,7 +17,8 @@ from starlette.routing import Route
 
 from gateway.adapter_api import adapter_routes
 from gateway.auth import DEFAULT_TENANT, check_origin, key_of
-from gateway.batches_api import bulk_routes
+from gateway.batches_api import MAX_BODY_BYTES, bulk_routes
+from gateway.bodies import read_body
 from gateway.dead_api import DeadApi
 from gateway.system import Gateway
 from gateway.workers_view import model_fields, queue_depth, worker_fields
@@ -124,8 +125,9 @@ class HttpApi:
         """Adds partitions to the job topics; → partitions by topic. For the operator alone."""
         if tenant != DEFAULT_TENANT:
             raise Forbidden("only the operator's key may change topics")
+        body = await read_body(request, MAX_BODY_BYTES)
         try:
-            wanted = msgspec.json.decode(await request.body(), type=ScaleTopics).partitions
+            wanted = msgspec.json.decode(body, type=ScaleTopics).partitions
         except (msgspec.DecodeError, UnicodeError) as error:
             raise InvalidRequest(
                 f'the body is not valid: {error}; send {{"partitions": 64}}'

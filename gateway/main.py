@@ -13,6 +13,7 @@ from types import FrameType
 import uvicorn
 
 from gateway.config import GatewayConfig
+from gateway.http_protocol import HttpProtocol
 from gateway.server import build_app
 from gateway.system import Gateway
 from gateway.ws_protocol import WebSocketProtocol
@@ -85,7 +86,7 @@ async def _serve(config: GatewayConfig, listener: socket.socket) -> int:
     server = Server(
         uvicorn.Config(
             build_app(gateway),
-            http="httptools",
+            http=HttpProtocol,
             ws=WebSocketProtocol,
             ws_max_size=MAX_MESSAGE_BYTES,
             ws_per_message_deflate=False,

@@ -100,14 +100,17 @@ class Proxy:
     async def _pump(
         self, link: _Link, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
     ) -> None:
-        while data := await reader.read(CHUNK_BYTES):
-            if self.delay_s:
-                await asyncio.sleep(self.delay_s)
-            await self._gate.wait()
-            await link.gate.wait()
-            writer.write(data)
-            await writer.drain()
-        writer.write_eof()
+        try:
+            while data := await reader.read(CHUNK_BYTES):
+                if self.delay_s:
+                    await asyncio.sleep(self.delay_s)
+                await self._gate.wait()
+                await link.gate.wait()
+                writer.write(data)
+                await writer.drain()
+            writer.write_eof()
+        except OSError:
+            link.reset()  # a reset of one side is one for the other
 
 
 class _Link:

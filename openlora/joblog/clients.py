@@ -19,10 +19,12 @@ _ASYNC_CONNECTIONS = 32
 _RETRY_AFTER_MS = 1000
 
 # RESP2: nothing here needs more, and Redis 5 speaks it. Retries cover a restart's first moments;
-# they are safe because every script may be sent again.
+# they are safe because every script may be sent again. A server that died with its machine, or
+# behind a proxy, resets nothing: all that shows it is an answer that does not come, and streams
+# stand still until then.
 _OPTIONS: dict[str, Any] = {
     "protocol": 2,
-    "socket_timeout": 5,
+    "socket_timeout": 2,
     "socket_connect_timeout": 2,
     "socket_keepalive": True,
     "health_check_interval": 15,

@@ -135,3 +135,18 @@ def test_the_proxy_forwards_delays_holds_and_cuts(proxied):
         proxied.cut()
         with pytest.raises(ConnectionResetError):
             old.recv(10)
+
+
+def test_a_server_that_is_killed_resets_the_clients_of_the_proxy():
+    """With bytes unread a dead server resets its connections, instead of closing them."""
+    server = socket.create_server(("127.0.0.1", 0))
+    thread = ProxyThread()
+    with dial(Proxy(thread, server.getsockname()[1])) as client:
+        killed, _ = server.accept()
+        client.sendall(b"a" * 1000)
+        killed.recv(1)
+        killed.close()
+        with pytest.raises(ConnectionResetError):
+            client.recv(10)
+    thread.close()
+    server.close()

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import socket
 import threading
+import time
 
 import pytest
 import redis
 
-from openlora.joblog import redis_client
+from openlora.bench.chaos_proxy import Proxy, ProxyThread
+from openlora.joblog import JobLog, redis_client
 from openlora.joblog.script_channel import ScriptChannel
 from openlora.joblog.scripts import Call, Script
+from openlora.local import ServerProcess
+from tests.joblog.jobs import a_job
 
 pytestmark = pytest.mark.services
 
@@ -76,3 +80,20 @@ def test_a_server_that_is_not_there_is_an_error_each_time() -> None:
         for _ in range(2):
             with pytest.raises(redis.ConnectionError):
                 channel.run([echo("a")])
+
+
+def test_a_connection_that_says_nothing_any_more_is_given_up_for_a_new_one(
+    redis_server: ServerProcess,
+) -> None:
+    """As that of a server which died with its machine: streams stand still until then."""
+    thread = ProxyThread()
+    proxy = Proxy(thread, redis_server.spec.port)
+    address = redis_server.address.replace(f":{redis_server.spec.port}/", f":{proxy.port}/")
+    with redis_client(address) as client:
+        log = JobLog(client)
+        assert log.claim([a_job().job_id], "w")[0].status == "missing"
+        proxy.hold_old()
+        began = time.monotonic()
+        assert log.claim([a_job().job_id], "w")[0].status == "missing"
+        assert time.monotonic() - began < 3
+    thread.close()
