@@ -42,7 +42,8 @@ ENVIRONMENT = {
     "OPENLORA_DISCONNECT_GRACE_S": "seconds a job runs on after its client left (default 30)",
     "OPENLORA_DRAIN_TIMEOUT_S": "seconds that streams may take to end after SIGTERM (default 30)",
     "OPENLORA_MAX_TENANT_JOBS": "jobs of one tenant under way at once (default 2048)",
-    "OPENLORA_MAX_ADAPTER_JOBS": "jobs of one adapter under way at once (default 1024)",
+    "OPENLORA_MAX_ADAPTER_JOBS": "jobs of one tenant with one adapter under way at once (default "
+    "1024)",
     "OPENLORA_MAX_WAIT_S": "seconds a job may have to wait; more, and it is refused (default 60)",
     "OPENLORA_LOG_LEVEL": "debug, info, warning or error (default warning)",
 }
@@ -65,7 +66,8 @@ class GatewayConfig:
         batches: root of the file store. max_batches: open batches of one tenant.
         disconnect_grace_s: a stream that nobody watched for so long is cancelled.
         drain_timeout_s: streams may go on for so long after SIGTERM.
-        max_tenant_jobs, max_adapter_jobs: open jobs of one of them; further ones are refused.
+        max_tenant_jobs, max_adapter_jobs: open jobs of a tenant, and of those with one adapter;
+            further ones are refused.
         max_wait_s: jobs are refused where they would wait longer.
         log_level: least severity that is logged.
     """

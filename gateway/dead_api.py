@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import base64
 import secrets
 import time
@@ -11,7 +10,7 @@ import msgspec
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from gateway.auth import DEFAULT_TENANT
+from gateway.auth import DEFAULT_TENANT, KeyPolicy
 from gateway.system import Gateway
 from gateway.threads import in_daemon_thread
 from openlora.errors import InvalidRequest, JobNotFound, Overloaded, SetupError
@@ -26,6 +25,7 @@ from openlora.protocol.codec import decode_job
 from openlora.protocol.dead import DeadLetter
 from openlora.protocol.jobs import Job
 from openlora.protocol.names import SHARD_COUNT, new_job_id
+from openlora.registry.records import owner_of
 from producer.dead_topic import read_dead_letters
 
 RETRY_AFTER_MS = 1000
@@ -53,12 +53,17 @@ class DeadApi:
     async def retry(self, request: Request, tenant: str) -> Response:
         """Accept the job once more, as a new one that nobody has to watch: 201 with its ID.
 
-        Adapters that were quarantined for it are released.
+        It counts as any request does. Adapters that were quarantined for it are released, where
+        they are the caller's; the operator's key releases any.
         """
         number, letter = await self._letter(request, tenant)
         job = _job_of(letter)
         if job is None:
             raise InvalidRequest(f"letter {number} holds no job: {letter.reason}")
+        policy: KeyPolicy = request.state.policy
+        for adapter in job.adapters:
+            policy.check_adapter(adapter.id)
+        await self._gateway.rates.take(policy)
         fresh = msgspec.structs.replace(
             job,
             job_id=new_job_id(secrets.randbelow(SHARD_COUNT)),
@@ -67,15 +72,14 @@ class DeadApi:
             leased=False,
         )
         for adapter in fresh.adapters:
-            await self._gateway.quarantine.release(adapter.hash)
-        await self._gateway.job_log.store(fresh, 0)
-        try:
-            where = await asyncio.wrap_future(self._gateway.publisher.publish(fresh))
-        except Overloaded:
-            await self._gateway.job_log.discard(fresh.job_id)
-            raise
-        await self._gateway.job_log.mark_published(fresh.job_id, *where)
+            if self._may_release(adapter.hash, tenant):
+                await self._gateway.quarantine.release(adapter.hash)
+        await self._gateway.intake.commit(fresh)
         return JSONResponse({"job_id": fresh.job_id, "letter": number}, 201)
+
+    def _may_release(self, content_hash: str, tenant: str) -> bool:
+        owners = {owner_of(r) for r in self._gateway.directory.known if r.hash == content_hash}
+        return tenant == DEFAULT_TENANT or owners == {tenant}
 
     async def _letter(self, request: Request, tenant: str) -> tuple[int, DeadLetter]:
         number = request.path_params["number"]

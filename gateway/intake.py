@@ -118,17 +118,17 @@ class Intake:
                 "later request finds it"
             ) from error
 
-    async def commit(self, job: Job, draft: JobDraft) -> str:
+    async def commit(self, job: Job, draft: JobDraft | None = None) -> str:
         """Stores and publishes ``job``; returns its ID once the broker has acknowledged it.
 
-        Where the draft's idempotency key was used before, ``job`` is dropped and the ID of the
+        Where its draft's idempotency key was used before, ``job`` is dropped and the ID of the
         first job is returned, also once the broker has acknowledged that one.
 
         Raises:
             InvalidRequest: the key was used with another request.
             AdapterFailed: an adapter is quarantined.
-            Overloaded: Redis or the broker does not take the job, or its tenant or adapter has
-                too many under way; it is not accepted.
+            Overloaded: too much waits, Redis or the broker does not take the job, or its tenant has
+                too many under way (with an adapter); it is not accepted.
         """
         started = time.monotonic()
         try:
@@ -137,6 +137,7 @@ class Intake:
                 self._log.store(job, self._lease_ms),
                 self._in_flight.reserve(job),
                 self._quarantine.check(job.adapters),
+                self._join_line(draft),
             )
             first_job_id = await self._first_with_key(job, draft)
             if first_job_id != job.job_id:
@@ -145,7 +146,7 @@ class Intake:
                 return first_job_id
             where = await asyncio.wrap_future(self._publisher.publish(job))
         except OpenLoRAError:
-            await self._take_back(job, draft.idempotency_key)
+            await self._take_back(job, None if draft is None else draft.idempotency_key)
             raise
         self._metrics.accept.observe(time.monotonic() - started)
         self._metrics.jobs.labels("accepted").inc()
@@ -155,6 +156,16 @@ class Intake:
         mark.add_done_callback(self._marks.discard)
         return job.job_id
 
+    async def _join_line(self, draft: JobDraft | None) -> None:
+        """Be counted by all gateways; Overloaded where too much waits by what they have taken."""
+        arrived = await self._in_flight.arrive()
+        try:
+            deadline_s = None if draft is None else draft.deadline_s
+            self._queue.counted(arrived, deadline_s, time.monotonic())
+        except Overloaded:
+            await self._in_flight.arrive(-1)
+            raise
+
     async def _mark(self, job_id: str, where: tuple[str, int, int]) -> None:
         await self._hints.say()
         try:
@@ -163,9 +174,9 @@ class Intake:
             # The sweeper publishes it once more then, and the second claim finds it taken.
             log.warning("job %s: not marked as published: %s", job_id, error)
 
-    async def _first_with_key(self, job: Job, draft: JobDraft) -> str:
-        key = draft.idempotency_key
-        if key is None:
+    async def _first_with_key(self, job: Job, draft: JobDraft | None) -> str:
+        key = None if draft is None else draft.idempotency_key
+        if draft is None or key is None:
             return job.job_id
         job_id, _ = await self._log.claim_idempotency(job.tenant, key, draft.digest, job.job_id)
         return job_id

@@ -1,8 +1,10 @@
-"""How many jobs of one tenant, and of one adapter, may be open at once: counted in Redis.
+"""How many jobs of one tenant may be open at once, and how many of them with one adapter.
 
-Each of them has a sorted set of its open jobs. Nobody has to tell it when a job ends: where a set
-is full, those of its jobs that have ended are taken out, and only then it is full indeed. So a
-gateway that dies, or a job that nobody watches, leaves nothing behind.
+Counted in Redis: each has a sorted set of its open jobs. An adapter's are counted for each tenant
+by itself: none can keep others from an adapter that all may use, or from one of its own that has
+the same ID. Nobody has to tell it when a job ends: where a set is full, those of its jobs that have
+ended are taken out, and only then it is full indeed. So a gateway that dies, or a job that nobody
+watches, leaves nothing behind.
 """
 
 from __future__ import annotations
@@ -25,12 +27,21 @@ NOT_STORED_AFTER_S = 10.0
 """A member whose job is not in Redis is on its way there, or was refused; after this it was."""
 _TTL_S = 24 * 3600
 
+# Sent again after a lost reply, it finds its job there.
 _RESERVE = Script(
     """
+if redis.call('ZSCORE', KEYS[1], ARGV[1]) then return 1 end
 if redis.call('ZCARD', KEYS[1]) >= tonumber(ARGV[2]) then return 0 end
 redis.call('ZADD', KEYS[1], ARGV[3], ARGV[1])
 redis.call('EXPIRE', KEYS[1], ARGV[4])
 return 1
+"""
+)
+
+_ARRIVE = Script(
+    """
+redis.call('EXPIRE', KEYS[1], ARGV[2])
+return redis.call('INCRBY', KEYS[1], ARGV[1])
 """
 )
 
@@ -45,7 +56,7 @@ class InFlight:
         self._per_adapter = per_adapter
 
     async def reserve(self, job: Job) -> None:
-        """Count ``job`` for its tenant and each of its adapters.
+        """Count ``job`` for its tenant, and with each of its adapters.
 
         Raises:
             Overloaded: one of them has as many open jobs as it may; carries ``retry_after_ms``.
@@ -68,7 +79,11 @@ class InFlight:
     def _sets(self, job: Job) -> list[tuple[str, int, str]]:
         sets = [(names.tenant_jobs_key(job.tenant), self._per_tenant, f"tenant {job.tenant!r}")]
         sets += [
-            (names.adapter_jobs_key(adapter.id), self._per_adapter, f"adapter {adapter.id!r}")
+            (
+                names.adapter_jobs_key(job.tenant, adapter.id),
+                self._per_adapter,
+                f"adapter {adapter.id!r}",
+            )
             for adapter in job.adapters
         ]
         return sets
@@ -81,14 +96,22 @@ class InFlight:
 
     async def _add(self, key: str, limit: int, job_id: str) -> bool:
         call = Call(_RESERVE, [key], [job_id, limit, str(time.time()), _TTL_S])
+        return bool(await self._run(call))
+
+    async def arrive(self, count: int = 1) -> int:
+        """Count a job as come, at whichever gateway (-1: it was refused in the end, 0: ask alone);
+        how many came so far. Only differences mean something."""
+        return int(await self._run(Call(_ARRIVE, [names.ARRIVALS_KEY], [count, _TTL_S])))
+
+    async def _run(self, call: Call) -> Any:
         with redis_errors(self._redis):
             (reply,) = await self._channel.run([call])
             if isinstance(reply, redis.exceptions.NoScriptError):
-                await self._redis.script_load(_RESERVE.source)
+                await self._redis.script_load(call.script.source)
                 (reply,) = await self._channel.run([call])
             if isinstance(reply, Exception):
                 raise reply
-        return bool(reply)
+        return reply
 
     async def _give_back(self, keys: Sequence[str], job_id: str) -> None:
         with redis_errors(self._redis):

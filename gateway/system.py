@@ -90,12 +90,13 @@ class Gateway:
         shard = secrets.randbelow(SHARD_COUNT)
         lease_ms = round(config.disconnect_grace_s * 1000)
         self.relay = Relay(self.job_log, shard, lease_ms, self.metrics)
+        self._in_flight = InFlight(self.redis, config.max_tenant_jobs, config.max_adapter_jobs)
         self.intake = Intake(
             self.job_log,
             publisher,
             self.directory,
             self.quarantine,
-            InFlight(self.redis, config.max_tenant_jobs, config.max_adapter_jobs),
+            self._in_flight,
             self._queue,
             self.rates,
             self.metrics,
@@ -205,7 +206,9 @@ class Gateway:
         """Keeps the estimate of what waits; while Redis is away it stays as it was."""
         while True:
             with contextlib.suppress(Overloaded):
-                self._queue.update(await self.job_log.heartbeats(), time.monotonic())
+                heartbeats = await self.job_log.heartbeats()
+                arrived = await self._in_flight.arrive(0)
+                self._queue.update(heartbeats, time.monotonic(), arrived)
             await asyncio.sleep(_QUEUE_CHECK_S)
 
     async def _drop_stalled(self) -> None:

@@ -33,6 +33,14 @@ class ProxyThread:
 
     def close(self) -> None:
         """End the thread, and with it all connections."""
+
+        async def end_all() -> None:
+            tasks = asyncio.all_tasks() - {asyncio.current_task()}
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+        self.run(end_all())
         self.call(self._loop.stop)
         self._thread.join(5)
 

@@ -37,6 +37,8 @@ ADAPTERS_HOLDER_KEY = "{openlora:adapters}:holder"
 """String: the name under which this registry holds content in stores."""
 ADAPTERS_CHANNEL = "openlora:adapters:changed"
 """Pub/sub: the revision and the key of an adapter that was added, replaced or removed."""
+ARRIVALS_KEY = "openlora:arrivals"
+"""Number: jobs that all gateways have taken."""
 MESSAGES_CHANNEL = "openlora:messages"
 """Pub/sub: something was published to a job topic a moment ago (see joblog/hints.py)."""
 
@@ -114,9 +116,12 @@ def tenant_jobs_key(tenant: str) -> str:
     return f"openlora:in-flight:tenant:{tenant}"
 
 
-def adapter_jobs_key(adapter_id: str) -> str:
-    """Sorted set: the adapter's open jobs (and some that have ended), by time accepted."""
-    return f"openlora:in-flight:adapter:{adapter_id}"
+def adapter_jobs_key(tenant: str, adapter_id: str) -> str:
+    """Sorted set: those of the tenant's open jobs that use the adapter, as above.
+
+    The tenant's length keeps ("a", "b:c") and ("a:b", "c") apart.
+    """
+    return f"openlora:in-flight:adapter:{len(tenant)}:{tenant}:{adapter_id}"
 
 
 def rate_key(key_id: str) -> str:

@@ -49,6 +49,40 @@ def test_a_flood_of_one_tenant_or_adapter_leaves_room_for_others(redis_url):
     run(redis_url, test)
 
 
+def test_no_tenant_keeps_others_from_an_adapter(redis_url):
+    """From one that all may use, or from another of theirs that has the same ID."""
+
+    async def test(log, in_flight):
+        for _ in range(2):
+            await accept(log, in_flight, tenant="acme", adapters=PIRATE)
+        with pytest.raises(Overloaded):
+            await accept(log, in_flight, tenant="acme", adapters=PIRATE)
+        for _ in range(2):
+            await accept(log, in_flight, tenant="umbrella", adapters=PIRATE)
+
+    run(redis_url, test)
+
+
+def test_a_place_asked_for_again_after_a_lost_reply_is_still_ones_own(redis_url):
+    async def test(log, in_flight):
+        jobs = [await accept(log, in_flight, tenant="acme") for _ in range(3)]
+        await in_flight.reserve(jobs[-1])
+
+    run(redis_url, test)
+
+
+def test_all_gateways_count_what_comes_together(redis_url):
+    async def test(log, in_flight):
+        before = await in_flight.arrive(0)
+        other = InFlight(in_flight._redis, per_tenant=3, per_adapter=2)
+        assert await in_flight.arrive() == before + 1
+        assert await other.arrive() == before + 2
+        assert await other.arrive(-1) == before + 1
+        assert await in_flight.arrive(0) == before + 1
+
+    run(redis_url, test)
+
+
 def test_jobs_that_ended_make_room_although_nobody_said_so(redis_url):
     async def test(log, in_flight):
         jobs = [await accept(log, in_flight, tenant="acme") for _ in range(3)]

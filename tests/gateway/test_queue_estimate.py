@@ -105,3 +105,46 @@ def test_nobody_is_told_to_come_back_in_an_hour():
     with pytest.raises(Overloaded) as caught:
         estimate.take(None, NOW)
     assert caught.value.retry_after_ms == MAX_RETRY_AFTER_MS
+
+
+def crowd_of(gateways, *, is_shared):
+    """How many of a crowd are let in by so many gateways together, at 20 a second and 10 s."""
+    estimates = [QueueEstimate(10) for _ in range(gateways)]
+    for estimate in estimates:
+        served(estimate, per_second=20, depth=20)
+        if is_shared:
+            estimate.update([beat(200, 200, 220)], NOW, 1000)
+    arrived, accepted = 1000, 0
+    for number in range(1000):
+        estimate = estimates[number % gateways]
+        try:
+            estimate.take(None, NOW + 0.5)
+            if is_shared:
+                estimate.counted(arrived + 1, None, NOW + 0.5)
+                arrived += 1
+        except Overloaded:
+            continue
+        accepted += 1
+    return accepted
+
+
+def test_several_gateways_let_in_no_more_than_one():
+    alone = crowd_of(1, is_shared=True)
+    assert alone == pytest.approx(crowd_of(1, is_shared=False), abs=1)
+    assert crowd_of(4, is_shared=False) > 2 * alone
+    assert crowd_of(4, is_shared=True) <= alone + 1
+
+
+def test_what_other_gateways_took_long_ago_or_on_another_counter_is_no_crowd():
+    estimate = QueueEstimate(10)
+    served(estimate, per_second=20, depth=20)
+    for second in range(5):
+        now = NOW + second
+        estimate.update([beat(200, 200, 220)], now, 1000 + 10_000 * second)
+    estimate.update([beat(200, 200, 220)], NOW + 5, 41_010)
+    estimate.update([beat(200, 200, 220)], NOW + 6, 41_010)
+    assert estimate.depth_at(NOW + 6) <= 20
+    estimate.take(None, NOW + 6)
+    estimate.update([beat(200, 200, 220)], NOW + 7, 3)  # Redis came back empty
+    assert estimate.depth_at(NOW + 7) <= 21
+    estimate.counted(4, None, NOW + 7)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import hashlib
 import json
 import os
 import subprocess
@@ -10,6 +11,7 @@ import sys
 from pathlib import Path
 
 import httpx
+import msgspec
 import pytest
 from kafka import KafkaProducer
 
@@ -20,7 +22,9 @@ from openlora.protocol.codec import encode
 from openlora.protocol.crashes import Crash
 from openlora.protocol.dead import DeadLetter
 from openlora.protocol.jobs import AdapterRef, Job
-from openlora.protocol.names import DEAD_TOPIC, quarantine_key
+from openlora.protocol.names import DEAD_TOPIC, quarantine_key, rate_key
+from openlora.protocol.status import AdapterRecord
+from openlora.registry import AdapterRegistry
 from tests.conftest import Broker
 from tests.gateway.client import wait_for
 from tests.gateway.running import RunningGateway, ScriptedWorker, running_gateway
@@ -61,6 +65,45 @@ def openlora(gateway: RunningGateway, *words: str, key: str = "one") -> str:
     return done.stdout + done.stderr
 
 
+def adapters_of(gateway: RunningGateway, key: str) -> list[str]:
+    bearer = {"Authorization": f"Bearer {key}"}
+    return [r["id"] for r in httpx.get(f"{gateway.url}/v1/adapters", headers=bearer).json()]
+
+
+def test_trying_again_counts_as_a_request_of_the_key(
+    embedded_broker: Broker, redis_address: str, tmp_path: Path
+) -> None:
+    digest = hashlib.sha256(b"slow").hexdigest()
+    entry = {"sha256": digest, "tenant": "slow", "adapters": ["poet"], "per_minute": 6}
+    (tmp_path / "keys.json").write_text(json.dumps([entry]))
+    producer = KafkaProducer(bootstrap_servers=embedded_broker.bootstrap_servers, acks="all")
+    job = a_job(tenant="slow")
+    killer = a_job(tenant="slow", adapters=(AdapterRef("killer", 1, HASH),))
+    with running_gateway(
+        embedded_broker.bootstrap_servers,
+        redis_address,
+        tmp_path,
+        OPENLORA_API_KEYS_FILE=str(tmp_path / "keys.json"),
+        OPENLORA_MAX_TENANT_JOBS="1",
+    ) as gateway:
+        numbers = [
+            producer.send(DEAD_TOPIC, a_letter(encode(one), job_id=one.job_id)).get(10).offset
+            for one in (job, killer)
+        ]
+        producer.close()
+
+        def retry(number: int) -> httpx.Response:
+            url = f"{gateway.url}/v1/dead/{number}/retry"
+            return httpx.post(url, headers={"Authorization": "Bearer slow"}, timeout=30)
+
+        assert retry(numbers[1]).json()["error"]["code"] == "forbidden"
+        assert retry(numbers[0]).status_code == 201
+        assert retry(numbers[0]).json()["error"]["code"] == "rate_limited"
+        with redis_client(redis_address) as client:
+            client.delete(rate_key(digest[:12]))
+        assert "the most that are taken" in retry(numbers[0]).json()["error"]["message"]
+
+
 def test_letters_are_listed_shown_and_tried_again(
     fresh_broker: Broker, fresh_redis: ServerProcess, tmp_path: Path
 ) -> None:
@@ -99,6 +142,15 @@ def test_letters_are_listed_shown_and_tried_again(
         assert httpx.get(f"{gateway.url}/v1/dead").status_code == 401
 
         client.set(quarantine_key(HASH), "it ends engines")
+        registry = AdapterRegistry(client)
+        record = AdapterRecord("killer", 0, HASH, 8, ("q_proj",), "tiny", 1, "/x", 0)
+        registry.put(record)
+        # it is everybody's: one tenant does not let it loose on the others
+        assert "it ends engines" in openlora(gateway, "retry", "2", key="two")
+        assert client.exists(quarantine_key(HASH))
+        registry.remove("killer", "default")
+        registry.put(msgspec.structs.replace(record, owner="acme", visibility="private"))
+        wait_for(lambda: adapters_of(gateway, "two") == ["killer"])
         said = openlora(gateway, "retry", "2", key="two")
         with ScriptedWorker(fresh_redis.address) as worker:
             wait_for(lambda: worker.jobs)
