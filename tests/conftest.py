@@ -11,12 +11,14 @@ import os
 import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 from hypothesis import settings
 
+from openlora.errors import SetupError
 from openlora.local import ServerProcess, free_port
-from tests.services import start_broker, start_redis
+from tests.services import skip_or_fail, start_broker, start_redis
 
 # Before torch is imported, and for all processes that tests start: tiny models gain nothing from a
 # second thread, and lose a time slice at every join while other processes use the cores.
@@ -90,6 +92,19 @@ def fresh_redis(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProc
     server = start_redis(tmp_path_factory.mktemp("redis"))
     yield server
     server.stop()
+
+
+@pytest.fixture(scope="session")
+def demo_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The converted SmolLM2-135M-Instruct, in a user's cache; without its package: skip, in CI
+    fail."""
+    from openlora.demo.model import ensure_demo_model, find_gguf
+
+    try:
+        find_gguf()
+    except SetupError as error:
+        skip_or_fail(error.message)
+    return ensure_demo_model(tmp_path_factory.mktemp("home") / "openlora")
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""The real demo model, converted once per run, and a tiny GGUF file of the same kind."""
+"""A tiny GGUF file of the real one's kind, in a package of its own."""
 
 from __future__ import annotations
 
@@ -6,20 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from openlora.demo.model import ensure_demo_model, find_gguf
-from openlora.errors import SetupError
 from tests.demo.tiny_gguf import write_tiny_gguf
-from tests.services import skip_or_fail
-
-
-@pytest.fixture(scope="session")
-def demo_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The converted SmolLM2-135M-Instruct; without its package: skip, in CI fail."""
-    try:
-        find_gguf()
-    except SetupError as error:
-        skip_or_fail(error.message)
-    return ensure_demo_model(tmp_path_factory.mktemp("cache"))
 
 
 @pytest.fixture

@@ -13,12 +13,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
+from functools import cache
 
 from gateway.stream import TokenStream
 from openlora.protocol.events import Chunk as WireChunk
 from openlora.protocol.events import End, Token
-from tests.faults.log_model import Chunk, LogModel, Text
+from tests.faults.log_model import Chunk, LogModel, Text, replace
 
 TOKENS = 2
 JOB_ID = "00" * 13
@@ -232,6 +233,12 @@ def put(state: State, number: int, worker: Worker) -> State:
     return replace(state, workers=(workers[0], workers[1]))
 
 
+def forget() -> None:
+    """What clients were seen to do; before a search with another rule."""
+    for seen in (hear, read, resume):
+        seen.cache_clear()
+
+
 def wire(chunk: Chunk) -> WireChunk:
     """Each token's ID says which token it is and which came before it."""
     ends = range(chunk.first + 1, len(chunk.text) + 1)
@@ -240,6 +247,7 @@ def wire(chunk: Chunk) -> WireChunk:
     return WireChunk(JOB_ID, chunk.epoch, chunk.first, tokens, end, chunk.restarted)
 
 
+@cache
 def hear(client: Client, chunk: Chunk) -> Client:
     """A published chunk; where the stream wants the log instead, nothing is sent."""
     stream, frames = stream_of(client), []
@@ -247,6 +255,7 @@ def hear(client: Client, chunk: Chunk) -> Client:
     return checked(client, stream, frames)
 
 
+@cache
 def read(client: Client, log: LogModel) -> Client:
     """As ``Relay.refill``."""
     if log.epoch is None:
@@ -255,6 +264,7 @@ def read(client: Client, log: LogModel) -> Client:
     return catch_up(client, stream, log, whole=not stream.next_index or log.epoch != stream.epoch)
 
 
+@cache
 def resume(client: Client, log: LogModel) -> Client:
     """As ``Connection._resume``: a gateway that knows nothing but what the client tells it."""
     if log.epoch is None:

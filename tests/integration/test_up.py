@@ -193,7 +193,9 @@ def test_an_unreachable_server_is_one_clear_line(files, tmp_path, flag, value, l
     assert "Traceback" not in running.output
 
 
-def test_the_demo_model_answers_with_its_adapters(tmp_path, monkeypatch):
+def test_the_demo_model_answers_with_its_adapters(demo_model, tmp_path, monkeypatch):
+    (cache,) = (path.parent for path in demo_model.parents if path.name == "openlora")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)  # as a user starts it: all cores
     running = UpSystem(tmp_path, free_port())
     running.wait_until_it_says("Ctrl-C stops.", timeout_s=300)

@@ -81,6 +81,8 @@ SCRIPT = """
 import sys
 from pathlib import Path
 import torch
+from openlora.kernels.native import build
+build._FLAGS = (*build._FLAGS, "-O0")
 from openlora.kernels.native.library import Arena, NativeKernels
 from openlora.kernels.native.linear import NativeLinear
 linear = NativeLinear(NativeKernels(Path(sys.argv[1])), Arena(), torch.eye(40))
