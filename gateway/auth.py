@@ -6,8 +6,10 @@ import fnmatch
 import hashlib
 import hmac
 import re
+import socket
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from ipaddress import ip_address
 from urllib.parse import unquote, urlsplit
 
 from openlora.errors import Forbidden, SetupError, Unauthorized
@@ -143,6 +145,50 @@ def check_origin(origin: str | None, host: str | None, allowed: Sequence[str] = 
             f"origin {origin[:200]!r} is not this server ({host}); open the page from here, or "
             "have the operator add its origin to OPENLORA_ORIGINS"
         )
+
+
+def check_host(host: str | None, allowed: Sequence[str] = ()) -> None:
+    """Lets requests in that name this machine, or the host of one of the ``allowed`` origins: for a
+    gateway without keys that only programs of its own machine reach.
+
+    A page can have its own name lead to 127.0.0.1 once it is loaded (DNS rebinding). To a browser
+    the gateway then is where the page came from, and no Origin tells them apart.
+
+    Raises:
+        Forbidden: another name.
+    """
+    if host is None:  # a program: browsers always name it
+        return
+    name = _name_of(host) or ""
+    if _is_address(name) or name == "localhost" or name.endswith(".localhost"):
+        return
+    if name == socket.gethostname().lower() or name in map(_name_of, map(_host_of, allowed)):
+        return
+    raise Forbidden(
+        f"host {host[:200]!r} is not this machine; open http://localhost, or have the operator add "
+        "its origin to OPENLORA_ORIGINS, or ask for keys"
+    )
+
+
+def is_loopback(address: str) -> bool:
+    """Whether only programs of this machine reach what listens on ``address``."""
+    return address == "localhost" or (_is_address(address) and ip_address(address).is_loopback)
+
+
+def _is_address(name: str) -> bool:
+    try:
+        ip_address(name)
+    except ValueError:
+        return False
+    return True
+
+
+def _name_of(host: str | None) -> str | None:
+    """``host`` in lower case without its port; None where it is none."""
+    try:
+        return urlsplit(f"//{host}").hostname
+    except ValueError:
+        return None
 
 
 def _host_of(origin: str) -> str | None:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
-from gateway.auth import ApiKeys
+from gateway.auth import ApiKeys, check_host, check_origin, is_loopback
 from gateway.keys import read_key_file
 from openlora.adapters.stores import StoreLocation, adapter_cache, store_setting
 from openlora.errors import SetupError
@@ -91,6 +91,12 @@ class GatewayConfig:
     max_adapter_jobs: int = 1024
     max_wait_s: float = 60.0
     log_level: str = "warning"
+
+    def check_page(self, origin: str | None, host: str | None) -> None:
+        """Lets a browser act from pages of this gateway, or of ``origins``. Raises Forbidden."""
+        check_origin(origin, host, self.origins)
+        if is_loopback(self.host) and not self.api_keys.required:
+            check_host(host, self.origins)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

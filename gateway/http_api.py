@@ -16,7 +16,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from gateway.adapter_api import adapter_routes
-from gateway.auth import DEFAULT_TENANT, check_origin, key_of
+from gateway.auth import DEFAULT_TENANT, key_of
 from gateway.batches_api import MAX_BODY_BYTES, bulk_routes
 from gateway.bodies import read_body
 from gateway.dead_api import DeadApi
@@ -69,7 +69,7 @@ class HttpApi:
         @wraps(handler)
         async def checked(request: Request) -> Response:
             headers, config = request.headers, self._gateway.config
-            check_origin(headers.get("origin"), headers.get("host"), config.origins)
+            config.check_page(headers.get("origin"), headers.get("host"))
             key = key_of(request.headers.get("authorization"))
             tenant, request.state.policy = config.api_keys.caller_of(key)
             return await handler(request, tenant)

@@ -16,7 +16,7 @@ from starlette.routing import Mount, Route, WebSocketRoute
 from starlette.staticfiles import StaticFiles
 from starlette.types import Receive, Scope, Send
 
-from gateway.auth import SUBPROTOCOL, check_origin, key_of
+from gateway.auth import SUBPROTOCOL, key_of
 from gateway.frames import error_fields
 from gateway.http_api import api_routes
 from gateway.system import Gateway
@@ -67,8 +67,7 @@ class WebsocketDoor:
         headers = Headers(scope=scope)
         offered: list[str] = scope["subprotocols"]
         try:
-            origins = self._gateway.config.origins
-            check_origin(headers.get("origin"), headers.get("host"), origins)
+            self._gateway.config.check_page(headers.get("origin"), headers.get("host"))
             key = key_of(headers.get("authorization"), offered)
             tenant, policy = self._gateway.config.api_keys.caller_of(key)
         except OpenLoRAError as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from typing import Any, Literal
@@ -15,11 +16,14 @@ from openlora.joblog.scripts import Call
 from openlora.protocol import codec, names
 from openlora.protocol.events import Chunk, End
 from openlora.protocol.jobs import Job
+from openlora.protocol.status import Heartbeat
 
 RETIRED_TTL_S = 3600
 """How long it stays from then on: ends outlive the committed offset by this."""
 IDEMPOTENCY_TTL_S = 24 * 3600
 HEARTBEAT_TTL_S = 5
+
+_logger = logging.getLogger(__name__)
 
 
 class JobView(msgspec.Struct, frozen=True):
@@ -135,6 +139,18 @@ def decode_once(reply: bytes, key: str, digest: str, job_id: str) -> tuple[str, 
 def release_call(tenant: str, key: str, job_id: str) -> Call:
     """Free an idempotency key if this job holds it."""
     return Call(scripts.RELEASE, [names.idempotency_key(tenant, key)], [f"{job_id} "])
+
+
+def decode_heartbeats(values: Iterable[bytes | None]) -> list[Heartbeat]:
+    """Those that are there; one of a version that this one cannot read is left out."""
+    found = []
+    for value in values:
+        if value is not None:
+            try:
+                found.append(codec.decode_heartbeat(value))
+            except InvalidRequest as error:
+                _logger.info("heartbeat left out: %s", error.message)
+    return found
 
 
 def lead_call(owner: str, ttl_ms: int) -> Call:

@@ -116,7 +116,7 @@ class JobLog:
             members = sorted(self._redis.smembers(names.WORKERS_KEY))
             keys = [names.worker_key(member.decode()) for member in members]
             values = self._redis.mget(keys) if keys else []
-        return [codec.decode_heartbeat(value) for value in values if value is not None]
+        return core.decode_heartbeats(values)
 
     def remove_heartbeat(self, worker_id: str) -> None:
         """The worker leaves on purpose."""

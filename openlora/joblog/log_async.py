@@ -16,7 +16,7 @@ from openlora.joblog.core import Acceptance, JobView, OpenJob
 from openlora.joblog.events import EventStream
 from openlora.joblog.script_channel_async import AsyncScriptChannel
 from openlora.joblog.scripts import Call
-from openlora.protocol import codec, names
+from openlora.protocol import names
 from openlora.protocol.events import Chunk, End
 from openlora.protocol.jobs import Job
 from openlora.protocol.status import Heartbeat
@@ -120,7 +120,7 @@ class AsyncJobLog:
             gone = [member for member, value in zip(members, values, strict=True) if value is None]
             if gone:
                 await self._redis.srem(names.WORKERS_KEY, *gone)
-        return [codec.decode_heartbeat(value) for value in values if value is not None]
+        return core.decode_heartbeats(values)
 
     async def open_jobs(self, min_age_ms: int) -> AsyncIterator[list[OpenJob]]:
         """All open jobs that were stored at least ``min_age_ms`` ago, in pages, shard by shard."""

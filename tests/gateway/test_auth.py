@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from gateway.auth import ApiKeys, check_origin, key_of
+from gateway.auth import ApiKeys, check_host, check_origin, key_of
+from gateway.config import GatewayConfig
 from openlora.errors import Forbidden, SetupError, Unauthorized
 
 
@@ -67,3 +68,31 @@ def test_pages_of_other_hosts_are_refused() -> None:
     for origin in ("http://evil.example", "http://127.0.0.1:9000", "null", "", "http://["):
         with pytest.raises(Forbidden):
             check_origin(origin, "127.0.0.1:8000")
+
+
+@pytest.mark.parametrize(
+    "host",
+    [None, "localhost:8000", "LOCALHOST", "app.localhost", "127.0.0.1:8000", "[::1]:8000",
+     "chat.example", "chat.example:8443"],
+)  # fmt: skip
+def test_a_local_gateway_answers_to_names_of_its_machine(host: str | None) -> None:
+    check_host(host, ("https://chat.example",))
+
+
+@pytest.mark.parametrize(
+    "host", ["evil.example:8000", "localhost.evil.example", "127.0.0.1.evil.example", "evil@x", "["]
+)
+def test_a_page_whose_name_was_made_to_lead_here_is_refused(host: str) -> None:
+    with pytest.raises(Forbidden, match="is not this machine"):
+        check_host(host, ("https://chat.example",))
+
+
+def test_only_a_gateway_without_keys_on_a_loopback_address_asks_for_the_name() -> None:
+    rebound = ("http://evil.example:8000", "evil.example:8000")
+    for host in ("127.0.0.1", "::1", "localhost", "127.1.2.3"):
+        with pytest.raises(Forbidden):
+            GatewayConfig(host=host).check_page(*rebound)
+        with pytest.raises(Forbidden):  # a page's own GET has no Origin
+            GatewayConfig(host=host).check_page(None, rebound[1])
+    GatewayConfig(host="0.0.0.0").check_page(*rebound)
+    GatewayConfig(api_keys=ApiKeys.parse("key")).check_page(*rebound)

@@ -150,3 +150,10 @@ def test_heartbeats_show_for_a_few_seconds_and_go_when_removed(log: JobLog) -> N
     assert log._redis.smembers(names.WORKERS_KEY) == {b"w1"}
     log.remove_heartbeat("w1")
     assert log._redis.exists(names.WORKERS_KEY, names.worker_key("w1")) == 0
+
+
+def test_a_heartbeat_of_another_version_hides_no_other(log: JobLog) -> None:
+    log.write_heartbeat(a_heartbeat("old"))
+    log.write_heartbeat(a_heartbeat("w"))
+    log._redis.set(names.worker_key("old"), b'{"id":"old","a":1}')
+    assert [heartbeat.id for heartbeat in log.heartbeats()] == ["w"]
