@@ -210,7 +210,10 @@ def _directory(source: str, tenant: str) -> Path:
     if not path.is_absolute():
         raise InvalidRequest(f"source {source[:200]!r} is relative; name the whole path")
     if not path.is_dir():
-        raise InvalidRequest(f"source {source[:200]!r} is no directory on the gateway's machine")
+        hint = f"; name an archive as file://{source[:200]}" if path.suffix == ".zip" else ""
+        raise InvalidRequest(
+            f"source {source[:200]!r} is no directory on the gateway's machine{hint}"
+        )
     return path
 
 

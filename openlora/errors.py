@@ -39,6 +39,8 @@ class OpenLoRAError(Exception):
     retriable: ClassVar[bool] = False
 
     def __init__(self, message: str, *, retry_after_ms: int | None = None) -> None:
+        # A message may quote what a client or a file holds, and must be one that can be sent.
+        message = message.encode("utf-8", "backslashreplace").decode()
         super().__init__(message)
         self.message = message
         self.retry_after_ms = retry_after_ms

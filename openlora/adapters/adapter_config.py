@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,10 @@ from openlora.errors import AdapterFailed
 CONFIG_FILE = "adapter_config.json"
 MAX_CONFIG_BYTES = 1 << 20
 MAX_RANK = 4096
+MAX_PATTERNS = 2048
+"""Of a field: one for each linear of 126 layers is 882. Each module is matched with all of them."""
+MAX_BASE_MODEL_CHARS = 1000
+"""It is kept in the registry."""
 
 _REFUSED = {
     "layer_replication": "layer_replication",
@@ -163,7 +168,7 @@ def parse_adapter_config(raw: Mapping[str, Any]) -> AdapterConfig:
         exclude_modules=_targets(raw.get("exclude_modules") or [], "exclude_modules"),
         layers_to_transform=_layers(raw.get("layers_to_transform")),
         layers_pattern=_layers_pattern(raw.get("layers_pattern")),
-        base_model=str(raw.get("base_model_name_or_path") or ""),
+        base_model=_base_model(raw.get("base_model_name_or_path") or ""),
         use_dora=bool(raw.get("use_dora")),
         bias=str(raw.get("bias") or "none"),
         lora_bias=bool(raw.get("lora_bias")),
@@ -211,20 +216,39 @@ def _rank(value: Any, field: str) -> int:
 
 
 def _number(value: Any, field: str) -> float:
-    if type(value) not in (int, float) or not math.isfinite(value):
+    # Python's integers may be larger than any float, which is an error rather than infinity.
+    is_number = type(value) in (int, float) and abs(value) <= sys.float_info.max
+    if not is_number:
         raise AdapterFailed(f"{CONFIG_FILE}: {field} is {str(value)[:100]}; it must be a number")
     return float(value)
+
+
+def _base_model(value: Any) -> str:
+    # Half of a surrogate pair, which JSON can hold, is no text that could be sent on.
+    if type(value) is not str or len(value) > MAX_BASE_MODEL_CHARS or not _is_text(value):
+        raise AdapterFailed(
+            f"{CONFIG_FILE}: base_model_name_or_path is {str(value)[:100]}; it must be a name of "
+            f"at most {MAX_BASE_MODEL_CHARS} characters"
+        )
+    return value
+
+
+def _is_text(value: str) -> bool:
+    return not any("\ud800" <= character <= "\udfff" for character in value)
 
 
 def _patterns(raw: Mapping[str, Any], field: str) -> list[tuple[re.Pattern[str], Any]]:
     patterns = raw.get(field) or {}
     if not isinstance(patterns, dict):
         raise AdapterFailed(f"{CONFIG_FILE}: {field} is no object of patterns")
+    if len(patterns) > MAX_PATTERNS:
+        raise AdapterFailed(
+            f"{CONFIG_FILE}: {field} has {len(patterns)} patterns; at most {MAX_PATTERNS} are taken"
+        )
     found = []
     for key, value in patterns.items():
-        compile_pattern(key, field)
         # PEFT matches a key against the end of the module's name, at a dot.
-        found.append((re.compile(rf"(?:.*\.)?(?:{key})$"), value))
+        found.append((compile_pattern(key, field, r"(?:.*\.)?", "$"), value))
     return found
 
 
@@ -250,8 +274,8 @@ def _layers_pattern(value: Any) -> tuple[re.Pattern[str], ...]:
         )
     found = []
     for pattern in filter(None, patterns):
-        compile_pattern(pattern, "layers_pattern")
-        found.append(re.compile(rf"(?:^|.*?\.)(?:{pattern})\.(?P<number>\d+)\."))
+        after = r"\.(?P<number>\d+)\."
+        found.append(compile_pattern(pattern, "layers_pattern", r"(?:^|.*?\.)", after))
     return tuple(found)
 
 

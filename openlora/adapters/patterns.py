@@ -17,8 +17,8 @@ MAX_REPEATS = 6
 _TOKEN = re.compile(r"\\.|\[\^?\]?(?:\\.|[^\]\\])*\]|\(\?[:=!]|[()|*+?]|\{\d*,?\d*\}|.", re.DOTALL)
 
 
-def compile_pattern(pattern: str, field: str) -> re.Pattern[str]:
-    """``pattern`` compiled.
+def compile_pattern(pattern: str, field: str, before: str = "", after: str = "") -> re.Pattern[str]:
+    """``pattern`` compiled, between what its field's meaning puts ``before`` and ``after`` it.
 
     Raises:
         AdapterFailed: it is too long, no regular expression, or could take exponential time: a
@@ -35,7 +35,9 @@ def compile_pattern(pattern: str, field: str) -> re.Pattern[str]:
             "list the module names instead"
         )
     try:
-        return re.compile(pattern)
+        alone = re.compile(pattern)
+        # Alone first: what is unbalanced must not be closed by what stands around it.
+        return re.compile(f"{before}(?:{pattern}){after}") if before or after else alone
     except (re.error, OverflowError, RecursionError) as error:
         raise AdapterFailed(f"{field}: {shown!r} is no regular expression: {error}") from error
 

@@ -33,10 +33,12 @@ from openlora.errors import AdapterFailed
 DTYPES = ("F32", "F16", "BF16")
 MAX_ADAPTER_BYTES = 8 << 30
 """Rank 256 on all linears of a 70B model, in fp32, is 6.6 GB."""
+MAX_TENSORS = 8192
+"""DoRA with trained biases on all linears of 126 layers is 3,528."""
 
 _TENSOR = re.compile(
     r"base_model\.model\.(?P<module>(?:model\.)?layers\.(?P<layer>\d{1,6})\."
-    r"(?P<path>[a-z_]+\.[a-z_]+))\.lora_(?P<matrix>[AB])(?:\.default)?\.weight"
+    r"(?P<path>[a-z_]{1,64}\.[a-z_]{1,64}))\.lora_(?P<matrix>[AB])(?:\.default)?\.weight"
 )
 
 
@@ -163,6 +165,10 @@ def _layout(
             if tensor in tensors:
                 raise AdapterFailed(f"tensor {tensor[:200]} is in two files")
             tensors[tensor] = entry
+    if len(tensors) > MAX_TENSORS:
+        raise AdapterFailed(
+            f"the weights hold {len(tensors)} tensors; at most {MAX_TENSORS} are taken"
+        )
     modules, extras = _contents(config, tensors)
     return AdapterLayout(config, files, MappingProxyType(tensors), modules, extras)
 

@@ -13,8 +13,9 @@ from typing import Any
 
 from openlora.errors import AdapterFailed
 
-MAX_HEADER_BYTES = 16 << 20
-"""An adapter of a few thousand tensors has a header under 1 MiB."""
+MAX_HEADER_BYTES = 4 << 20
+"""An adapter of a few thousand tensors has a header under 1 MiB. Parsing holds the interpreter's
+lock, and with it all streams of the gateway that checks the adapter."""
 _MAX_REMEMBERED_BYTES = 256 << 10
 """Of a header that is kept; one of 1,120 tensors, 80 layers' all linears, has 150 KB."""
 

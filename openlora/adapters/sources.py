@@ -4,12 +4,14 @@
 
 A URL names the directory that holds adapter_config.json, or a .zip file that holds one:
 http(s)://…, hf://org/name[@revision][/folder], and whatever fsspec has a package for (s3://, gs://,
-file://, …). A process, because it can be given up when a server is slow, and whatever a
-library does there ends it alone. Exit status 0, or 2 with the reason on standard error.
+file://, …); zip://FOLDER::URL names a folder of an archive that holds several. A process, because
+it can be given up when a server is slow, and whatever a library does there ends it alone. Exit
+status 0, or 2 with the reason on standard error.
 """
 
 from __future__ import annotations
 
+import resource
 import shutil
 import subprocess
 import sys
@@ -41,6 +43,9 @@ MAX_RATIO = 100
 """Weights hardly compress; a file that grows so much when it is unpacked is no adapter."""
 _FAILED = 2
 _ARCHIVE = "archive.zip"
+_ZIP = "zip://"
+MAX_MEMORY_BYTES = 2 << 30
+"""Of the process that copies: what it is sent, or an archive's list of files, can be endless."""
 
 Open = Callable[[str], BinaryIO]
 """Opens a file of the source by name; raises FileNotFoundError."""
@@ -74,12 +79,14 @@ def copy_adapter(url: str, directory: Path) -> None:
         AdapterFailed: a file is missing or too large.
         Exception: whatever the URL's library raises.
     """
-    if url.partition("?")[0].endswith(".zip"):
+    folder, is_inside, outer = url.removeprefix(_ZIP).partition("::")
+    is_inside = is_inside if url.startswith(_ZIP) else ""
+    if is_inside or url.partition("?")[0].endswith(".zip"):
         archive = directory / _ARCHIVE
-        with open_url(url) as source:
+        with open_url(outer if is_inside else url) as source:
             _copy(source, archive, MAX_ADAPTER_BYTES)
         with zipfile.ZipFile(archive) as opened:
-            copy_files(_members(opened), directory)
+            copy_files(_members(opened, folder if is_inside else ""), directory)
         archive.unlink()
     else:
         copy_files(lambda name: open_url(f"{url.rstrip('/')}/{name}"), directory)
@@ -145,12 +152,16 @@ def _copy(source: BinaryIO, target: Path, limit: int) -> int:
     return size
 
 
-def _members(archive: zipfile.ZipFile) -> Open:
-    """The files beside the archive's only adapter_config.json."""
+def _members(archive: zipfile.ZipFile, below: str) -> Open:
+    """The files beside the only adapter_config.json in the folder ``below``, at any depth."""
     entries = {entry.filename: entry for entry in archive.infolist()}
-    configs = [name for name in entries if name.split("/")[-1] == CONFIG_FILE]
+    below = f"{below.strip('/')}/".lstrip("/")
+    configs = [n for n in entries if n.startswith(below) and n.split("/")[-1] == CONFIG_FILE]
     if len(configs) != 1:
-        raise AdapterFailed(f"the archive holds {len(configs)} files {CONFIG_FILE}, not one")
+        raise AdapterFailed(
+            f"the archive holds {len(configs)} files {CONFIG_FILE}, not one"
+            f"{' in ' + below if below else ''}; name an adapter's folder as zip://FOLDER::URL"
+        )
     folder = configs[0].removesuffix(CONFIG_FILE)
 
     def opened(name: str) -> BinaryIO:
@@ -188,6 +199,7 @@ def open_url(url: str) -> BinaryIO:
 def main() -> int:
     """Copy; the exit status."""
     url, directory = sys.argv[1], Path(sys.argv[2])
+    resource.setrlimit(resource.RLIMIT_DATA, (MAX_MEMORY_BYTES, MAX_MEMORY_BYTES))
     try:
         copy_adapter(url, directory)
     except AdapterFailed as error:

@@ -25,6 +25,7 @@ from openlora.adapters.peft_format import (
     AdapterLayout,
     ContentHash,
     describe,
+    inspect_adapter,
     read_layout,
 )
 from openlora.errors import AdapterFailed
@@ -63,7 +64,8 @@ class AdapterStore:
         check: Callable[[AdapterLayout], None] | None = None,
         announce: Callable[[str], None] | None = None,
     ) -> AdapterInfo:
-        """Check ``directory`` and copy it into the store, unless its content is there already.
+        """Check ``directory`` and copy it into the store, unless its content is there already and
+        sound.
 
         Args:
             holder: the registry that will name it, see ``release``.
@@ -76,7 +78,8 @@ class AdapterStore:
             OSError: the store cannot be written.
         """
         directory = Path(directory)
-        layout = read_layout(directory)
+        with _source_of(directory):
+            layout = read_layout(directory)
         if check is not None:
             check(layout)
         self._root.mkdir(parents=True, exist_ok=True)
@@ -155,10 +158,15 @@ class AdapterStore:
             info = describe(layout, digest.hexdigest())
             if announce is not None:
                 announce(info.hash)
+            place = self._root / info.hash
+            is_sound = _holds(place, info.hash)
             with self._locked():
-                # Where somebody else put the same content there first, theirs is as good.
-                if not (self._root / info.hash).is_dir():
-                    copy.rename(self._root / info.hash)
+                if not place.is_dir():
+                    copy.rename(place)
+                elif not is_sound:
+                    # File by file: who reads it finds each of them at any moment.
+                    for file in copy.iterdir():
+                        file.replace(place / file.name)
                 if holder is not None:
                     holds = self._root / _HOLDS / info.hash
                     holds.mkdir(parents=True, exist_ok=True)
@@ -183,11 +191,34 @@ def _checked(content_hash: str) -> str:
     return content_hash
 
 
+def _holds(place: Path, content_hash: str) -> bool:
+    """Whether this content is there, as it was stored."""
+    try:
+        return inspect_adapter(place).hash == content_hash
+    except (AdapterFailed, OSError):
+        return False
+
+
+@contextlib.contextmanager
+def _source_of(directory: Path) -> Iterator[None]:
+    """That a source cannot be read is no fault of the store's."""
+    try:
+        yield
+    except OSError as error:
+        raise AdapterFailed(f"{directory} cannot be read: {error}; check its files") from error
+
+
 def _copy_durably(source: Path, target: Path, size: int, digest: ContentHash) -> None:
     left = size
-    with source.open("rb") as reader, target.open("xb") as writer:
-        # One byte more than expected, to see a file that has grown.
-        while chunk := reader.read(min(1 << 20, left + 1)):
+    with _source_of(source.parent):
+        reader = source.open("rb")
+    with reader, target.open("xb") as writer:
+        while True:
+            with _source_of(source.parent):
+                # One byte more than expected, to see a file that has grown.
+                chunk = reader.read(min(1 << 20, left + 1))
+            if not chunk:
+                break
             left -= len(chunk)
             if left < 0:
                 break

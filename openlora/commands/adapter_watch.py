@@ -96,19 +96,29 @@ class AdapterWatch:
 
     def look(self) -> None:
         """One scan, and what follows from it."""
-        due: list[Path] = []
+        failed: list[Path] = []
+        reason: Exception | None = None
         try:
             due = self._changes.scan()
-            skipped = {bad.name: bad.reason for bad in self._register(due)} if due else {}
-        except (RedisError, OSError, OpenLoRAError) as error:
-            self._changes.retry(due)
-            if not self._failing:
-                self._warn(f"The adapters' folder is not taken over: {error}; tried again soon")
-            self._failing = True
-            return
-        self._failing = False
-        for path in due:
-            if path.name in skipped:
-                self._warn(f"Adapter {path.name} is left out: {skipped[path.name]}")
-            else:
-                self._say(f"Adapter {path.name} is registered")
+        except OSError as error:
+            due, reason = [], error
+        for number, path in enumerate(due):
+            try:
+                self._tell(path, self._register([path]))
+            except RedisError as error:
+                failed, reason = [*failed, *due[number:]], error
+                break
+            except (OSError, OpenLoRAError) as error:
+                failed, reason = [*failed, path], error
+            except Exception as error:  # noqa: BLE001 - whatever an adapter does ends it alone
+                self._warn(f"Adapter {path.name} is left out: {error!r}")
+        self._changes.retry(failed)
+        if reason is not None and not self._failing:
+            self._warn(f"The adapters' folder is not taken over: {reason}; tried again soon")
+        self._failing = reason is not None
+
+    def _tell(self, path: Path, skipped: Sequence[Skipped]) -> None:
+        for bad in skipped:
+            self._warn(f"Adapter {bad.name} is left out: {bad.reason}")
+        if not skipped:
+            self._say(f"Adapter {path.name} is registered")

@@ -149,6 +149,15 @@ def test_sharded_files(adapter):
         ({"r": True}, "r is True"),
         ({"lora_alpha": "big"}, "lora_alpha is big"),
         ({"lora_alpha": float("nan")}, "lora_alpha is nan"),
+        ({"lora_alpha": 10**400}, "lora_alpha is 1000"),
+        ({"alpha_pattern": {"q_proj": -(10**400)}}, "alpha_pattern is -1000"),
+        ({"rank_pattern": {"(?i)q_proj": 4}}, "rank_pattern: .* is no regular expression"),
+        ({"rank_pattern": {str(n): 4 for n in range(2049)}}, "has 2049 patterns; at most 2048"),
+        ({"layers_pattern": "(?P<number>layers)"}, "layers_pattern: .* is no regular expression"),
+        ({"base_model_name_or_path": "\ud800"}, r"base_model_name_or_path is \\ud800"),
+        ({"base_model_name_or_path": "x" * 1001}, "a name of at most 1000 characters"),
+        ({"base_model_name_or_path": {"a": 1}}, "base_model_name_or_path is {'a': 1}"),
+        ({"\udfff": 1}, r"field \\udfff is not supported"),
         ({"rank_pattern": ["x"]}, "rank_pattern is no object"),
         ({"rank_pattern": {"q_proj": -1}}, "rank_pattern is -1"),
         ({"alpha_pattern": {"q_proj": None}}, "alpha_pattern is None"),
@@ -245,6 +254,13 @@ def test_an_adapter_that_is_huge(adapter):
     refused(adapter, "at most 8589934592 are taken")
     (adapter / "adapter_model.safetensors").write_bytes(header)
     inspect_adapter(adapter)
+
+
+def test_more_tensors_than_any_model_has(adapter):
+    names = [f"{PREFIX}.{layer}.self_attn.q_proj" for layer in range(4097)]
+    tensors = {f"{name}.lora_{m}.weight": torch.zeros(1, 1) for name in names for m in "AB"}
+    save_file(tensors, adapter / "adapter_model.safetensors")
+    refused(adapter, "hold 8194 tensors; at most 8192 are taken")
 
 
 def test_no_tensors(adapter):

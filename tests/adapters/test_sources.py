@@ -5,6 +5,8 @@ from __future__ import annotations
 import http.server
 import shutil
 import socket
+import subprocess
+import sys
 import zipfile
 from functools import partial
 from pathlib import Path
@@ -108,8 +110,26 @@ def test_an_archive_with_two_adapters_or_none(site, into, tmp_path):
     zipped(root / "none.zip", {"x": b""})
     failed(f"{url}/two.zip", into, "holds 2 files adapter_config.json, not one")
     failed(f"{url}/none.zip", into, "holds 0 files")
+    failed(f"zip://c::{url}/two.zip", into, "holds 0 files adapter_config.json, not one in c/")
+    fetch(f"zip://b::{url}/two.zip", into)
+    assert inspect_adapter(into).hash == inspect_adapter(tmp_path / "poet").hash
+    shutil.rmtree(into)
+    into.mkdir()
     (root / "no.zip").write_bytes(b"PK but no archive")
     failed(f"{url}/no.zip", into, "BadZipFile")
+
+
+def test_an_archive_with_an_endless_list_of_files_ends_its_process_alone(into, tmp_path):
+    poet = files_of(write_adapter(tmp_path / "poet"))
+    zipped(tmp_path / "few.zip", poet)
+    zipped(tmp_path / "many.zip", poet | {f"{number}": b"" for number in range(100_000)})
+    code = "import openlora.adapters.sources as s; s.MAX_MEMORY_BYTES = {} << 20; exit(s.main())"
+    for archive, status, says in (("few", 0, ""), ("many", 2, "MemoryError")):
+        words = [code.format(64), (tmp_path / f"{archive}.zip").as_uri(), str(into)]
+        done = subprocess.run([sys.executable, "-c", *words], capture_output=True, text=True)
+        assert (done.returncode, done.stderr.partition(":")[0]) == (status, says)
+        shutil.rmtree(into)
+        into.mkdir()
 
 
 def test_a_zip_bomb(site, into, tmp_path):

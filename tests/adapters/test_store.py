@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import threading
+from pathlib import Path
 
 import pytest
 import torch
@@ -156,6 +158,47 @@ def test_a_disk_that_takes_no_more_leaves_nothing(tmp_path):
     result = subprocess.run(argv, capture_output=True, text=True, check=True)
     assert "File too large" in result.stdout
     assert list((tmp_path / "store").iterdir()) == []
+
+
+def cut(weights):
+    os.truncate(weights, 100)
+
+
+def flip(weights):
+    data = weights.read_bytes()
+    weights.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+
+
+@pytest.mark.parametrize("damage", [cut, flip, Path.unlink])
+def test_adding_again_mends_what_the_disk_has_lost(tmp_path, damage):
+    source = write_adapter(tmp_path / "a")
+    store = AdapterStore(tmp_path / "store")
+    content = store.put(source, holder="here").hash
+    damage(store.path(content) / "adapter_model.safetensors")
+    store.put(source, holder="there")
+    assert inspect_adapter(store.path(content)).hash == content
+    assert store.held(content) == ("here", "there")
+    assert contents(tmp_path / "store") == [content]
+
+
+@pytest.mark.parametrize("times_read", [0, 1])
+@pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors"])
+def test_a_source_that_cannot_be_read_is_the_adapter_s_fault(
+    tmp_path, monkeypatch, name, times_read
+):
+    """When it is described, or when it is copied then."""
+    source = write_adapter(tmp_path / "a")
+    opened, times = Path.open, iter(range(2))
+
+    def denied(path, *args, **kwargs):
+        if path == source / name and next(times) == times_read:
+            raise PermissionError(13, "Permission denied", str(path))
+        return opened(path, *args, **kwargs)
+
+    monkeypatch.setattr(Path, "open", denied)
+    with pytest.raises(AdapterFailed, match=f"cannot be read: .*Permission denied.*{name}"):
+        AdapterStore(tmp_path / "store").put(source)
+    assert list(tmp_path.glob("store/*")) == []
 
 
 def test_many_at_once(tmp_path):

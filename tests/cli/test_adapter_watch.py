@@ -11,6 +11,7 @@ from redis.exceptions import ConnectionError as RedisConnectionError
 from openlora.adapters.store import AdapterStore
 from openlora.commands.adapter_watch import AdapterWatch, FolderChanges
 from openlora.commands.seed import Skipped, register_dirs
+from openlora.errors import SetupError
 from openlora.joblog import redis_client
 from openlora.registry import AdapterRegistry
 from tests.cli.test_seed import HIDDEN, write_adapter
@@ -59,18 +60,37 @@ def test_what_fails_for_a_while_is_said_once_and_tried_again(folder):
         calls.append(names(dirs))
         if len(calls) < 3:
             raise RedisConnectionError("no Redis")
-        return [Skipped("bad", "it is cut short")]
+        return [Skipped("bad", "it is cut short")] if names(dirs) == ["bad"] else []
 
     watch = AdapterWatch(FolderChanges(folder), register, warned.append, said.append)
     write_adapter(folder / "bad")
     write_adapter(folder / "good")
     for _ in range(6):
         watch.look()
-    assert calls == [["bad", "good"]] * 3
+    assert calls == [["bad"], ["bad"], ["bad"], ["good"]]
     assert said == ["Adapter good is registered"]
     assert len(warned) == 2
     assert "no Redis" in warned[0]
     assert warned[1] == "Adapter bad is left out: it is cut short"
+
+
+@pytest.mark.parametrize("error", [SetupError("no room for it"), RuntimeError("a new fault")])
+def test_one_that_cannot_be_taken_over_holds_up_no_other(folder, error):
+    said, warned = [], []
+
+    def register(dirs: list[Path]) -> list[Skipped]:
+        if names(dirs) == ["bad"]:
+            raise error
+        return []
+
+    watch = AdapterWatch(FolderChanges(folder), register, warned.append, said.append)
+    write_adapter(folder / "bad")
+    write_adapter(folder / "good")
+    for _ in range(4):
+        watch.look()
+    assert said == ["Adapter good is registered"]
+    assert len(warned) == 1
+    assert str(error) in warned[0]
 
 
 @pytest.mark.services
