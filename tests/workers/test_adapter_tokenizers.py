@@ -7,12 +7,12 @@ import shutil
 
 import pytest
 from tokenizers import Tokenizer
-from tokenizers.models import Unigram
+from tokenizers.models import BPE, Unigram
 
 from openlora.bench.pipeline_model import write_tokenizer
 from openlora.errors import AdapterFailed
 from tests.workers.running import a_job
-from workers.adapter_tokenizers import KEPT, AdapterTokenizers
+from workers.adapter_tokenizers import KEPT, SIZE_LIMIT, SPARE_BYTES, AdapterTokenizers
 from workers.tokenizer import PromptTokenizer
 
 
@@ -120,7 +120,7 @@ def test_one_of_another_kind_is_refused(found, tmp_path):
 def test_added_tokens_alone_need_no_vocabulary_to_be_built(found, model, tmp_path, monkeypatch):
     path = adapter(tmp_path / "a", model, "<call>", "<end>", eos="<end>")
     whole = AdapterTokenizers(PromptTokenizer(str(model)))
-    monkeypatch.setattr(whole, "_model", b"")  # so that the file is read as any other
+    monkeypatch.setattr(whole, "_is_the_models", lambda saved: False)  # it is read as any other
     slow = whole.of((path,))
 
     def built(*args):
@@ -158,3 +158,65 @@ def test_tokens_whose_numbers_are_not_the_next_ones_are_read_as_the_library_does
     file.write_text(json.dumps(content, indent=2, ensure_ascii=False))
     theirs = Tokenizer.from_file(str(file)).token_to_id("<call>")
     assert found.of((path,)).prompt.backend.token_to_id("<call>") == theirs
+
+
+def never_built(monkeypatch):
+    def built(*args):
+        raise AssertionError("a vocabulary was built while streams wait")
+
+    monkeypatch.setattr(Tokenizer, "from_buffer", built)
+
+
+MERGED = {"vocab": {"a": 0, "b": 1, "c": 2, "ab": 3, "abc": 4}, "merges": [("a", "b"), ("ab", "c")]}
+
+
+def test_the_models_vocabulary_is_known_however_a_version_of_the_library_wrote_it(
+    model, tmp_path, monkeypatch
+):
+    """Older ones saved merges as texts, and fewer switches."""
+    base = tmp_path / "base"
+    shutil.copytree(model, base)
+    backend = Tokenizer(BPE(**MERGED))
+    backend.save(str(base / "tokenizer.json"))
+    found = AdapterTokenizers(PromptTokenizer(str(base)))
+    backend.add_special_tokens(["<call>"])
+    content = json.loads(backend.to_str())
+    content["model"]["merges"] = ["a b", "ab c"]
+    del content["model"]["ignore_merges"], content["model"]["byte_fallback"]
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    never_built(monkeypatch)
+    assert found.of((tmp_path,)).prompt.backend.encode("abc<call>a").ids == [4, 5, 0]
+    content["model"]["merges"] = ["a b"]
+    (base / "tokenizer.json").write_text(json.dumps(content))
+    with pytest.raises(AdapterFailed, match="was built"):
+        found.of((base,))
+
+
+def test_adapters_with_one_and_the_same_file_cost_its_reading_once(found, model, tmp_path):
+    other = Tokenizer(BPE(**MERGED))
+    paths = []
+    for number in range(3):
+        paths.append(tmp_path / str(number))
+        paths[-1].mkdir()
+        other.save(str(paths[-1] / "tokenizer.json"))
+    backends = {id(found.of((path,)).prompt.backend) for path in paths}
+    assert len(backends) == 1
+
+
+def test_those_that_the_models_own_serves_are_all_remembered(found, model, tmp_path, monkeypatch):
+    paths = []
+    for number in range(3 * KEPT):
+        paths.append(tmp_path / str(number))
+        paths[-1].mkdir()
+        shutil.copy(model / "tokenizer.json", paths[-1])
+        found.of((paths[-1],))
+    monkeypatch.setattr(found, "_read", None)
+    assert {found.of((path,)) for path in paths} == {found.of(())}
+
+
+def test_a_file_much_longer_than_the_models_is_not_read(found, model, tmp_path):
+    """Streams would stand still for as long as somebody likes."""
+    text = (model / "tokenizer.json").read_text()
+    (tmp_path / "tokenizer.json").write_text(text + " " * (SIZE_LIMIT * len(text) + SPARE_BYTES))
+    with pytest.raises(AdapterFailed, match="bytes, of which"):
+        found.of((tmp_path,))
