@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import secrets
 import time
@@ -37,6 +38,7 @@ class DeadApi:
 
     def __init__(self, gateway: Gateway) -> None:
         self._gateway = gateway
+        self._turn = asyncio.Lock()  # one reads at a time: each holds all letters
 
     async def list(self, request: Request, tenant: str) -> Response:
         """All letters, without the messages themselves."""
@@ -91,7 +93,8 @@ class DeadApi:
     async def _letters(self, tenant: str) -> dict[int, DeadLetter]:
         servers = self._gateway.config.kafka
         try:
-            letters = await in_daemon_thread(lambda: read_dead_letters(servers))
+            async with self._turn:
+                letters = await in_daemon_thread(lambda: read_dead_letters(servers))
         except SetupError as error:
             raise Overloaded(error.message, retry_after_ms=RETRY_AFTER_MS) from error
         if tenant == DEFAULT_TENANT:

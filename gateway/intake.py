@@ -142,7 +142,7 @@ class Intake:
             first_job_id = await self._first_with_key(job, draft)
             if first_job_id != job.job_id:
                 await self._log.discard(job.job_id)
-                await self._wait_for_first(first_job_id)
+                await self._wait_for_first(first_job_id, job.tenant, draft)
                 return first_job_id
             where = await asyncio.wrap_future(self._publisher.publish(job))
         except OpenLoRAError:
@@ -181,14 +181,18 @@ class Intake:
         job_id, _ = await self._log.claim_idempotency(job.tenant, key, draft.digest, job.job_id)
         return job_id
 
-    async def _wait_for_first(self, job_id: str) -> None:
+    async def _wait_for_first(self, job_id: str, tenant: str, draft: JobDraft | None) -> None:
         """The key's first request may be on its way still, for a client that lost its connection
-        and asks again: if it is refused there, nobody may have been told `accepted` here."""
+        and asks again: if it is refused there, nobody may have been told `accepted` here.
+
+        Whoever refused it may have died, or lost Redis, before the key was free again."""
         deadline = time.monotonic() + _FIRST_TIMEOUT_S
         while (acceptance := await self._log.acceptance(job_id)) == "stored":
             if time.monotonic() > deadline:
                 break
             await asyncio.sleep(_FIRST_CHECK_S)
+        if acceptance == "discarded" and draft is not None and draft.idempotency_key is not None:
+            await self._log.release_idempotency(tenant, draft.idempotency_key, job_id)
         if acceptance in ("stored", "discarded"):
             raise Overloaded(
                 "the first request with this idempotency_key was not accepted; try again",

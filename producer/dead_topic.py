@@ -16,6 +16,8 @@ from openlora.protocol.dead import DeadLetter, decode_dead_letter
 from openlora.protocol.names import DEAD_TOPIC
 
 MAX_LETTERS = 1000
+MAX_HELD_CHARS = 32 << 20
+"""Of their messages together: who sends what cannot be run decides how long they are."""
 _TIMEOUT_S = 5.0
 _POLL_MS = 100
 
@@ -23,7 +25,7 @@ _logger = logging.getLogger(__name__)
 
 
 def read_dead_letters(bootstrap_servers: str) -> dict[int, DeadLetter]:
-    """The newest letters by their offset in the dead topic, oldest first.
+    """The newest letters by their offset in the dead topic, oldest first: fewer long ones.
 
     Raises:
         SetupError: the broker does not answer.
@@ -47,6 +49,7 @@ def _read(bootstrap_servers: str) -> dict[int, DeadLetter]:
     )
     partition = TopicPartition(DEAD_TOPIC, 0)
     letters: dict[int, DeadLetter] = {}
+    held = 0
     try:
         consumer.assign([partition])
         consumer.seek_to_beginning(partition)
@@ -54,11 +57,14 @@ def _read(bootstrap_servers: str) -> dict[int, DeadLetter]:
         while time.monotonic() < deadline:
             for message in consumer.poll(_POLL_MS).get(partition, ()):
                 try:
-                    letters[message.offset] = decode_dead_letter(message.value or b"")
+                    letter = decode_dead_letter(message.value or b"")
                 except InvalidRequest as error:
                     _logger.warning("entry %d is no letter: %s", message.offset, error.message)
-                if len(letters) > MAX_LETTERS:
-                    del letters[next(iter(letters))]
+                    continue
+                letters[message.offset] = letter
+                held += len(letter.value)
+                while len(letters) > MAX_LETTERS or held > MAX_HELD_CHARS:
+                    held -= len(letters.pop(next(iter(letters))).value)
             # The end that the fetch told of, as the embedded broker answers no other question.
             end = consumer.highwater(partition)
             if end is not None and consumer.position(partition) >= end:

@@ -113,7 +113,7 @@ class Sweeper:
                 completion_tokens=sum(len(chunk.tokens) for chunk in view.chunks),
                 total_ms=max(0.0, time.time() * 1000 - view.job.created_ms),
             )
-            if await self._log.finish(job_id, end):
+            if await self._log.finish(job_id, end, if_cancelled=failure is None):
                 _logger.info("job %s ended here: %s", job_id, failure or "cancelled")
 
     async def _read(self, job_id: str) -> JobView | None:

@@ -70,13 +70,14 @@ class AsyncJobLog:
         """
         return core.decode_view((await self._run([core.read_call(job_id, after)]))[0], after)
 
-    async def finish(self, job_id: str, end: End) -> bool:
+    async def finish(self, job_id: str, end: End, *, if_cancelled: bool = False) -> bool:
         """End an open job from here: whoever runs it is fenced. False if it had ended already.
 
-        Claim and append are two calls; a worker that claims in between wins.
+        Claim and append are two calls; a worker that claims in between wins. ``if_cancelled``: not
+        if somebody watches it again, and nobody asked to cancel it.
         """
         claim = decode_claim((await self._run([claim_call(job_id, "gateway")]))[0])
-        if claim.status != "claimed":
+        if claim.status != "claimed" or (if_cancelled and not claim.cancelled):
             return False
         length = sum(len(chunk.tokens) for chunk in claim.chunks)
         ((_, call),) = append_calls([Chunk(job_id, claim.epoch, length, end=end)])

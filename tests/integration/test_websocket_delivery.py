@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import signal
 import time
 from pathlib import Path
@@ -11,7 +12,7 @@ import pytest
 from websockets.exceptions import ConnectionClosed
 from websockets.sync.client import connect
 
-from openlora.joblog import JobLog, redis_client
+from openlora.joblog import AsyncJobLog, JobLog, async_redis_client, redis_client
 from openlora.local import ServerProcess
 from openlora.protocol.events import Chunk, End
 from openlora.protocol.names import SWEEPER_KEY, idempotency_key, job_key
@@ -166,6 +167,25 @@ def test_an_idempotency_key_runs_a_request_once(
         generate(socket, "r3", "another", idempotency_key="k1")
         assert receive_all(socket, "r3")[-1]["code"] == "invalid_request"
     assert len(worker.jobs) == 1
+
+
+def test_a_key_that_a_refused_request_left_behind_is_free_at_the_next_try(
+    gateway: RunningGateway, redis_address: str, worker: ScriptedWorker
+) -> None:
+    """As where Redis, or the gateway, went between the two steps of a refusal."""
+
+    async def discard(job_id: str) -> None:
+        async with async_redis_client(redis_address) as client:
+            await AsyncJobLog(client).discard(job_id)
+
+    with connect(gateway.ws_url) as socket:
+        generate(socket, "r1", "a b", idempotency_key="left")
+        job_id = receive_all(socket, "r1")[0]["job_id"]
+        asyncio.run(discard(job_id))
+        generate(socket, "r2", "a b", idempotency_key="left")
+        assert receive(socket)["code"] == "overloaded"
+        generate(socket, "r3", "a b", idempotency_key="left")
+        assert text_of(receive_all(socket, "r3")) == "a b"
 
 
 @pytest.mark.long

@@ -91,6 +91,23 @@ def test_a_discarded_job_never_runs(redis_url: str, worker: JobLog) -> None:
     run(redis_url, test)
 
 
+def test_finish_leaves_a_job_to_a_client_that_came_back_meanwhile(redis_url: str) -> None:
+    async def main() -> None:
+        async with async_redis_client(redis_url) as client:
+            log = AsyncJobLog(client)
+            job = a_job()
+            await log.store(job, 1)
+            await asyncio.sleep(0.01)
+            assert (await log.read(job.job_id)).cancelled  # as the sweeper saw it
+            await log.renew_leases([job.job_id], 60_000)
+            assert not await log.finish(job.job_id, End("cancelled"), if_cancelled=True)
+            assert (await log.read(job.job_id)).end is None
+            await log.cancel(job.job_id)
+            assert await log.finish(job.job_id, End("cancelled"), if_cancelled=True)
+
+    asyncio.run(main())
+
+
 def test_finish_ends_a_job_and_fences_who_runs_it(redis_url: str, worker: JobLog) -> None:
     async def test(log: AsyncJobLog) -> None:
         job = a_job()
