@@ -10,6 +10,7 @@ import logging
 import threading
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -46,8 +47,8 @@ class _Batch:
     results: list[Result] = field(default_factory=list)
     marks: dict[str, list[Mark]] = field(default_factory=dict)
 
-    def take(self, bundle: BulkAnswers) -> None:
-        self.results += answered(bundle, int(time.time()))
+    def take(self, bundle: BulkAnswers, created_s: int) -> None:
+        self.results += answered(bundle, created_s)
         adapter = bundle.group.adapters[0].id if bundle.group.adapters else ""
         self.marks.setdefault(adapter, []).extend(
             Mark(a.line, a.prompt_tokens, a.completion_tokens, a.failure is not None)
@@ -65,6 +66,7 @@ class Collector:
         self._pending: dict[TopicPartition, list[Any]] = {}
         self._bytes = 0
         self._flushed_at = 0.0
+        self._held_up: set[str] = set()
 
     def run(self, stopping: threading.Event) -> None:
         """Collect until ``stopping`` is set; what came until then is written.
@@ -138,6 +140,9 @@ class Collector:
             for partition, messages in self._pending.items()
         }
         self._pending, self._bytes, self._flushed_at = {}, 0, time.monotonic()
+        for batch_id in self._held_up:
+            self._tell(batch_id, "")
+        self._held_up.clear()
         try:
             consumer.commit(offsets)
         except KafkaError as error:
@@ -152,15 +157,26 @@ class Collector:
             except InvalidRequest as error:
                 logger.warning("event=no_answers offset=%d error=%r", message.offset, error.message)
                 continue
-            batches.setdefault(bundle.batch_id, _Batch()).take(bundle)
+            # The message's time, not ours: written again, a segment is the same and has its name.
+            created_s = max(0, message.timestamp or 0) // 1000
+            batches.setdefault(bundle.batch_id, _Batch()).take(bundle, created_s)
         name = f"answers-{partition:03d}-{messages[0].offset:012d}-{messages[-1].offset:012d}"
         for batch_id, batch in batches.items():
             state = self._states.get(batch_id)
             if state is None or state.phase not in ("running", "closing"):
                 continue  # nobody waits for them any more
             folder = self._store.folder(batch_id)
-            write_segment(folder.segments, name, batch.results)
+            try:
+                write_segment(folder.segments, name, batch.results)
+            except OSError as error:
+                self._held_up.add(batch_id)
+                self._tell(batch_id, f"answers cannot be written: {error}")
+                raise
             for adapter, marks in batch.marks.items():
                 if self._states.mark(batch_id, marks, source="worker", adapter=adapter) < 0:
                     folder.remove_working_files()  # it has ended meanwhile
                     break
+
+    def _tell(self, batch_id: str, problem: str) -> None:
+        with suppress(Overloaded):  # it is told again, or the batch's next step takes it away
+            self._states.report_problem(batch_id, problem)

@@ -1,6 +1,7 @@
 """Files of the store: inputs as they were sent, and what batches made of them.
 
     files/<file id>                      an input, immutable
+    batches/<batch id>/unread            chunks of what was read so far         (while it is read)
     batches/<batch id>/chunks, ids       lines by what they run on; custom_ids  (while it runs)
     batches/<batch id>/segments          results as they came                   (while it runs)
     batches/<batch id>/results/NNNNNN    results of a range of lines, in their order
@@ -45,9 +46,23 @@ class BatchFolder:
         self.path = root / "batches" / batch_id
         self.segments = self.path / "segments"
 
+    def unread_chunk(self, number: int) -> Path:
+        """Where the lines of a piece of the input are written, by bucket, while it is read."""
+        return self.path / "unread" / f"{number:06d}"
+
     def chunk(self, number: int) -> Path:
-        """Lines of a piece of the input, by bucket."""
+        """The same lines once all pieces are read."""
         return self.path / "chunks" / f"{number:06d}"
+
+    def settle_chunks(self) -> None:
+        """All pieces are read: a reading that comes late does not change what the plan is made of.
+
+        Raises:
+            OSError: not now; try again.
+        """
+        if not (self.path / "chunks").exists():
+            with suppress(FileNotFoundError):  # there are none, or somebody else was first
+                (self.path / "unread").rename(self.path / "chunks")
 
     def ids(self, number: int) -> Path:
         """custom_ids of the same piece."""
@@ -65,7 +80,7 @@ class BatchFolder:
     def remove_working_files(self) -> None:
         """The results are complete: all else goes, each folder at once. A step that is done twice
         by now would take what is left of one for all of it."""
-        for name in ("chunks", "ids", "segments"):
+        for name in ("unread", "chunks", "ids", "segments"):
             with suppress(FileNotFoundError):
                 (self.path / name).rename(self.path / f".{name}.{secrets.token_hex(4)}")
         self.plan.unlink(missing_ok=True)

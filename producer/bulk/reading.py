@@ -46,10 +46,12 @@ def read(tools: Tools, state: BatchState, number: int) -> Fields:
     # Before the lines count as read: from then on nobody looks whether their adapters still exist.
     hashes = {adapter.hash for line in parsed for adapter in line.group.adapters}
     tools.states.hold_contents(state.id, hashes)
-    write_chunk(folder.chunk(number), parsed)
+    # Before the chunk as well, which may replace one where these lines were good: that of another
+    # reading, with other adapters. Whichever chunk counts, all other lines have their error.
+    tools.refuse(state, f"refused-{number:06d}", refusals)
     ids = [(p.line.custom_id, p.line.line) for p in parsed if p.line.custom_id is not None]
     write_ids(folder.ids(number), ids)
-    tools.refuse(state, f"refused-{number:06d}", refusals)
+    write_chunk(folder.unread_chunk(number), parsed)
     return _after(state, number, piece)
 
 
@@ -67,8 +69,8 @@ def _drop(tools: Tools, state: BatchState, number: int) -> Fields:
     ]
     tools.refuse(state, f"unread-{number:06d}", refusals, show=False)
     folder = tools.folder(state)
-    write_chunk(folder.chunk(number), ())
     write_ids(folder.ids(number), ())
+    write_chunk(folder.unread_chunk(number), ())
     return _after(state, number, piece)
 
 
@@ -84,8 +86,9 @@ def _after(state: BatchState, number: int, piece: Piece) -> Fields:
 
 def plan(tools: Tools, state: BatchState, _: int) -> Fields:
     """All lines are known: refuse repeated custom_ids, and decide what is published when."""
-    _refuse_repeated(tools, state)
     folder = tools.folder(state)
+    folder.settle_chunks()
+    _refuse_repeated(tools, state)
     units = plan_units([read_index(folder.chunk(n))[0] for n in range(state.chunks)])
     write_plan(folder.plan, units)
     now = now_ms()

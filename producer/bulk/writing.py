@@ -26,6 +26,7 @@ class _WithId(msgspec.Struct):
 
 def close(tools: Tools, state: BatchState, number: int) -> Fields:
     """The batch ends early: lines of chunk ``number`` without a result get their error."""
+    tools.folder(state).settle_chunks()  # where the input was lost, there was no plan
     done = tools.states.finished_lines(state.id)
     error = unfinished(state)
     refusals = []

@@ -3,13 +3,15 @@
 Points are the disk (before and behind what makes a file be there, or go), Redis (before and behind
 each command), the broker (before, amid and behind what is sent; the commit) and the task queue. At
 one of them in each run the process is killed, or the call fails, or the process is held up there
-until another one has done all that was left. Whatever the point, each line has its one result.
+until another one has done all that was left, or a part of it. Whatever the point, each line has its
+one result.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import errno
+import secrets
 import shutil
 import threading
 from collections.abc import Callable, Iterator
@@ -27,7 +29,9 @@ from kafka.errors import KafkaConnectionError
 from openlora.errors import Overloaded
 from openlora.protocol.bulk import BulkAnswer, BulkAnswers, decode_bulk_message
 from openlora.protocol.codec import encode
+from openlora.protocol.status import AdapterRecord
 from producer.bulk import blocks
+from producer.bulk.adapters_known import KnownAdapters
 from producer.bulk.app import do_step
 from producer.bulk.collector import Collector
 from producer.bulk.records import STEP_LOST_MS, Step
@@ -66,7 +70,7 @@ class World:
         self.struck = where
         if self.error == "killed":
             raise Killed
-        if self.error == "held up":
+        if self.error in ("held up", "overtaken"):
             self.is_armed = False
             self.meanwhile()
             return
@@ -129,7 +133,9 @@ class Consumer:
         """At most three messages."""
         found = list(enumerate(self.broker.answers))[self.position : self.position + 3]
         self.position += len(found)
-        messages: list[Any] = [SimpleNamespace(offset=n, value=value) for n, value in found]
+        messages: list[Any] = [
+            SimpleNamespace(offset=n, value=value, timestamp=1) for n, value in found
+        ]
         return {PARTITION: messages} if messages else {}
 
     def commit(self, offsets: dict[TopicPartition, Any]) -> None:
@@ -145,12 +151,16 @@ class Life:
         self.producer = producer
         self.world = world
         self.broker = broker
-        self.tools = dataclasses.replace(producer.tools, sender=cast(BundleSender, self.broker))
         self.queue: list[tuple[str, Step]] = []
         self.begin()
 
     def begin(self) -> None:
         """A new process: nothing in memory."""
+        self.tools = dataclasses.replace(
+            self.producer.tools,
+            sender=cast(BundleSender, self.broker),
+            adapters=KnownAdapters(self.producer.client),
+        )
         self.steward = Steward(self.producer.states, self.producer.client, self.put)
         self.consumer = Consumer(self.broker)
         self.collector = Collector("", self.producer.states, self.producer.store)
@@ -176,10 +186,22 @@ class Life:
             self.collector._flush(self.consumer, threading.Event())
 
     def run_beside(self, batch_id: str) -> None:
-        """Another process does all that is left, what this one has in its hands too."""
+        """Another process does all that is left or, where this one is only overtaken, what comes
+        before the lines are published; and what this one has in its hands, too. To the other, one
+        adapter is new, and one has another version."""
+        for name in ("a", "new"):
+            registry = self.producer.registry
+            registry.put(AdapterRecord(name, 0, secrets.token_hex(32), 8, (), "", 1, "", 1))
         other = Life(self.producer, self.world, self.broker)
         other.queue = list(self.queue)
-        other.run(batch_id, None)
+        if self.world.error == "held up":
+            other.run(batch_id, None)
+        while other.is_before_publishing(batch_id):
+            other.turn(batch_id)
+
+    def is_before_publishing(self, batch_id: str) -> bool:
+        state = self.producer.states.get(batch_id)
+        return state is not None and state.phase in ("reading", "planning")
 
     def run(self, batch_id: str, cancel_at: int | None) -> None:
         for turn in range(200):
@@ -231,14 +253,17 @@ def struck(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[int, str], Wor
     world.append(World(0, ""))
 
 
+ADAPTERS = ("a", "new", "b")
 INPUT = b"".join(
-    b'{"prompt":"p%d","adapter":"%c","custom_id":"c%d","max_tokens":3}\n' % (n, b"ab"[n % 2], n % 8)
-    for n in range(10)
+    b'{"prompt":"p%d","adapter":"%b","custom_id":"c%d","max_tokens":3}\n'
+    % (n, ADAPTERS[n % 3].encode(), n % 9)
+    for n in range(12)
 ).replace(b"p4", b'p4"')
-"""Ten lines in three pieces: the fifth is broken, the last two say their custom_ids again."""
+"""Twelve lines in three pieces: 5 is broken, 10 and 12 say a custom_id again, and 2, 8 and 11 name
+an adapter that is not there, or not there yet."""
 
 
-@pytest.mark.parametrize("error", ["killed", "refused", "held up"])
+@pytest.mark.parametrize("error", ["killed", "refused", "held up", "overtaken"])
 @pytest.mark.parametrize(
     "cancel_at", [None, *(pytest.param(turn, marks=pytest.mark.slow) for turn in (2, 7))]
 )
@@ -249,6 +274,9 @@ def test_each_line_has_its_one_result(
     cancel_at: int | None,
 ) -> None:
     for strike_at in count(1):
+        for name in ("a", "new"):
+            producer.registry.remove(name)
+        producer.registry.put(AdapterRecord("a", 0, "a" * 64, 8, (), "", 1, "", 1))
         batch_id = producer.submit(INPUT)
         producer.queue.clear()
         producer.client.hset(f"openlora:{{{batch_id}}}:batch", mapping={"step": "", "step_ms": 0})
@@ -261,11 +289,12 @@ def test_each_line_has_its_one_result(
         assert state is not None
         assert state.phase == "over", where
         results = producer.results(batch_id)
-        assert [result["line"] for result in results] == list(range(1, 11)), where
+        assert [result["line"] for result in results] == list(range(1, 13)), where
         failed = [result["line"] for result in results if "error" in result]
-        assert (state.total, state.done, state.failed) == (10, 10, len(failed)), where
+        assert (state.total, state.done, state.failed) == (12, 12, len(failed)), where
         if cancel_at is None:
-            assert failed == [5, 9, 10], where
+            assert set(failed) - {2, 8, 11} == {5, 10, 12}, where
+            assert error in ("held up", "overtaken") or {2, 8, 11} < set(failed), where
             assert all(r["text"] == f"to p{r['line'] - 1}" for r in results if "error" not in r)
             assert state.status == "completed", where
         names = {path.name for path in producer.store.folder(batch_id).path.iterdir()}
