@@ -22,6 +22,8 @@ Published = tuple[str, int, int]
 
 MAX_UNACKNOWLEDGED = 10_000
 """Jobs that may wait for the broker; more are refused at once instead of waiting in memory."""
+MAX_UNACKNOWLEDGED_CHARS = 64 << 20
+"""Likewise of their prompts together, the longest of which have a million each."""
 DELIVERY_TIMEOUT_MS = 4500
 """A job that the broker did not take within this fails; below the sweeper's 5 s, which would
 otherwise publish it once more while it is still under way here."""
@@ -68,7 +70,7 @@ class Publisher:
             )
         except (KafkaError, OSError, ValueError) as error:
             raise SetupError(f"no Kafka broker answers at {bootstrap_servers}: {error}") from error
-        self._slots = threading.BoundedSemaphore(MAX_UNACKNOWLEDGED)
+        self._room = _Room()
         self._queue: queue.SimpleQueue[tuple[Future[Published], Job, int | None, float] | None] = (
             queue.SimpleQueue()
         )
@@ -88,12 +90,12 @@ class Publisher:
         future: Future[Published] = Future()
         if self._is_closed:
             future.set_exception(Overloaded("this gateway is shutting down; try another"))
-        elif not self._slots.acquire(blocking=False):
+        elif not self._room.take(chars := _chars_of(job)):
             future.set_exception(
-                self._overloaded(f"{MAX_UNACKNOWLEDGED} jobs wait for the broker already")
+                self._overloaded(f"{self._room.jobs} jobs wait for the broker already")
             )
         else:
-            future.add_done_callback(self._free_slot)
+            future.add_done_callback(lambda _: self._room.free(chars))
             self._queue.put((future, job, partition, time.monotonic()))
         return future
 
@@ -151,5 +153,31 @@ class Publisher:
             retry_after_ms=_RETRY_AFTER_MS,
         )
 
-    def _free_slot(self, _: Future[Published]) -> None:
-        self._slots.release()
+
+class _Room:
+    """Counts what waits for the broker. Used by several threads."""
+
+    def __init__(self) -> None:
+        self.jobs = 0
+        self._chars = 0
+        self._lock = threading.Lock()
+
+    def take(self, chars: int) -> bool:
+        """Whether there is room for one more job of so many characters; if so, it is taken."""
+        with self._lock:
+            if self.jobs >= MAX_UNACKNOWLEDGED or self._chars + chars > MAX_UNACKNOWLEDGED_CHARS:
+                return False
+            self.jobs += 1
+            self._chars += chars
+            return True
+
+    def free(self, chars: int) -> None:
+        """One of them waits no more."""
+        with self._lock:
+            self.jobs -= 1
+            self._chars -= chars
+
+
+def _chars_of(job: Job) -> int:
+    """What makes a job long: its prompt."""
+    return len(job.prompt or "") + sum(len(message.content) for message in job.messages or ())

@@ -8,12 +8,13 @@ from collections import defaultdict
 from concurrent.futures import wait
 from typing import Any
 
+import msgspec
 import pytest
 from kafka import KafkaConsumer, TopicPartition
 
 from openlora.errors import Overloaded, PayloadTooLarge, SetupError
 from openlora.protocol import codec
-from openlora.protocol.jobs import AdapterRef
+from openlora.protocol.jobs import AdapterRef, Job, Message
 from openlora.protocol.names import BATCH_TOPIC, JOBS_TOPIC
 from producer import publisher as publisher_module
 from producer.partitioner import key_of, partition_of
@@ -26,13 +27,13 @@ pytestmark = pytest.mark.services
 _PARTITIONS = 6
 
 
-def _topic_of_one_taken(publisher: Publisher) -> str:
+def _topic_of_one_taken(publisher: Publisher, job: Job | None = None) -> str:
     """Publishes as clients do: again where it is refused for the moment. Right behind its start
     the embedded broker now and then answers UnknownError."""
     deadline = time.monotonic() + 20
     while True:
         try:
-            return publisher.publish(a_job()).result(20)[0]
+            return publisher.publish(job or a_job()).result(20)[0]
         except Overloaded:
             assert time.monotonic() < deadline
             time.sleep(0.1)
@@ -141,6 +142,27 @@ def test_waiting_jobs_are_bounded(fresh_broker: Broker, monkeypatch: pytest.Monk
     ensure_topics(fresh_broker.bootstrap_servers, _PARTITIONS)
     wait(waiting, 20)
     assert _topic_of_one_taken(publisher) == JOBS_TOPIC
+    publisher.close()
+
+
+def test_what_waiting_jobs_hold_is_bounded_too(
+    fresh_broker: Broker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(publisher_module, "MAX_UNACKNOWLEDGED_CHARS", 1000)
+    ensure_topics(fresh_broker.bootstrap_servers, _PARTITIONS)
+    publisher = Publisher(fresh_broker.bootstrap_servers)
+    publisher.publish(a_job()).result(20)
+    fresh_broker.server.kill()
+    half = [msgspec.structs.replace(a_job(), prompt="x" * 400) for _ in range(2)]
+    waiting = [publisher.publish(job) for job in half]
+    said = (Message("user", "x" * 300),)
+    long = msgspec.structs.replace(a_job(), prompt=None, messages=said)
+    with pytest.raises(Overloaded, match="2 jobs wait for the broker already"):
+        publisher.publish(long).result(0)
+    fresh_broker.server.start()
+    ensure_topics(fresh_broker.bootstrap_servers, _PARTITIONS)
+    wait(waiting, 20)
+    assert _topic_of_one_taken(publisher, long) == JOBS_TOPIC
     publisher.close()
 
 
