@@ -33,7 +33,8 @@ def test_a_small_run_measures_everything_and_loses_no_token(tmp_path, capsys):
     assert {"gateway", "worker I/O", "worker engine", "client"} <= set(latency["cpu_us_per_token"])
     loads = row["loads"]
     assert [load["path"] for load in loads] == ["relay", "whole"]
-    assert all(load["tok_s"] == pytest.approx(200, rel=0.1) for load in loads)
+    # Less where a stream waits for the first token of its next request.
+    assert all(load["tok_s"] == pytest.approx(200, rel=0.3) for load in loads)
     printed = capsys.readouterr().out
     assert "share of bare relay" in printed
     assert "kept up" in printed

@@ -25,7 +25,7 @@ def generate(socket: ClientConnection, request_id: str, prompt: str, **fields: A
     send(socket, type="generate", request_id=request_id, prompt=prompt, **fields)
 
 
-def receive(socket: ClientConnection, timeout: float = 15) -> dict[str, Any]:
+def receive(socket: ClientConnection, timeout: float = 30) -> dict[str, Any]:
     frame: dict[str, Any] = json.loads(socket.recv(timeout=timeout))
     return frame
 
@@ -78,7 +78,7 @@ def small_buffers(gateway: RunningGateway) -> socketlib.socket:
     return connection
 
 
-def wait_for(condition: Callable[[], object], timeout_s: float = 10) -> None:
+def wait_for(condition: Callable[[], object], timeout_s: float = 30) -> None:
     deadline = time.monotonic() + timeout_s
     while not condition():
         assert time.monotonic() < deadline, "never became true"

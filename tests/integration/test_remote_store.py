@@ -122,7 +122,7 @@ def test_an_adapter_is_fetched_when_it_is_wanted_and_shown_where_it_is(
     assert answer(gateway, "one")[-1]["type"] == "done"
     assert len(list((place / "cache").glob(f"*/{content}"))) == 1
     everywhere = {"device": ["w"], "host": ["w"], "disk": ["w"]}
-    wait_until(lambda: lives_in(http, "one") == everywhere, 5)
+    wait_until(lambda: lives_in(http, "one") == everywhere)
     (worker,) = http.get("/v1/workers").json()
     tiers = {tier["tier"]: tier for tier in worker["tiers"]}
     assert all(tiers[name]["adapters"] == ["one"] for name in everywhere)
@@ -140,7 +140,7 @@ def test_a_pinned_adapter_is_there_before_anybody_asks(
     )
     assert refused.status_code == 403
     assert command(gateway, "adapters", "pin", "two") == "two version 1 is pinned\n"
-    wait_until(lambda: lives_in(http, "two").get("device") == ["w"], 5)
+    wait_until(lambda: lives_in(http, "two").get("device") == ["w"])
     assert http.delete("/v1/adapters/two/pin").json()["pinned"] is False
     assert http.get("/v1/adapters/two").json()["pinned"] is False
 

@@ -33,11 +33,11 @@ from openlora.protocol.status import Heartbeat
 from openlora.sampling_params import SamplingParams
 from producer.topics import TopicKeeper
 
-READY_TIMEOUT_S = 40.0
+READY_TIMEOUT_S = 90.0
 SHARD = 7
 
 
-def wait_until(is_true: Callable[[], object], timeout_s: float = 20.0) -> None:
+def wait_until(is_true: Callable[[], object], timeout_s: float = 40.0) -> None:
     """Return once ``is_true()`` is; fail after ``timeout_s``."""
     deadline = time.monotonic() + timeout_s
     while not is_true():
@@ -140,7 +140,7 @@ class System:
             tokens += chunk.tokens
         return tokens
 
-    def end(self, job: Job, timeout_s: float = 20.0) -> End:
+    def end(self, job: Job, timeout_s: float = 40.0) -> End:
         """The job's end, waited for."""
         found: list[End] = []
 

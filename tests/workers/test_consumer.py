@@ -11,7 +11,7 @@ from kafka import KafkaProducer
 from openlora.protocol.names import BATCH_TOPIC, DEAD_TOPIC, JOBS_TOPIC
 from producer.topics import ensure_topics
 from tests.workers.running import wait_until
-from workers import attention
+from workers import attention, kafka_client
 from workers.budgets import Budgets
 from workers.consumer import JobConsumer
 
@@ -55,6 +55,12 @@ def servers(fresh_broker):
 
 
 @pytest.fixture
+def quick_join(monkeypatch):
+    """The embedded broker lets a first member in after half of its session timeout."""
+    monkeypatch.setattr(kafka_client, "SESSION_TIMEOUT_MS", 3_000)
+
+
+@pytest.fixture
 def publish(servers):
     producer = KafkaProducer(bootstrap_servers=servers)
 
@@ -67,7 +73,7 @@ def publish(servers):
     producer.close(timeout=1)
 
 
-def test_a_full_budget_pauses_batch_and_leaves_interactive(servers, publish):
+def test_a_full_budget_pauses_batch_and_leaves_interactive(quick_join, servers, publish):
     jobs = Jobs(servers, Budgets(interactive=50, batch=3))
     publish(BATCH_TOPIC, *(b"b%d" % i for i in range(9)))
     publish(JOBS_TOPIC, b"j0", b"j1")
@@ -87,7 +93,7 @@ def test_a_full_budget_pauses_batch_and_leaves_interactive(servers, publish):
     jobs.leave()
 
 
-def test_a_quiet_worker_fetches_behind_a_hint(servers, publish, monkeypatch):
+def test_a_quiet_worker_fetches_behind_a_hint(quick_join, servers, publish, monkeypatch):
     monkeypatch.setattr(attention, "QUIET_AFTER_S", 0.0)
     monkeypatch.setattr(attention, "QUIET_PAUSE_S", 60.0)
     jobs = Jobs(servers, Budgets(50, 50))
@@ -123,7 +129,7 @@ def test_a_member_serves_what_it_keeps_while_another_joins(servers, publish):
     first.leave()
 
 
-def test_the_next_member_reads_from_the_first_open_job(servers, publish):
+def test_the_next_member_reads_from_the_first_open_job(quick_join, servers, publish):
     first = Jobs(servers, Budgets(50, 50))
     publish(JOBS_TOPIC, b"0", b"1", b"2", b"3")
     wait_until(lambda: len(first.fetched) == 4)
@@ -137,7 +143,7 @@ def test_the_next_member_reads_from_the_first_open_job(servers, publish):
     second.leave()
 
 
-def test_status_says_position_commit_and_lag(servers, publish):
+def test_status_says_position_commit_and_lag(quick_join, servers, publish):
     jobs = Jobs(servers, Budgets(50, 50))
     publish(JOBS_TOPIC, b"0", b"1", b"2", partition=1)
     wait_until(lambda: len(jobs.fetched) == 3)
