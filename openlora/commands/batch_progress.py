@@ -9,6 +9,7 @@ from typing import Any
 
 from rich.console import Console, Group
 from rich.live import Live
+from rich.padding import Padding
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
@@ -120,7 +121,8 @@ def picture(batch: Mapping[str, Any], adapters: Mapping[str, int], rates: Rates)
         facts.append(f"{lines_s:,.0f} lines/s, {tokens_s:,.0f} tokens/s")
         facts.append(f"{_duration((counts['total'] - progress['lines_done']) / lines_s)} left")
     facts.append(f"{counts['failed']:,} failed")
-    parts: list[Any] = [head, ProgressBar(total=max(1, total), completed=done, width=60)]
+    bar = ProgressBar(total=max(1, total), completed=done, width=60)
+    parts: list[Any] = [head, Padding(bar, 0)]  # by itself it ends no line
     parts.append(Text(" · ".join(facts)))
     if progress["problem"]:
         parts.append(Text(f"waiting: {progress['problem']}", style="yellow"))

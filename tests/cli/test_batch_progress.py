@@ -26,8 +26,8 @@ def batch(status="in_progress", **progress):
     }
 
 
-def shown(*args):
-    console = Console(file=io.StringIO(), width=120)
+def shown(*args, width=120):
+    console = Console(file=io.StringIO(), width=width)
     console.print(picture(*args))
     return console.file.getvalue()
 
@@ -42,6 +42,16 @@ def test_speed_and_time_left_come_from_the_last_polls():
     assert "400 of 1,000 lines · 4 lines/s, 80 tokens/s · 2 min 30 s left · 10 failed" in text
     assert "pirate" in text
     assert "(base model)" in text
+
+
+def test_all_of_it_is_seen_on_a_narrow_terminal():
+    rates = Rates()
+    for second in range(10):
+        rates.add(second, 4 * second, 80 * second)
+    rows = [row.strip() for row in shown(batch(), {}, rates, width=60).splitlines()]
+    assert set(rows[1]) == {"━"}
+    facts = "400 of 1,000 lines · 4 lines/s, 80 tokens/s · 2 min 30 s left · 10 failed"
+    assert " ".join(rows[2:]) == facts
 
 
 def test_many_adapters_are_summed_up():
