@@ -74,7 +74,8 @@ def add_tasks(app: Celery, tools: Tools, steward: Steward) -> None:
                 countdown = min(LONGEST_BACKOFF_S, 2**self.request.retries)
                 raise self.retry(exc=error, countdown=countdown) from error
 
-        app.task(task, name=task_name(kind), bind=True, max_retries=MAX_RETRIES)
+        name = task_name(kind)
+        app.task(task, name=name, bind=True, shared=False, max_retries=MAX_RETRIES)
 
     for kind in get_args(StepKind):
         task_for(kind)
