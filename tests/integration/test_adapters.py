@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +13,7 @@ import pytest
 from websockets.sync.client import connect
 
 from gateway.adapter_collector import AdapterCollector
+from openlora import cli
 from openlora.adapters.store import AdapterStore
 from openlora.errors import AdapterFailed
 from openlora.joblog import AsyncJobLog, async_redis_client, redis_client
@@ -118,16 +116,18 @@ def test_versions_are_pinned_and_rolled_back_to(
 
 
 def test_the_command_shows_versions_and_goes_back(
-    gateway: RunningGateway, worker: ScriptedWorker, tmp_path: Path
+    gateway: RunningGateway,
+    worker: ScriptedWorker,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
+    monkeypatch.setenv("OPENLORA_API_KEY", KEYS["root"])
+
     def adapters(*argv: str) -> str:
-        result = subprocess.run(
-            [sys.executable, "-m", "openlora", "adapters", *argv, "--url", gateway.url],
-            env={**os.environ, "OPENLORA_API_KEY": KEYS["root"]},
-            capture_output=True,
-            text=True,
-        )
-        return result.stdout if result.returncode == 0 else result.stderr
+        status = cli.main(["adapters", *argv, "--url", gateway.url])
+        said = capsys.readouterr()
+        return said.out if status == 0 else said.err
 
     for fill in (3, 4):
         source = write_adapter(tmp_path / str(fill), fill=fill)

@@ -6,6 +6,7 @@ import itertools
 import os
 import signal
 
+import psutil
 import pytest
 
 from openlora.protocol.codec import encode
@@ -89,8 +90,10 @@ def test_a_running_job_moves_when_its_engine_dies(system):
 
 
 def test_the_engine_process_dies_with_its_parent(system):
-    worker = system.start_worker()
-    engine_pid = system.heartbeat(worker).engine_pid
+    worker = system.start_worker(ready=False)
+    io_process = psutil.Process(worker.process.pid)
+    wait_until(io_process.children)
+    (engine_pid,) = (child.pid for child in io_process.children())
     worker.process.kill()
     worker.wait()
     wait_until(lambda: not is_alive(engine_pid))
