@@ -3,16 +3,43 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
 from openlora.joblog import redis_client
-from openlora.local import ServerProcess
+from openlora.local import ServerProcess, free_port
 from openlora.protocol.status import AdapterRecord
 from openlora.registry import AdapterRegistry
 from tests.conftest import Broker
 from tests.gateway.client import GRACE_S
 from tests.gateway.running import RunningGateway, ScriptedWorker, running_gateway
+from tests.integration.up_system import UpSystem, write_adapters, write_model
+
+
+@pytest.fixture(scope="package")
+def up_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """With folders ``model`` and ``adapters``: pirate, poet, and one that is broken."""
+    root = tmp_path_factory.mktemp("up")
+    write_adapters(write_model(root / "model"), root / "adapters")
+    return root
+
+
+@pytest.fixture(scope="package")
+def guarded_system(up_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[UpSystem]:
+    """``openlora up`` for tests that it must outlive: an operator, two tenants, 2 s of grace."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OPENLORA_API_KEYS", "root,acme:one,umbrella:two")
+        patch.setenv("OPENLORA_API_KEY", "root")
+        patch.setenv("OPENLORA_DISCONNECT_GRACE_S", "2")
+        running = UpSystem(
+            tmp_path_factory.mktemp("system"),
+            free_port(),
+            *("--model", str(up_folder / "model"), "--adapters", str(up_folder / "adapters")),
+        )
+    running.wait_ready()
+    yield running
+    assert running.stop() == 0, running.output
 
 
 @pytest.fixture(scope="module")

@@ -15,36 +15,33 @@ import torch
 from kafka import KafkaProducer
 from safetensors.torch import load_file, save_file
 
-from openlora.local import free_port
 from openlora.protocol.names import JOBS_TOPIC
 from tests.integration.bad_client import Client, read_dead_letters, text_of
-from tests.integration.up_system import UpSystem, write_adapters, write_model
 
 pytestmark = [pytest.mark.services, pytest.mark.timeout(300)]
 
 WEIGHTS = "adapter_model.safetensors"
 PARTITION = 7
+OPERATOR = {"Authorization": "Bearer root"}
 GREEDY = {"temperature": 0, "max_tokens": 12, "ignore_eos": True}
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    root = tmp_path_factory.mktemp("bad")
-    write_adapters(write_model(root / "model"), root / "adapters")
-    return root
+@pytest.fixture
+def folder(up_folder):
+    return up_folder
 
 
 @pytest.fixture(scope="module")
-def system(folder, tmp_path_factory):
-    running = UpSystem(
-        tmp_path_factory.mktemp("system"),
-        free_port(),
-        *("--model", str(folder / "model"), "--adapters", str(folder / "adapters")),
-    )
-    running.wait_ready()
-    yield running
-    assert "exited with status" not in running.output
-    assert running.stop() == 0, running.output
+def system(guarded_system):
+    yield guarded_system
+    assert "exited with status" not in guarded_system.output
+
+
+@pytest.fixture
+def http(system):
+    """As its operator."""
+    with httpx.Client(base_url=system.url, headers=OPERATOR, timeout=30) as client:
+        yield client
 
 
 def change_tensors(directory, change):
@@ -121,8 +118,8 @@ BREAKS = (
 )
 
 
-def test_each_unusable_adapter_is_refused_with_the_reason(system, folder, tmp_path):
-    with Client(system.url) as client:
+def test_each_unusable_adapter_is_refused_with_the_reason(system, http, folder, tmp_path):
+    with Client(system.url, "root") as client:
         alone = client.run("alone", prompt="the sea", adapter="poet", params=GREEDY)
         for damage in BREAKS:
             directory, outside = tmp_path / damage.__name__, tmp_path / f"{damage.__name__}-out"
@@ -130,12 +127,12 @@ def test_each_unusable_adapter_is_refused_with_the_reason(system, folder, tmp_pa
             outside.mkdir()
             damage(directory, outside)
             body = {"id": damage.__name__, "source": str(directory)}
-            answer = httpx.post(f"{system.url}/v1/adapters", json=body, timeout=30)
+            answer = http.post("/v1/adapters", json=body)
             error = answer.json().get("error", answer.json())
             seen = (damage.__name__, answer.status_code, error.get("code"))
             assert seen == (damage.__name__, 422, "adapter_failed"), error
             assert error["message"]
-        known = {row["id"] for row in httpx.get(f"{system.url}/v1/adapters").json()}
+        known = {row["id"] for row in http.get("/v1/adapters").json()}
         assert known == {"pirate", "poet"}
         again = client.run("again", prompt="the sea", adapter="poet", params=GREEDY)
         assert text_of(again) == text_of(alone)
@@ -144,7 +141,7 @@ def test_each_unusable_adapter_is_refused_with_the_reason(system, folder, tmp_pa
 def test_merges_go_through_the_whole_system_and_bad_ones_fail_alone(system):
     """With weight 0 for the other one, the best approximation of the sum is the one itself."""
     pair = [{"id": "poet", "weight": 1.0}, {"id": "pirate", "weight": 0.0}]
-    with Client(system.url) as client:
+    with Client(system.url, "root") as client:
         alone = client.run("alone", prompt="the sea", adapter="poet", params=GREEDY)
         merged = client.run(
             "svd", prompt="the sea", adapters=pair, merge={"method": "svd"}, params=GREEDY
@@ -160,14 +157,14 @@ def test_merges_go_through_the_whole_system_and_bad_ones_fail_alone(system):
         assert client.until_end("bad")[-1]["code"] == "invalid_request"
 
 
-def test_content_that_changed_in_the_store_fails_its_requests_alone(system, folder, tmp_path):
+def test_content_that_changed_in_the_store_fails_its_requests_alone(system, http, folder, tmp_path):
     """Other bytes under a content's name: the worker that loads them finds out."""
     shutil.copytree(folder / "adapters/poet", tmp_path / "other")
     change_tensors(tmp_path / "other", lambda t, names: t[names[0]].mul_(1.5))
     body = {"id": "other", "source": str(tmp_path / "other")}
-    record = httpx.post(f"{system.url}/v1/adapters", json=body, timeout=30).json()
+    record = http.post("/v1/adapters", json=body).json()
     not_a_number(Path(system.environ["OPENLORA_STORE"]) / record["hash"], None)
-    with Client(system.url) as client:
+    with Client(system.url, "root") as client:
         client.generate("good", prompt="the sea", adapter="poet", params=GREEDY)
         mix = [{"id": "other", "weight": 0.5}, {"id": "poet", "weight": 0.5}]
         client.generate("bad", prompt="the sea", adapters=mix, params=GREEDY)
@@ -175,23 +172,23 @@ def test_content_that_changed_in_the_store_fails_its_requests_alone(system, fold
         assert text_of(streams["good"])
         assert streams["bad"][-1]["code"] == "adapter_failed"
         assert "is damaged" in streams["bad"][-1]["message"]
-    httpx.delete(f"{system.url}/v1/adapters/other").raise_for_status()
+    http.delete("/v1/adapters/other").raise_for_status()
 
 
-def test_an_adapter_that_appears_in_the_folder_is_served(system, folder):
+def test_an_adapter_that_appears_in_the_folder_is_served(system, http, folder):
     # Whole from the start: the folder is looked at all the time.
     shutil.copytree(folder / "adapters/poet", folder / "late")
     change_tensors(folder / "late", lambda t, names: t[names[0]].mul_(0.5))
     (folder / "late").rename(folder / "adapters/late")
     deadline = time.monotonic() + 30
-    while httpx.get(f"{system.url}/v1/adapters/late").status_code == 404:
+    while http.get("/v1/adapters/late").status_code == 404:
         assert time.monotonic() < deadline
         time.sleep(0.1)
-    with Client(system.url) as client:
+    with Client(system.url, "root") as client:
         assert text_of(client.run("late", prompt="the sea", adapter="late", params=GREEDY))
     assert "Adapter late is registered" in system.output
     shutil.rmtree(folder / "adapters/late")
-    httpx.delete(f"{system.url}/v1/adapters/late").raise_for_status()
+    http.delete("/v1/adapters/late").raise_for_status()
 
 
 def test_the_command_says_it_in_one_line(system, folder, tmp_path):
@@ -252,6 +249,6 @@ def test_bad_messages_go_to_the_dead_topic_and_the_partition_moves_on(system):
             assert kept == message
         else:
             assert json.loads(kept)["job_id"] == json.loads(message)["job_id"]
-    with Client(system.url) as client:
+    with Client(system.url, "root") as client:
         client.send(type="resume", request_id="r", job_id=json.loads(good)["job_id"], after=-1)
         assert client.until_end("r")[-1]["finish_reason"] == "length"

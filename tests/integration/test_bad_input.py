@@ -9,9 +9,7 @@ import pytest
 from tokenizers import Tokenizer
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 
-from openlora.local import free_port
 from tests.integration.bad_client import Client, text_of, token_ids
-from tests.integration.up_system import UpSystem, write_adapters, write_model
 from tests.workers.running import wait_until
 
 pytestmark = [pytest.mark.services, pytest.mark.timeout(300)]
@@ -21,29 +19,17 @@ SAMPLED = {"temperature": 1.5, "max_tokens": 24, "seed": 7, "ignore_eos": True}
 UNKNOWN_JOB = "0" * 26
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    root = tmp_path_factory.mktemp("bad")
-    write_adapters(write_model(root / "model"), root / "adapters")
-    return root
+@pytest.fixture
+def folder(up_folder):
+    return up_folder
 
 
 @pytest.fixture(scope="module")
-def system(folder, tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("OPENLORA_API_KEYS", "acme:one,umbrella:two")
-        patch.setenv("OPENLORA_DISCONNECT_GRACE_S", "2")
-        running = UpSystem(
-            tmp_path_factory.mktemp("system"),
-            free_port(),
-            *("--model", str(folder / "model"), "--adapters", str(folder / "adapters")),
-        )
-    running.wait_ready()
-    yield running
-    assert running.process.poll() is None, running.output
-    assert "was killed" not in running.output
-    assert "exited with status" not in running.output
-    assert running.stop() == 0, running.output
+def system(guarded_system):
+    yield guarded_system
+    assert guarded_system.process.poll() is None, guarded_system.output
+    assert "was killed" not in guarded_system.output
+    assert "exited with status" not in guarded_system.output
 
 
 @pytest.fixture
@@ -258,6 +244,7 @@ def test_the_job_of_a_client_that_left_is_cancelled_with_its_usage(system, clien
         while (frame := leaving.receive())["type"] != "token":
             pass
         wait_until(lambda: running_of(system) == 1)
+        leaving.hang_up()
     wait_until(lambda: running_of(system) == 0, 60)
     job_id = frame["job_id"]
     client.send(type="resume", request_id=job_id, job_id=job_id, after=-1)
