@@ -56,6 +56,30 @@ def test_base_adapter_and_ensemble_stream_at_once(system):
     assert frames["base"][-1]["usage"]["completion_tokens"] == GREEDY["max_tokens"]
 
 
+def test_the_lines_of_a_batch_are_answered_as_requests_are(system):
+    """Each by its adapters, in every form of a line; beside them a line that cannot be run."""
+    mix = [{"id": "pirate", "weight": 0.6}, {"id": "poet", "weight": 0.4}]
+    which = {"base": {}, "one": {"adapter": "pirate"}, "mix": {"adapters": mix}}
+    frames = system.stream(
+        {name: {"prompt": "the sea", "params": GREEDY, **use} for name, use in which.items()}
+    )
+    lines = [{"prompt": "the sea", "custom_id": n, **use, **GREEDY} for n, use in which.items()]
+    body = {"model": "pirate", "prompt": "the sea", **GREEDY}
+    lines.append({"custom_id": "text", "method": "POST", "url": "/v1/completions", "body": body})
+    lines.append({"prompt": "the sea", "custom_id": "none", "adapter": "nobody"})
+    stdin = "".join(json.dumps(line) + "\n" for line in lines)
+    done = system.command("batch", "submit", "-", "--wait", stdin=stdin)
+    assert done.returncode == 0, done.stderr
+    found = system.command("batch", "results", done.stdout.split()[-1])
+    results = {row["custom_id"]: row for row in map(json.loads, found.stdout.splitlines())}
+    assert list(results) == ["base", "one", "mix", "text", "none"]
+    assert results.pop("none")["error"]["code"] == "unknown_adapter"
+    choices = results.pop("text")["response"]["body"]["choices"]
+    texts = {name: row["text"] for name, row in results.items()}
+    assert texts == {name: text_of(of_one) for name, of_one in frames.items()}
+    assert choices[0]["text"] == texts["one"]
+
+
 def test_the_start_names_url_adapters_and_the_bad_one(system):
     assert f"Ready: {system.url}" in system.output
     assert "pirate" in system.output
