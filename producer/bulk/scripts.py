@@ -13,6 +13,7 @@ return 1
 # ARGV: the step and its time as they were seen, the step to begin, now
 BEGIN = """
 local current = redis.call('HMGET', KEYS[1], 'step', 'step_ms')
+if current[1] == ARGV[3] and current[2] == ARGV[4] then return 1 end
 if (current[1] or '') ~= ARGV[1] or (current[2] or '0') ~= ARGV[2] then return 0 end
 redis.call('HSET', KEYS[1], 'step', ARGV[3], 'step_ms', ARGV[4])
 return 1

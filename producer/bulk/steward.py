@@ -47,6 +47,8 @@ class Steward:
         self._queue = queue
         # A step that was queued before this process began may have died with the one before it.
         self._began_ms = now_ms()
+        # Steps that were begun, and that the queue did not take.
+        self._not_queued: dict[str, Step] = {}
 
     def run(self, stopping: threading.Event) -> None:
         """Until ``stopping`` is set. What fails is logged and looked at again."""
@@ -84,18 +86,30 @@ class Steward:
                 self._states.change(state, move.fields)
             else:
                 if self._states.begin(state, move):
-                    self._queue(batch_id, move)
+                    self._put(batch_id, move)
                 return
 
+    def _put(self, batch_id: str, step: Step) -> None:
+        try:
+            self._queue(batch_id, step)
+        except OSError:
+            self._not_queued[batch_id] = step
+            raise
+        self._not_queued.pop(batch_id, None)
+
     def _queue_again_if_lost(self, state: BatchState) -> None:
-        is_lost = is_past(state.step_ms, STEP_LOST_MS, now_ms()) or state.step_ms < self._began_ms
         kind, _, number = state.step.partition(":")
         step = Step(cast(StepKind, kind), int(number))
+        is_lost = (
+            self._not_queued.get(state.id) == step
+            or is_past(state.step_ms, STEP_LOST_MS, now_ms())
+            or state.step_ms < self._began_ms
+        )
         if is_lost and self._states.begin(state, step):
             logger.warning(
                 "event=step_lost batch=%s step=%s next=queue_again", state.id, step.token
             )
-            self._queue(state.id, step)
+            self._put(state.id, step)
 
     def _nothing_pending(self, state: BatchState) -> bool:
         """Asked only where a running batch has been silent for a while."""

@@ -14,7 +14,7 @@ from openlora.errors import Overloaded
 from openlora.joblog import JobLog
 from openlora.protocol.status import AdapterRecord, PartitionStatus
 from producer.bulk.app import do_step
-from producer.bulk.keys import contents_key
+from producer.bulk.keys import batch_key, contents_key
 from producer.bulk.records import Step, StepKind
 from producer.bulk.state import now_ms
 from producer.bulk.steps import run_step
@@ -188,6 +188,35 @@ def test_a_lost_step_is_found_whatever_the_clock_does(producer, monkeypatch, jum
     monkeypatch.setattr("producer.bulk.steward.now_ms", lambda: now_ms() + jump_s * 1000)
     producer.steward.advance(batch_id)
     assert producer.queue == [(batch_id, Step("read", 0))]
+
+
+def test_a_step_that_the_queue_did_not_take_goes_at_the_next_look(producer):
+    def queue(*entry):
+        taken.append(entry)
+        if len(taken) == 1:
+            raise OSError("the task queue does not answer")
+
+    taken = []
+    batch_id = producer.submit(lines(3))
+    producer.client.hset(batch_key(batch_id), mapping={"step": "", "step_ms": 0})
+    steward = Steward(producer.states, producer.client, queue)
+    with pytest.raises(OSError, match="task queue"):
+        steward.advance(batch_id)
+    steward.advance(batch_id)
+    steward.advance(batch_id)
+    assert taken == [(batch_id, Step("read", 0))] * 2
+
+
+def test_a_step_is_begun_though_the_answer_was_lost(producer, monkeypatch):
+    """redis-py then sends the same once more."""
+    batch_id = producer.submit(lines(3))
+    state = producer.states.get(batch_id)
+    monkeypatch.setattr("producer.bulk.state.now_ms", lambda: state.step_ms + 5)
+    assert producer.states.begin(state, Step("read", 1))
+    assert producer.states.begin(state, Step("read", 1))
+    assert not producer.states.begin(state, Step("read", 2))
+    monkeypatch.setattr("producer.bulk.state.now_ms", lambda: state.step_ms + 6)
+    assert not producer.states.begin(state, Step("read", 1))
 
 
 def test_repeated_custom_ids_are_found_across_pieces(producer, monkeypatch):
