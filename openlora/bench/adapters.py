@@ -14,8 +14,8 @@ Answers have half to one and a half times --output tokens.
 --room adapters of the case's rank fit into pages, --host-mib keeps some more in host memory,
 --disk-mib on disk. All others are in a store that makes an adapter's bytes from --seed and its
 number whenever it is asked for: they take no room. At the start the disk has what fits of those
-drawn most. With --rounds all cases run in turns, so that what else the machine does meets all;
-after --limit-s no further case begins. One JSON row a case:
+drawn most. With --rounds all cases of a rank run in turns, so that what else the machine does meets
+all; after --limit-s no further case begins. One JSON row a case, as soon as its last round is over:
 
   {"case":"adapters","model":"demo","adapters":64,"popularity":"zipf","rank":"16","room":16,
    "distinct":31,"distinct_a_step":6.1,"out_tok_s":…,"ttft_p50_ms":…,"ttft_p99_ms":…,"placed":…,
@@ -32,7 +32,7 @@ import argparse
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -116,14 +116,15 @@ def run(args: argparse.Namespace) -> int:
     sys.setswitchinterval(_SWITCH_INTERVAL_S)
     rows = RowWriter(args.out, about_machine(choose_device(args.device)))
     model = None if args.shape else model_directory(args.model)
-    cases = [(count, popularity) for count in sorted(counts) for popularity in popularities]
+    # A popularity's cases one behind the other, those that all fit first: the others' measure.
+    cases = [(count, popularity) for popularity in popularities for count in sorted(counts)]
     plan = plan_of(cases, args.rounds, args.requests, args.seed, args.apart)
     for rank in args.rank.split(","):
         ranks = MIXED if rank == "mixed" else (_number(rank),)
         with tempfile.TemporaryDirectory(prefix="openlora-bench-") as folder:
-            left_s = None if args.limit_s is None else started_s + args.limit_s - time.monotonic()
-            outcomes = _outcomes(args, model, Path(folder), ranks, plan, left_s)
-        _write_rows(args, rank, plan, outcomes, rows)
+            until_s = None if args.limit_s is None else started_s + args.limit_s
+            found = _outcomes(args, model, Path(folder), ranks, plan, until_s)
+            _write_rows(args, rank, plan, found, rows)
     return 0
 
 
@@ -133,10 +134,12 @@ def _outcomes(
     folder: Path,
     ranks: Sequence[int],
     plan: Plan,
-    limit_s: float | None,
-) -> dict[tuple[int, str], list[Outcome]]:
-    """What each case's requests saw, round by round, of adapters of these ranks."""
-    until_s = None if limit_s is None else time.monotonic() + limit_s
+    until_s: float | None,
+) -> Iterator[tuple[tuple[int, str], list[Outcome]]]:
+    """Each case, when its last round is over, with what its requests saw, round by round.
+
+    ``ranks``: of the adapters. ``until_s``: on the monotonic clock; no case begins behind it.
+    """
     config = DUMMY_CONFIGS[args.shape] if model is None else read_config(model)
     source = SyntheticAdapters(config, ranks, args.seed, _dtype(args, config))
     drawn = [number for by_case in plan for numbers in by_case.values() for number in numbers]
@@ -148,30 +151,31 @@ def _outcomes(
     names = [_name(number) for number in sorted(paths)[: min(args.room, args.seats)]]
     warm_up(engine, args.seats, args.prompt, names)
     outcomes: dict[tuple[int, str], list[Outcome]] = {case: [] for case in plan[0]}
-    for number, drawn_by_case in enumerate(plan):
-        for case, numbers in drawn_by_case.items():
-            if until_s is not None and time.monotonic() > until_s:
-                print(f"{case} left out in round {number}: --limit-s is over", file=sys.stderr)
-                continue
-            requests = _requests(args, engine, numbers, args.seed + number)
-            outcome = measure(engine, requests, args.concurrency)
-            outcomes[case].append(outcome)
-            print(f"round {number} {case}: {outcome.out_tok_s:.1f} tok/s", file=sys.stderr)
+    turns = [(number, case) for number in range(len(plan)) for case in plan[number]]
+    for turn, (number, case) in enumerate(turns, 1):
+        of_all = f"{turn} of {len(turns)}, round {number}, {case[0]} {case[1]}"
+        began_s = time.monotonic()
+        if until_s is not None and began_s > until_s:
+            print(f"{of_all}: left out, --limit-s is over", file=sys.stderr)
+        else:
+            requests = _requests(args, engine, plan[number][case], args.seed + number)
+            outcomes[case].append(measure(engine, requests, args.concurrency))
+            speed, seconds = outcomes[case][-1].out_tok_s, time.monotonic() - began_s
+            print(f"{of_all}: {speed:.1f} tok/s, {seconds:.1f} s", file=sys.stderr, flush=True)
+        if number == len(plan) - 1 and outcomes[case]:
+            yield case, outcomes[case]
     engine.close()
-    return outcomes
 
 
 def _write_rows(
     args: argparse.Namespace,
     rank: str,
     plan: Plan,
-    outcomes: dict[tuple[int, str], list[Outcome]],
+    outcomes: Iterable[tuple[tuple[int, str], list[Outcome]]],
     rows: RowWriter,
 ) -> None:
     all_fit: dict[str, Outcome] = {}
-    for case, found in outcomes.items():
-        if not found:
-            continue
+    for case, found in outcomes:
         outcome = together(found)
         if case[0] <= args.room:
             all_fit[case[1]] = outcome

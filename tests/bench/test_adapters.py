@@ -32,8 +32,8 @@ def test_a_row_for_each_case(tmp_path, capsys):
     assert [(row["rank"], row["adapters"], row["popularity"]) for row in rows] == [
         (rank, count, popularity)
         for rank in ("4", "mixed")
-        for count in (2, 9)
         for popularity in ("zipf", "distinct")
+        for count in (2, 9)
     ]
     for row in rows:
         assert row["out_tok_s"] > 0
@@ -61,7 +61,28 @@ def test_no_case_begins_behind_the_limit(tmp_path, capsys):
     where = ("--model", str(tmp_path / "model"), "--out", str(tmp_path / "rows"))
     assert run(*where, "--adapters", "1,2", "--rank", "4", "--limit-s", "0") == 0
     assert not (tmp_path / "rows").exists()
-    assert capsys.readouterr().err.count("left out in round 0") == 2
+    assert capsys.readouterr().err.count("left out, --limit-s is over") == 2
+
+
+def test_rows_are_there_before_the_run_is_over(tmp_path, capsys, monkeypatch):
+    make_tiny_model(tmp_path / "model")
+    where = ("--model", str(tmp_path / "model"), "--out", str(tmp_path / "rows"))
+    small = ("--rank", "4", "--requests", "2", "--prompt", "5", "--output", "3")
+    measured, calls = adapters.measure, []
+
+    def ends_in_the_fourth(*args):
+        calls.append(args)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return measured(*args)
+
+    monkeypatch.setattr(adapters, "measure", ends_in_the_fourth)
+    with pytest.raises(KeyboardInterrupt):
+        run(*where, *small, "--adapters", "1,2", "--rounds", "2")
+    (row,) = [json.loads(line) for line in (tmp_path / "rows").read_text().splitlines()]
+    assert (row["adapters"], row["requests"]) == (1, 4)
+    said = capsys.readouterr().err
+    assert "3 of 4, round 1, 1 zipf: " in said
 
 
 ON_A_BARE_MACHINE = """
