@@ -78,8 +78,7 @@ def turn_s(
     room = [MOST_OVER * have for have in resident.num_pages]
     if max(counts) > max_staged or any(c > r for c, r in zip(counts, room, strict=True)):
         return None
-    load_s = resident.counter.load_seconds / max(1, resident.counter.loads)
-    return TURN_SHARE * len(resident.keys) * load_s
+    return TURN_SHARE * len(resident.keys) * resident.load_s
 
 
 def any_misfit(adapters: Iterable[Adapter], resident: ResidentAdapters) -> bool:

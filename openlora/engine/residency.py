@@ -14,6 +14,9 @@ from openlora.engine.adapter_loads import Loaded
 
 EXTRAS_BYTES = 1 << 30
 """A whole embedding or head of a large model is about as much."""
+RECENT_LOADS = 8
+"""Among how many a load's time counts: the first into each page touch memory for the first time,
+which takes several times as long as all that follow."""
 HELD_SHARE = 0.5
 """Of the pages, what pinned adapters may take: the rest is for all others."""
 
@@ -33,6 +36,7 @@ class ResidentAdapters:
     Attributes:
         room_epoch: changes whenever an adapter may have become evictable.
         counter: what this tier has done.
+        load_s: seconds that a load took, of the last few.
     """
 
     def __init__(
@@ -44,6 +48,7 @@ class ResidentAdapters:
     ) -> None:
         self.room_epoch = 0
         self.counter = TierCounter()
+        self.load_s = 0.0
         self._page_bytes = tuple(page_bytes) or (0,) * len(pool.num_pages)
         self._held: dict[str, None] = {}
         self.extras_bytes = extras_bytes
@@ -164,7 +169,9 @@ class ResidentAdapters:
         if loaded.extras is not None:
             self._extras[key] = loaded.extras
         self._lru[key] = None
-        self.counter.loaded(time.perf_counter() - started)
+        seconds = time.perf_counter() - started
+        self.counter.loaded(seconds)
+        self.load_s += (seconds - self.load_s) / min(self.counter.loads, RECENT_LOADS)
         return True
 
     def evict(self, key: str) -> None:

@@ -233,7 +233,7 @@ def test_a_turn_s_length_follows_from_what_loads_took():
     drain_one(engine, request([1], n=1, n0=1.0))
     drain_one(engine, request([1], n=1, n1=1.0))
     manager = engine._adapters
-    manager._resident.counter.load_seconds = 0.5
+    manager._resident.load_s = 0.25
     keys = [manager._by_name[f"n{number}"].key for number in range(5)]
     assert manager.turn_s(keys[:2]) == pytest.approx(8 * 2 * 0.25)
     assert manager.turn_s(keys[:4]) == pytest.approx(8 * 2 * 0.25), "of two nothing is known yet"
