@@ -164,7 +164,7 @@ class FileTensors:
         if _HASH.fullmatch(directory.name) and self.hash != directory.name:
             raise AdapterFailed(
                 f"the store's copy of adapter {directory.name} is damaged (its content has hash "
-                f"{self.hash}); delete {directory} and add the adapter again"
+                f"{self.hash}); add the adapter again"
             )
 
     def get(self, name: str) -> torch.Tensor:

@@ -22,7 +22,7 @@ import torch
 from openlora.adapters.loader import Zeros
 from openlora.adapters.stamp import Stamp, stamp
 from openlora.adapters.tier_stats import TierCounter, TierStats
-from openlora.errors import OpenLoRAError
+from openlora.errors import OpenLoRAError, SetupError
 
 logger = logging.getLogger(__name__)
 
@@ -83,6 +83,9 @@ class HostMemory:
     Args:
         num_bytes: of the block.
         pin: for a GPU's copies; where the system refuses, copies are slower, and a warning says so.
+
+    Raises:
+        SetupError: the machine has not so much.
     """
 
     def __init__(self, num_bytes: int, *, pin: bool) -> None:
@@ -92,7 +95,13 @@ class HostMemory:
         self._gone: deque[int] = deque()
         # Where it is pinned it is written to first, so that the pages exist: that is 5 times
         # faster. Where not, it takes no memory before it is used.
-        self._block = (torch.zeros if pin else torch.empty)(num_bytes, dtype=torch.uint8)
+        try:
+            self._block = (torch.zeros if pin else torch.empty)(num_bytes, dtype=torch.uint8)
+        except RuntimeError as error:
+            raise SetupError(
+                f"this machine does not give {num_bytes >> 20} MiB for adapters in host memory; "
+                "lower adapter_host_bytes (--host-mib of the benchmark)"
+            ) from error
         if pin and num_bytes:
             self._pin()
 

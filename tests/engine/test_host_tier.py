@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from openlora.engine.host_tier import Extents, HostMemory, HostTier
-from openlora.errors import AdapterFailed
+from openlora.errors import AdapterFailed, SetupError
 
 
 @given(st.lists(st.tuples(st.booleans(), st.integers(1, 3000)), max_size=60))
@@ -32,6 +32,11 @@ def test_parts_never_overlap_and_come_back(moves):
     for start in taken:
         extents.give_back(start)
     assert extents.take(8192) == 0
+
+
+def test_more_memory_than_any_machine_has_is_refused_in_words():
+    with pytest.raises(SetupError, match=r"does not give \d+ MiB for adapters in host memory"):
+        HostMemory(1 << 60, pin=False)
 
 
 def test_memory_is_free_again_when_the_last_view_is_gone():
