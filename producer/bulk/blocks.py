@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import os
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import msgspec
@@ -80,7 +80,7 @@ def read_block(path: Path, number: int) -> bytes:
         return os.pread(file.fileno(), block.size, base + block.offset)
 
 
-def write_durably(path: Path, parts: Sequence[bytes]) -> None:
+def write_durably(path: Path, parts: Iterable[bytes]) -> None:
     """Write a file that is there whole or not at all, also after the power failed.
 
     Raises:

@@ -102,12 +102,10 @@ class BatchFolder:
             OSError: the disk is full.
         """
         for path in self.results():
-            lines = path.read_bytes().splitlines(keepends=True)
-            kept = [line for line in lines if not is_of(line, part)]
-            if not kept:
-                path.unlink(missing_ok=True)
-            elif len(kept) < len(lines):
-                write_durably(path, kept)
+            if any(is_of(line, part) for line in _lines(path)):
+                write_durably(path, (line for line in _lines(path) if not is_of(line, part)))
+                if not path.stat().st_size:
+                    path.unlink()
         if not self.results():
             shutil.rmtree(self.path, ignore_errors=True)
 
@@ -191,14 +189,22 @@ class FileStore:
         if not record.batch_id:
             yield from _read(self.path(record))
             return
-        for part in self.folder(record.batch_id).results():
-            lines = part.read_bytes().splitlines(keepends=True)
-            yield b"".join(line for line in lines if is_of(line, record.part))
+        found: list[bytes] = []
+        size = 0
+        for path in self.folder(record.batch_id).results():
+            for line in _lines(path):
+                if is_of(line, record.part):
+                    found.append(line)
+                    size += len(line)
+                if size >= _COPY_BYTES:
+                    yield b"".join(found)
+                    found, size = [], 0
+        yield b"".join(found)
 
     def results(self, batch_id: str) -> Iterator[bytes]:
         """Answers and errors of a batch, in the order of its input."""
-        for part in self.folder(batch_id).results():
-            yield part.read_bytes()
+        for path in self.folder(batch_id).results():
+            yield from _read(path)
 
     def folder(self, batch_id: str) -> BatchFolder:
         """Where a batch keeps its files."""
@@ -238,6 +244,11 @@ def _drop_unfinished(folder: Path) -> None:
         with suppress(FileNotFoundError):
             if time.time() - path.stat().st_mtime > _UNFINISHED_S:
                 path.unlink()
+
+
+def _lines(path: Path) -> Iterator[bytes]:
+    with path.open("rb") as file:
+        yield from file
 
 
 def _read(path: Path) -> Iterator[bytes]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -26,8 +26,12 @@ from producer.bulk.openai_body import chat_answer, text_answer
 from producer.bulk.records import RANGE_LINES
 
 MAX_MESSAGE_CHARS = 1000
+HELD_BYTES = 32 << 20
+"""Results of a range that are held at once; one with log-probabilities may have 600 KB."""
 
 T = TypeVar("T")
+_Place = tuple[Path, int, int]
+"""(file, offset, bytes)."""
 
 
 class PlainResult(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -166,17 +170,50 @@ class SegmentReader:
             if blocks:
                 self._indexes.append((path, blocks, base))
 
-    def range(self, number: int) -> list[bytes]:
-        """The results of range ``number`` with their line ends, one a line, in line order."""
-        found: dict[int, bytes] = {}
-        for path, blocks, base in self._indexes:
-            block = blocks.get(number)
-            if block is None:
-                continue
-            with path.open("rb") as file:
-                file.seek(base + block.offset)
-                records: Sequence[bytes] = file.read(block.size).splitlines(keepends=True)
-            for record in records:
+    def holds(self, number: int) -> bool:
+        """Whether there is any result of range ``number``."""
+        return any(number in blocks for _, blocks, _ in self._indexes)
+
+    def range(self, number: int) -> Iterator[bytes]:
+        """The results of range ``number`` with their line ends, one a line, in line order.
+
+        Where all of them are too much to hold, each is read when it is its turn.
+        """
+        places = [
+            (path, base + blocks[number].offset, blocks[number].size)
+            for path, blocks, base in self._indexes
+            if number in blocks
+        ]
+        is_small = sum(size for _, _, size in places) <= HELD_BYTES
+        return _held(places) if is_small else _one_by_one(places)
+
+
+def _held(places: Iterable[_Place]) -> Iterator[bytes]:
+    found: dict[int, bytes] = {}
+    for path, offset, size in places:
+        with path.open("rb") as file:
+            file.seek(offset)
+            records = file.read(size).splitlines(keepends=True)
+        for record in records:
+            line, _, data = record.partition(b"\t")
+            found.setdefault(int(line), data)
+    for line_number in sorted(found):
+        yield found[line_number]
+
+
+def _one_by_one(places: Iterable[_Place]) -> Iterator[bytes]:
+    found: dict[int, _Place] = {}
+    for path, offset, size in places:
+        end = offset + size
+        with path.open("rb") as file:
+            file.seek(offset)
+            for record in file:
                 line, _, data = record.partition(b"\t")
-                found.setdefault(int(line), data)
-        return [found[line] for line in sorted(found)]
+                offset += len(record)
+                found.setdefault(int(line), (path, offset - len(data), len(data)))
+                if offset >= end:
+                    break
+    for line_number in sorted(found):
+        path, offset, size = found[line_number]
+        with path.open("rb") as file:
+            yield os.pread(file.fileno(), size, offset)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 
 import msgspec
 
@@ -45,27 +48,37 @@ def assemble(tools: Tools, state: BatchState, number: int) -> Fields:
     end = number + ASSEMBLE_RANGES
     reader = SegmentReader(folder.segments, number, end) if state.total else None
     deadline = time.monotonic() + ASSEMBLE_S
-    answers, errors, count = state.answers_bytes, state.errors_bytes, state.results_lines
-    failed = state.results_failed
+    tally = _Tally(
+        state.answers_bytes, state.errors_bytes, state.results_lines, state.results_failed
+    )
     while number < end and number * RANGE_LINES < state.line:
-        results = reader.range(number) if reader else []
-        if results:
-            write_durably(folder.result(number), results)
-        bad = [len(result) for result in results if is_failed(result)]
-        failed += len(bad)
-        errors += sum(bad)
-        answers += sum(map(len, results)) - sum(bad)
-        count += len(results)
+        if reader is not None and reader.holds(number):
+            write_durably(folder.result(number), tally.counting(reader.range(number)))
         number += 1
         if time.monotonic() > deadline:
             break
-    return {
-        "part": number,
-        "answers_bytes": answers,
-        "errors_bytes": errors,
-        "results_lines": count,
-        "results_failed": failed,
-    }
+    return {"part": number, **dataclasses.asdict(tally)}
+
+
+@dataclass(slots=True)
+class _Tally:
+    """What the results hold so far, by the names of the state's fields."""
+
+    answers_bytes: int
+    errors_bytes: int
+    results_lines: int
+    results_failed: int
+
+    def counting(self, results: Iterable[bytes]) -> Iterator[bytes]:
+        """The same results, counted as they pass."""
+        for result in results:
+            self.results_lines += 1
+            if is_failed(result):
+                self.results_failed += 1
+                self.errors_bytes += len(result)
+            else:
+                self.answers_bytes += len(result)
+            yield result
 
 
 def finish(tools: Tools, state: BatchState, _: int) -> Fields:

@@ -6,6 +6,7 @@ from openlora.errors import InvalidRequest
 from openlora.protocol.bulk import BulkAnswer, BulkAnswers, BulkGroup
 from openlora.protocol.events import Candidate, Failure, Token
 from openlora.protocol.jobs import AdapterRef
+from producer.bulk import results
 from producer.bulk.files import is_failed
 from producer.bulk.records import RANGE_LINES
 from producer.bulk.results import Result, SegmentReader, answered, refused, write_segment
@@ -77,7 +78,10 @@ def test_logprobs_have_the_shape_of_their_api():
     }
 
 
-def test_segments_give_each_line_once_in_order(tmp_path):
+@pytest.mark.parametrize("held_bytes", [results.HELD_BYTES, 0])
+def test_segments_give_each_line_once_in_order(tmp_path, monkeypatch, held_bytes):
+    monkeypatch.setattr(results, "HELD_BYTES", held_bytes)
+
     def write(name, *lines):
         write_segment(tmp_path, name, [Result(n, f"{name} {n}".encode()) for n in lines])
 
@@ -88,12 +92,13 @@ def test_segments_give_each_line_once_in_order(tmp_path):
     write("refused-1", 2 * RANGE_LINES)
     write("answers-003")
     reader = SegmentReader(tmp_path, 0, 2)
-    assert reader.range(0) == [b"answers-001 1\n", b"unfinished-0 2\n", b"answers-001 3\n"]
+    assert list(reader.range(0)) == [b"answers-001 1\n", b"unfinished-0 2\n", b"answers-001 3\n"]
     assert [line.split()[1] for line in reader.range(1)] == [
         b"%d" % (RANGE_LINES + n) for n in range(3)
     ]
-    assert reader.range(2) == []  # not of those asked for
-    assert len(SegmentReader(tmp_path, 2, 3).range(2)) == 1
+    assert list(reader.range(2)) == []
+    assert (reader.holds(1), reader.holds(2)) == (True, False)  # not of those asked for
+    assert len(list(SegmentReader(tmp_path, 2, 3).range(2))) == 1
     with pytest.raises(FileNotFoundError):
         SegmentReader(tmp_path / "none", 0, 2)
 
