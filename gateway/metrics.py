@@ -65,7 +65,7 @@ class Metrics:
         )
         self.queue_depth = Gauge(
             "openlora_gateway_queue_depth",
-            "Jobs that wait in Kafka or at a worker, from heartbeats.",
+            "Interactive jobs that wait in Kafka or at a worker, from heartbeats.",
             registry=registry,
         )
 

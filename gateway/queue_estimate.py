@@ -1,6 +1,7 @@
 """How long a job accepted now would wait, from the workers' heartbeats. Pure.
 
-Jobs that wait are those behind the workers' positions and in their engines' queues. How fast they
+Jobs that wait are those behind the workers' positions and in their engines' queues, batches' lines
+excepted: those take what jobs leave. How fast they
 are served shows in how the committed offsets move while some wait. Heartbeats are a second old when
 they are read, and are read once a second: what came since is added. Without that a crowd would be
 let in until the first of it shows there, and then nobody until it was served. Of what other
@@ -15,6 +16,7 @@ from typing import NamedTuple
 
 from gateway.workers_view import queue_depth
 from openlora.errors import Overloaded
+from openlora.protocol.names import BATCH_TOPIC
 from openlora.protocol.status import Heartbeat
 
 WINDOW_S = 30.0
@@ -70,7 +72,7 @@ class QueueEstimate:
             (status.topic, status.partition): status.committed
             for heartbeat in heartbeats
             for status in heartbeat.partitions
-            if status.high_water >= 0
+            if status.high_water >= 0 and status.topic != BATCH_TOPIC
         }
         before, self._committed = self._committed, committed
         if was_busy:  # what is served while nobody waits says nothing of how much could be

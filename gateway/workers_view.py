@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 
+from openlora.protocol.names import BATCH_TOPIC
 from openlora.protocol.status import AdapterRecord, Heartbeat
 
 
@@ -86,11 +87,13 @@ def model_fields(
 
 
 def queue_depth(heartbeats: Sequence[Heartbeat]) -> int:
-    """Jobs that no engine works on yet: waiting at workers, or in partitions behind them."""
-    fetched = sum(heartbeat.waiting for heartbeat in heartbeats)
+    """Jobs that no engine works on yet: waiting at workers, or in partitions behind them. What has
+    priority "batch" is none of them: it takes what they leave, and they do not wait for it."""
+    fetched = sum(heartbeat.waiting - heartbeat.waiting_batch for heartbeat in heartbeats)
     behind = sum(
         max(0, part.high_water - part.position)
         for heartbeat in heartbeats
         for part in heartbeat.partitions
+        if part.topic != BATCH_TOPIC
     )
     return fetched + behind

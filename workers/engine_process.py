@@ -60,6 +60,7 @@ class Stats(Protocol):
 
     running: int
     waiting: int
+    waiting_batch: int
     resident_adapters: Sequence[str]
     tiers: Sequence[TierStats]
 
@@ -207,6 +208,7 @@ class EngineServer:
                 stats.waiting,
                 tuple(stats.resident_adapters),
                 tuple(map(tier_status, stats.tiers)),
+                stats.waiting_batch,
             )
             self._load_due = now + LOAD_INTERVAL_S
             if force_load and load == self._last_load:

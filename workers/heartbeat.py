@@ -65,6 +65,7 @@ class HeartbeatWriter:
             partitions=partitions,
             running=load.running,
             waiting=load.waiting,
+            waiting_batch=load.waiting_batch,
             resident_adapters=load.resident_adapters,
             tokens_per_s=round(rate, 1),
             max_lora_rank=self.facts.max_lora_rank,

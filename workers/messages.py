@@ -127,12 +127,16 @@ class Output(msgspec.Struct, frozen=True, array_like=True, omit_defaults=True, g
 
 
 class Load(msgspec.Struct, frozen=True, array_like=True):
-    """How busy the engine is; goes with a step's outputs about twice a second."""
+    """How busy the engine is; goes with a step's outputs about twice a second.
+
+    ``waiting_batch``: of those that wait, what no interactive job waits for.
+    """
 
     running: int
     waiting: int
     resident_adapters: tuple[str, ...]
     tiers: tuple[TierStatus, ...] = ()
+    waiting_batch: int = 0
 
 
 class StepOutputs(msgspec.Struct, frozen=True, array_like=True):

@@ -64,6 +64,7 @@ class ScriptedStats:
     waiting: int
     resident_adapters: tuple[str, ...]
     tiers: tuple[TierStats, ...] = ()
+    waiting_batch: int = 0
 
 
 @dataclass(slots=True)

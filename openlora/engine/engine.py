@@ -238,6 +238,7 @@ class Engine:
         return EngineStats(
             running=self._scheduler.num_running,
             waiting=self._scheduler.num_waiting,
+            waiting_batch=self._scheduler.num_waiting_batch,
             waiting_for_adapter=self._scheduler.num_parked,
             num_blocks=self._blocks.num_blocks,
             free_blocks=self._blocks.num_free_blocks,

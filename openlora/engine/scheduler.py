@@ -92,6 +92,11 @@ class Scheduler:
         return self._waiting.num_queued
 
     @property
+    def num_waiting_batch(self) -> int:
+        """Those of them that no interactive one waits for."""
+        return self._waiting.num_queued_batch
+
+    @property
     def num_parked(self) -> int:
         """Sequences that wait for an adapter, or for its pages."""
         return self._waiting.num_parked + self._turns.num_paused

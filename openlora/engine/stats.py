@@ -34,6 +34,7 @@ class EngineStats:
     Attributes:
         running: requests that hold KV blocks.
         waiting: requests in the queue, those not counted that wait for an adapter.
+        waiting_batch: those of them with priority "batch", which no interactive one waits for.
         waiting_for_adapter: requests whose adapter is loading or has no room yet.
         num_blocks, free_blocks: KV blocks; free ones include cached ones.
         resident_adapters: names of the adapters in device pages, the longest unused first.
@@ -57,3 +58,4 @@ class EngineStats:
     output_tokens: int
     preemptions: int
     tiers: tuple[TierStats, ...] = ()
+    waiting_batch: int = 0

@@ -43,6 +43,11 @@ class WaitingSequences:
         return sum(map(len, self._queues.values()))
 
     @property
+    def num_queued_batch(self) -> int:
+        """Those of them that no interactive one waits for."""
+        return len(self._queues["batch"])
+
+    @property
     def num_parked(self) -> int:
         """Sequences that wait for an adapter."""
         return len(self._parked())

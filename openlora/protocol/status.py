@@ -52,7 +52,8 @@ class Heartbeat(msgspec.Struct, frozen=True):
 
     ``loaded``: the share of the model that is in memory; below 1 (and a little longer) nothing
     that only the model tells is known: numbers are 0 and ``device`` is what was asked for.
-    ``tiers``: of its adapters, the fastest first.
+    ``tiers``: of its adapters, the fastest first. ``waiting_batch``: of those that wait, what no
+    interactive job waits for.
     """
 
     id: str
@@ -77,6 +78,7 @@ class Heartbeat(msgspec.Struct, frozen=True):
     attention_backend: str = ""
     loaded: float = 1.0
     tiers: tuple[TierStatus, ...] = ()
+    waiting_batch: int = 0
 
 
 class AdapterRecord(msgspec.Struct, frozen=True):

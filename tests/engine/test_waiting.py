@@ -24,7 +24,11 @@ def test_the_oldest_is_first_whenever_it_is_queued():
     waiting.enqueue(first)
     assert waiting.first("interactive") is first
     assert waiting.first("batch") is None
-    assert waiting.num_queued == 3
+    assert (waiting.num_queued, waiting.num_queued_batch) == (3, 0)
+    lines = make_sequence(4, [1], priority="batch")
+    waiting.enqueue(lines)
+    assert waiting.first("batch") is lines
+    assert (waiting.num_queued, waiting.num_queued_batch) == (4, 1)
     assert third.status is Status.WAITING
 
 

@@ -6,6 +6,7 @@ import pytest
 
 from gateway.queue_estimate import MAX_RETRY_AFTER_MS, SHORT_QUEUE, WINDOW_S, QueueEstimate
 from openlora.errors import Overloaded
+from openlora.protocol.names import BATCH_TOPIC
 from openlora.protocol.status import PartitionStatus
 from tests.joblog.test_log import a_heartbeat
 
@@ -148,3 +149,15 @@ def test_what_other_gateways_took_long_ago_or_on_another_counter_is_no_crowd():
     estimate.update([beat(200, 200, 220)], NOW + 7, 3)  # Redis came back empty
     assert estimate.depth_at(NOW + 7) <= 21
     estimate.counted(4, None, NOW + 7)
+
+
+def test_a_batch_refuses_nobody():
+    """Its lines fill the engine, one more for two seats waits there, bundles wait behind it; and a
+    bundle of many long lines is served in minutes."""
+    estimate = QueueEstimate(60)
+    for now in range(30):
+        status = PartitionStatus(BATCH_TOPIC, 0, now // 10, now // 10 + 10, 300)
+        beats = [a_heartbeat("w", waiting=128, waiting_batch=128, partitions=(status,))]
+        estimate.update(beats, float(now))
+    assert estimate.wait_s(30.0) == 0
+    estimate.take(1.0, 30.0)

@@ -41,6 +41,12 @@ def test_jobs_wait_at_workers_and_behind_what_was_fetched() -> None:
     assert queue_depth([heartbeat(waiting=2, partitions=(part, unknown)), heartbeat()]) == 5
 
 
+def test_what_takes_the_rest_keeps_nobody_waiting() -> None:
+    part = PartitionStatus("openlora.batch", 3, committed=10, position=12, high_water=300)
+    worker = heartbeat(waiting=130, waiting_batch=128, partitions=(part,))
+    assert queue_depth([worker]) == 2
+
+
 def test_models_are_each_base_once_then_the_adapters() -> None:
     record = AdapterRecord("a", 2, "f" * 64, 8, (), "tiny", 1, "/x", 7000)
     models = model_fields([heartbeat(), heartbeat(id="v", started_ms=3000)], [record])

@@ -17,10 +17,11 @@ def test_it_says_who_what_and_how_fast():
     config = WorkerConfig("/models/tiny", "k:1", "redis://r", Path("/s"), worker_id="w")
     writer = HeartbeatWriter(config, FACTS)
     time.sleep(0.05)
-    first = writer.build((), Load(3, 1, ("a",)), tokens_logged=10, ready=True)
+    first = writer.build((), Load(3, 7, ("a",), (), 6), tokens_logged=10, ready=True)
     assert (first.id, first.pid, first.engine_pid) == ("w", os.getpid(), 7)
     assert (first.model_id, first.max_model_len, first.dtype) == ("tiny", 2048, "float32")
-    assert (first.running, first.waiting, first.resident_adapters) == (3, 1, ("a",))
+    assert (first.running, first.waiting, first.resident_adapters) == (3, 7, ("a",))
+    assert first.waiting_batch == 6
     assert 0 < first.tokens_per_s <= 200
     time.sleep(0.01)
     assert writer.build((), Load(0, 0, ()), tokens_logged=10, ready=False).tokens_per_s == 0
