@@ -7,6 +7,7 @@ import random
 import pytest
 
 from openlora.engine import adapter_turns
+from openlora.engine.adapter_fit import TURN_SHARE
 from openlora.engine.adapter_turns import NEW_PATIENCE_STEPS, TURN_S, TURN_STEPS
 from openlora.engine.sequence import Status
 from openlora.engine.waiting import ROOM_PATIENCE_STEPS
@@ -235,8 +236,8 @@ def test_a_turn_s_length_follows_from_what_loads_took():
     manager = engine._adapters
     manager._resident.load_s = 0.25
     keys = [manager._by_name[f"n{number}"].key for number in range(5)]
-    assert manager.turn_s(keys[:2]) == pytest.approx(8 * 2 * 0.25)
-    assert manager.turn_s(keys[:4]) == pytest.approx(8 * 2 * 0.25), "of two nothing is known yet"
+    assert manager.turn_s(keys[:2]) == pytest.approx(TURN_SHARE * 2 * 0.25)
+    assert manager.turn_s(keys[:4]) == pytest.approx(TURN_SHARE * 2 * 0.25), "of two nothing is known yet"
     assert manager.turn_s(keys) is None
     assert manager.turn_s(keys[2:]) is None
 
