@@ -65,12 +65,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Do the action; returns the exit status."""
     config = client_config(args, process_environment())
-    from openlora.commands.http_client import HttpClient
+    from openlora.commands.http_client import ADD_TIMEOUT_S, HttpClient
     from openlora.commands.tables import print_json
 
     client = HttpClient(config)
     if args.action == "add":
-        record = client.post("/v1/adapters", _new_adapter(args))
+        record = client.post("/v1/adapters", _new_adapter(args), ADD_TIMEOUT_S)
         print(f"{record['id']} version {record['version']}: rank {record['rank']}")
     elif args.action == "remove":
         client.delete(_path(args.id))

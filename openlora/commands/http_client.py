@@ -10,15 +10,17 @@ import httpx
 from openlora.commands.config import ClientConfig
 from openlora.errors import OpenLoRAError, SetupError, error_from_code
 
-# Adding an adapter copies and hashes its files before it answers.
 _TIMEOUT_S = 120.0
+_CONNECT_TIMEOUT_S = 20.0
+ADD_TIMEOUT_S = 1200.0
+"""Adding an adapter fetches its files, which may take ten minutes, and stores them."""
 
 
 class HttpClient:
     """JSON over HTTP to ``config.url``.
 
     Raises (all calls):
-        SetupError: nothing answers there, or something that is no OpenLoRA gateway.
+        SetupError: nothing answers there, or not in time, or something that is no OpenLoRA gateway.
         OpenLoRAError: what the gateway answered, as its own class.
     """
 
@@ -29,9 +31,9 @@ class HttpClient:
         """The JSON that ``GET path`` answers with."""
         return self._call("GET", path)
 
-    def post(self, path: str, body: object) -> Any:
+    def post(self, path: str, body: object, timeout_s: float = _TIMEOUT_S) -> Any:
         """The JSON that ``POST path`` answers with."""
-        return self._call("POST", path, body)
+        return self._call("POST", path, body, timeout_s)
 
     def delete(self, path: str) -> Any:
         """What ``DELETE path`` answers with; None for an empty body."""
@@ -58,12 +60,25 @@ class HttpClient:
         except httpx.HTTPError as error:
             raise unreachable(self._config.url, str(error)) from error
 
-    def _call(self, method: str, path: str, body: object = None, **form: Any) -> Any:
+    def _call(
+        self,
+        method: str,
+        path: str,
+        body: object = None,
+        timeout_s: float = _TIMEOUT_S,
+        **form: Any,
+    ) -> Any:
         url = self._config.url + path
+        timeout = httpx.Timeout(timeout_s, connect=_CONNECT_TIMEOUT_S)
         try:
             response = httpx.request(
-                method, url, json=body, headers=self._config.headers, timeout=_TIMEOUT_S, **form
+                method, url, json=body, headers=self._config.headers, timeout=timeout, **form
             )
+        except httpx.ReadTimeout as error:
+            raise SetupError(
+                f"{self._config.url} has not answered {method} {path} within {timeout_s:g} s; it "
+                "may still do what it was asked for: look before you ask again"
+            ) from error
         except httpx.HTTPError as error:
             raise unreachable(self._config.url, str(error)) from error
         content = _json_of(url, response)

@@ -236,8 +236,9 @@ def test_a_turn_s_length_follows_from_what_loads_took():
     manager = engine._adapters
     manager._resident.load_s = 0.25
     keys = [manager._by_name[f"n{number}"].key for number in range(5)]
-    assert manager.turn_s(keys[:2]) == pytest.approx(TURN_SHARE * 2 * 0.25)
-    assert manager.turn_s(keys[:4]) == pytest.approx(TURN_SHARE * 2 * 0.25), "of two nothing is known yet"
+    of_two = pytest.approx(TURN_SHARE * 2 * 0.25)
+    assert manager.turn_s(keys[:2]) == of_two
+    assert manager.turn_s(keys[:4]) == of_two, "of the other two nothing is known yet"
     assert manager.turn_s(keys) is None
     assert manager.turn_s(keys[2:]) is None
 
