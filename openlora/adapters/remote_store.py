@@ -24,9 +24,10 @@ from typing import Any, BinaryIO, cast
 from openlora.adapters.adapter_config import CONFIG_FILE
 from openlora.adapters.adapter_source import Cancelled
 from openlora.adapters.peft_files import TOKENIZER_FILES
-from openlora.adapters.peft_format import AdapterInfo, AdapterLayout
+from openlora.adapters.peft_format import MAX_ADAPTER_BYTES, AdapterInfo, AdapterLayout
 from openlora.adapters.sources import copy_files, open_url
 from openlora.adapters.store import AdapterStore
+from openlora.adapters.watched_file import FetchLimits, WatchedFile
 from openlora.errors import AdapterFailed, SetupError
 
 FETCH_TIMEOUT_S = 300.0
@@ -45,15 +46,23 @@ class RemoteStore:
         url: with a scheme.
         cache: local directory, of the ``DiskCache`` that serves its adapters.
         timeout_s: most time of one fetch.
+        max_bytes: most bytes of one fetch.
 
     Raises:
         SetupError: the URL's package is not installed.
     """
 
-    def __init__(self, url: str, cache: Path, timeout_s: float = FETCH_TIMEOUT_S) -> None:
+    def __init__(
+        self,
+        url: str,
+        cache: Path,
+        timeout_s: float = FETCH_TIMEOUT_S,
+        max_bytes: int = MAX_ADAPTER_BYTES,
+    ) -> None:
         self.url = url.rstrip("/")
         self.scratch = cache
         self._timeout_s = timeout_s
+        self._max_bytes = max_bytes
         self._system: Any = None
         self._root = ""
         if url.partition("://")[0] in ("http", "https"):
@@ -153,7 +162,7 @@ class RemoteStore:
 
     def fetch(self, content_hash: str, directory: Path, cancelled: threading.Event) -> None:
         """As ``disk_cache.Source`` says; the bytes are not checked here."""
-        deadline = time.monotonic() + self._timeout_s
+        limits = FetchLimits(cancelled, self._timeout_s, self._max_bytes)
 
         def opened(name: str) -> BinaryIO:
             try:
@@ -164,7 +173,7 @@ class RemoteStore:
                 raise AdapterFailed(
                     f"adapter {content_hash} is not in the store {self.name}; add it again"
                 ) from error
-            return cast(BinaryIO, _Watched(file, cancelled, deadline, self._timeout_s))
+            return cast(BinaryIO, WatchedFile(file, limits))
 
         with self._reached():
             copy_files(opened, directory)
@@ -255,31 +264,6 @@ class RemoteStore:
             raise
         except Exception as error:
             raise OSError(f"{type(error).__name__}: {error}") from error
-
-
-class _Watched:
-    """A file whose reading ends when it is cancelled, or takes too long."""
-
-    def __init__(
-        self, file: BinaryIO, cancelled: threading.Event, deadline: float, timeout_s: float
-    ) -> None:
-        self._file = file
-        self._cancelled = cancelled
-        self._deadline = deadline
-        self._timeout_s = timeout_s
-
-    def __enter__(self) -> _Watched:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self._file.close()
-
-    def read(self, size: int = -1) -> bytes:
-        if self._cancelled.is_set():
-            raise Cancelled
-        if time.monotonic() > self._deadline:
-            raise TimeoutError(f"not read within {self._timeout_s:g} s")
-        return self._file.read(size)
 
 
 def _check(layout: AdapterLayout, check: Callable[[AdapterLayout], None] | None) -> None:

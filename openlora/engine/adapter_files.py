@@ -113,5 +113,5 @@ def disk_cache(config: EngineConfig, source: Source | None = None) -> DiskCache 
         from openlora.adapters.remote_store import RemoteStore
 
         assert config.adapter_store is not None
-        source = RemoteStore(config.adapter_store, root)
+        source = RemoteStore(config.adapter_store, root, max_bytes=config.adapter_disk_bytes)
     return DiskCache(root, source, config.adapter_disk_bytes)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import http.server
 import os
 import shutil
@@ -22,6 +23,7 @@ from openlora.adapters.store import AdapterStore
 from openlora.adapters.stores import cache_of, is_url, open_store, store_setting
 from openlora.errors import AdapterFailed, SetupError
 from tests.adapters.peft_dirs import write_adapter
+from tests.adapters.serving import serving
 
 WEIGHTS = "adapter_model.safetensors"
 
@@ -162,6 +164,32 @@ def test_a_slow_server_is_given_up_in_time(site, tmp_path):
     (tmp_path / "into").mkdir()
     with pytest.raises(Cancelled):
         store.fetch(content, tmp_path / "into", cancelled)
+
+
+class Endless(http.server.BaseHTTPRequestHandler):
+    """Its weights never end."""
+
+    def do_GET(self):
+        self.send_response(200)
+        self.end_headers()
+        with contextlib.suppress(OSError):
+            if self.path.endswith(WEIGHTS):
+                while True:
+                    self.wfile.write(bytes(1 << 16))
+            self.wfile.write(b"{}")
+
+    def log_message(self, *args):
+        pass
+
+
+def test_a_store_without_end_takes_no_more_than_the_cache_s_budget(tmp_path):
+    with serving(Endless) as url:
+        store = RemoteStore(url, tmp_path / "cache", max_bytes=5 << 20)
+        into = tmp_path / "into"
+        into.mkdir()
+        with pytest.raises(AdapterFailed, match="gives more than 5242880 bytes"):
+            store.fetch("0" * 64, into, threading.Event())
+    assert sum(path.stat().st_size for path in into.iterdir()) <= 5 << 20
 
 
 def test_nobody_there(tmp_path):
