@@ -244,7 +244,7 @@ def test_content_that_is_put_while_its_last_holder_lets_go_is_there_afterwards(s
                 )
                 putting.append(thread)
                 thread.start()
-                thread.join(0.2)
+                thread.join(0.1)
             calls.append(call)
             return call(*args)
 

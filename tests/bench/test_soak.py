@@ -23,7 +23,8 @@ def test_a_short_soak_measures_every_process(tmp_path, capsys, monkeypatch):
     assert soak.run(parser.parse_args(arguments)) == 0
     (row,) = map(json.loads, out.read_text().splitlines())
     assert (row["case"], row["errors"]) == ("soak", 0)
-    assert row["tok_s"] == pytest.approx(200, rel=0.2)
+    # Less where a stream waits for the first token of its next request.
+    assert row["tok_s"] == pytest.approx(200, rel=0.4)
     processes = {memory["process"] for memory in row["memory"]}
     parts = {"gateway", "worker I/O", "worker engine", "broker", "redis"}
     assert processes == parts | {soak.REDIS_DATA}

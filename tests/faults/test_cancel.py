@@ -74,7 +74,7 @@ def test_after_a_failover(storm, watched):
     faults.kill_whole_worker(storm.system, random.Random(1))
     watched.read_on(5, FAILOVER_S)
     watched.cancel_all()
-    watched.check_cancelled(5)
+    watched.check_cancelled(FAILOVER_S)
 
 
 def test_while_nobody_has_the_job(storm, watched):

@@ -51,16 +51,22 @@ def wait(storm, keeper, streams, timeout_s=90):
         time.sleep(0.1)
 
 
-def dead_letters(storm):
+def dead_letters(storm, until=None):
+    """All that are there, by job ID; up to that of the job ``until``, which is waited for."""
     consumer = KafkaConsumer(
         bootstrap_servers=storm.system.broker.address,
         auto_offset_reset="earliest",
-        consumer_timeout_ms=3000,
+        consumer_timeout_ms=3000 if until is None else 30_000,
     )
     consumer.assign([TopicPartition(DEAD_TOPIC, 0)])
-    letters = [json.loads(message.value) for message in consumer]
+    letters = {}
+    for message in consumer:
+        letter = json.loads(message.value)
+        letters[letter["job_id"]] = letter
+        if letter["job_id"] == until:
+            break
     consumer.close()
-    return {letter["job_id"]: letter for letter in letters}
+    return letters
 
 
 @pytest.mark.long
@@ -74,7 +80,7 @@ def test_only_the_job_that_kills_alone_is_given_up(ward):
     assert poison.finish == "error internal"
     (mishap,) = poison.mishaps
     assert "ended the engine 2 times when nothing else ran (SIGABRT, SIGABRT)" in mishap.detail
-    letter = dead_letters(ward)[poison.job_id]
+    letter = dead_letters(ward, until=poison.job_id)[poison.job_id]
     assert {crash["how"] for crash in letter["story"]} == {"SIGABRT"}
     # the first one may have met it alone, too, where the others ran elsewhere
     assert [crash["jobs"] for crash in letter["story"]][-2:] == [1, 1]
