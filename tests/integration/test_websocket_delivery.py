@@ -6,11 +6,12 @@ import asyncio
 import signal
 import time
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
 from websockets.exceptions import ConnectionClosed
-from websockets.sync.client import connect
+from websockets.sync.client import ClientConnection, connect
 
 from openlora.joblog import AsyncJobLog, JobLog, async_redis_client, redis_client
 from openlora.local import ServerProcess
@@ -32,6 +33,13 @@ from tests.gateway.client import (
 from tests.gateway.running import RunningGateway, ScriptedWorker, running_gateway
 
 pytestmark = pytest.mark.services
+
+
+def some_more(socket: ClientConnection, request_id: str) -> list[dict[str, Any]]:
+    """The next frames of a long answer, up to its end by a cancel."""
+    frames = [receive(socket) for _ in range(20)]
+    send(socket, type="cancel", request_id=request_id)
+    return frames + receive_all(socket, request_id)
 
 
 def test_cancel_stops_the_work_at_the_worker(
@@ -108,16 +116,16 @@ def test_a_stream_goes_on_at_another_gateway(
 ) -> None:
     with running_gateway(embedded_broker.bootstrap_servers, redis_address, tmp_path) as second:
         with connect(gateway.ws_url) as socket:
-            generate(socket, "r", words(100))
+            generate(socket, "r", words(5000))
             frames = [receive(socket) for _ in range(20)]
             hang_up(socket)
         with connect(second.ws_url) as socket:
             last = frames[-1]
             send(socket, type="resume", request_id="s", job_id=last["job_id"], after=last["index"])
-            accepted, *rest = receive_all(socket, "s")
+            accepted, *rest = some_more(socket, "s")
             assert (accepted["type"], accepted["adapters"]) == ("accepted", [])
             assert rest[0]["index"] == last["index"] + 1
-            assert text_of(frames + rest) == words(100)
+            assert words(5000).startswith(text_of(frames + rest))
 
 
 def test_a_resume_beyond_the_log_is_refused(
@@ -254,7 +262,7 @@ def test_a_stream_cut_off_by_the_drain_can_be_resumed(
         ) as leaving,
         connect(leaving.ws_url) as socket,
     ):
-        generate(socket, "r", words(200))
+        generate(socket, "r", words(5000))
         frames = [receive(socket), receive(socket)]
         leaving.process.send_signal(signal.SIGTERM)
         with pytest.raises(ConnectionClosed) as caught:
@@ -264,7 +272,7 @@ def test_a_stream_cut_off_by_the_drain_can_be_resumed(
     with connect(gateway.ws_url) as socket:
         last = frames[-1]
         send(socket, type="resume", request_id="s", job_id=last["job_id"], after=last["index"])
-        assert text_of(frames + receive_all(socket, "s")) == words(200)
+        assert words(5000).startswith(text_of(frames + some_more(socket, "s")))
 
 
 def test_a_gateway_whose_background_work_failed_ends_for_its_supervisor(

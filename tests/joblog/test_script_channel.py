@@ -95,5 +95,5 @@ def test_a_connection_that_says_nothing_any_more_is_given_up_for_a_new_one(
         proxy.hold_old()
         began = time.monotonic()
         assert log.claim([a_job().job_id], "w")[0].status == "missing"
-        assert time.monotonic() - began < 3
+        assert time.monotonic() - began < 15
     thread.close()
