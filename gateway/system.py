@@ -38,6 +38,7 @@ from gateway.queue_estimate import QueueEstimate
 from gateway.registration import Registrar
 from gateway.relay import Relay
 from gateway.remote_adapters import RemoteAdapters
+from gateway.tasks import end_tasks
 from gateway.threads import in_daemon_thread
 from openlora.adapters.stores import open_store
 from openlora.errors import Overloaded, SetupError
@@ -177,9 +178,7 @@ class Gateway:
     async def stop(self) -> None:
         """Closes everything; connections are closed already."""
         await asyncio.to_thread(self.publisher.close)
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await end_tasks(self._tasks)
         await self.redis.aclose()
 
     async def serve(
