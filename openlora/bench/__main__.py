@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import signal
 import sys
 
 from openlora.errors import OpenLoRAError
@@ -56,6 +57,8 @@ def run(args: argparse.Namespace) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     module.add_arguments(parser)
+    # As Ctrl-C does: what it made below the temporary directory, gigabytes of it, is removed.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     return int(module.run(parser.parse_args(args.arguments)))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 from collections import Counter
@@ -110,6 +111,25 @@ def test_it_runs_with_the_engine_s_packages_alone(tmp_path):
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["adapters"] == 2
+
+
+def test_one_that_is_terminated_leaves_no_files(tmp_path):
+    make_tiny_model(tmp_path / "model")
+    (tmp_path / "scratch").mkdir()
+    words = ("adapters", "--model", str(tmp_path / "model"), "--rank", "4", "--rounds", "9999")
+    with subprocess.Popen(
+        [sys.executable, "-m", "openlora.bench", *words],
+        env={**os.environ, "TMPDIR": str(tmp_path / "scratch")},
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as run_now:
+        assert run_now.stderr is not None
+        assert any("round 0" in line for line in run_now.stderr)
+        assert list((tmp_path / "scratch").glob("openlora-bench-*"))
+        run_now.terminate()
+        run_now.stderr.read()
+    assert run_now.returncode != 0
+    assert list((tmp_path / "scratch").iterdir()) == []
 
 
 def test_popularities():
