@@ -12,7 +12,7 @@ from openlora.errors import AdapterFailed, InvalidRequest
 
 MOST_OVER = 2.25
 """Times the pages that adapters may be wanted for and still take turns in them."""
-TURN_SHARE = 6
+TURN_SHARE = 8
 
 
 def check_fit(adapters: Collection[Adapter], resident: ResidentAdapters) -> AdapterFailed | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -17,6 +17,7 @@ import torch
 from openlora.adapters.lora_set import PAGE_RANK
 from openlora.adapters.pages import PagePool, SitePages
 from openlora.adapters.tier_stats import TierStats
+from openlora.engine.adapter_fit import MOST_OVER
 from openlora.engine.adapter_loads import Loaded
 from openlora.engine.adapter_supply import MAX_STAGED
 from openlora.engine.attention_backends import TRITON_ATTENTION, attention_for
@@ -176,8 +177,9 @@ def build_parts(config: EngineConfig, progress: Progress | None = None) -> Engin
         ):
             parts = cuda_parts(config, model, pages, kv_cache, info, attention)
         return replace(parts, page_bytes=page_bytes(model.config, model.dtype))
-    memory = HostMemory(_cpu_host_bytes(config, num_pages), pin=False)
-    usual_bytes = sum(page_bytes(model.config, model.dtype))
+    site_bytes = page_bytes(model.config, model.dtype)
+    memory = HostMemory(_cpu_host_bytes(config, num_pages, site_bytes), pin=False)
+    usual_bytes = sum(site_bytes)
     tier: HostTier[LoadedAdapter] = HostTier(
         lambda path, zeros: load_adapter(
             path, model.config, model.dtype, zeros, base=model.base_weight, native=native
@@ -197,7 +199,7 @@ def build_parts(config: EngineConfig, progress: Progress | None = None) -> Engin
         is_in_memory=tier.__contains__,
         host_stats=tier.stats,
         max_staged=max(MAX_STAGED, int(memory.num_bytes * STAGED_SHARE / usual_bytes)),
-        page_bytes=page_bytes(model.config, model.dtype),
+        page_bytes=site_bytes,
     )
 
 
@@ -250,10 +252,17 @@ def _model_info(config: EngineConfig, model: Any, num_pages: tuple[int, ...]) ->
     )
 
 
-def _cpu_host_bytes(config: EngineConfig, num_pages: tuple[int, ...]) -> int:
+def _cpu_host_bytes(
+    config: EngineConfig, num_pages: Sequence[int], site_bytes: Sequence[int]
+) -> int:
     if config.adapter_host_bytes is not None:
         return config.adapter_host_bytes
-    return min(_CPU_HOST_BYTES, available_memory() // _CPU_HOST_SHARE) if any(num_pages) else 0
+    if not any(num_pages):
+        return 0
+    # Requests take turns only where all adapters that are hot stay in host memory meanwhile.
+    in_pages = sum(n * size for n, size in zip(num_pages, site_bytes, strict=True))
+    wanted = int(MOST_OVER / STAGED_SHARE * in_pages)
+    return min(max(_CPU_HOST_BYTES, wanted), available_memory() // _CPU_HOST_SHARE)
 
 
 def _usable_bytes(config: EngineConfig, device: str) -> int:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from openlora.engine import Engine, EngineConfig
+from openlora.engine import Engine, EngineConfig, build
+from openlora.engine.adapter_fit import MOST_OVER
+from openlora.engine.adapter_supply import MAX_STAGED
 from openlora.engine.build import build_parts, choose_device
 from openlora.errors import AdapterFailed, OpenLoRAError, SetupError
 from tests.engine.tiny_model import make_tiny_model
@@ -42,6 +44,15 @@ def test_the_context_is_the_least_of_model_cache_and_setting(model_dir, settings
     assert parts.model_info.max_model_len == max_model_len
     assert parts.model_info.dtype == "float32"
     assert parts.model_info.eos_token_ids == (2,)
+
+
+def test_adapters_that_take_turns_have_room_in_host_memory_meanwhile(model_dir, monkeypatch):
+    monkeypatch.setattr(build, "_CPU_HOST_BYTES", 0)
+    parts = build_parts(EngineConfig(model_dir, device="cpu", adapter_pages=(40,) * 4))
+    assert parts.max_staged == int(MOST_OVER * 40)
+    monkeypatch.setattr(build, "_CPU_HOST_SHARE", 1 << 60)
+    parts = build_parts(EngineConfig(model_dir, device="cpu", adapter_pages=(40,) * 4))
+    assert parts.max_staged == MAX_STAGED, "and no more than the machine has"
 
 
 @pytest.mark.parametrize(
