@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from itertools import pairwise
 
@@ -9,7 +10,7 @@ import pytest
 
 from openlora.protocol.bulk import BulkGroup, BulkLine, BulkMessage, LineParams
 from openlora.protocol.codec import encode
-from openlora.protocol.names import BATCH_TOPIC
+from openlora.protocol.names import BATCH_TOPIC, job_key, log_key
 from tests.workers.running import a_job, wait_until
 from workers.scripted_engine import SCRIPTED_MODEL_LEN
 from workers.tokenizer import PromptTokenizer
@@ -31,14 +32,24 @@ def read_s(system):
 def worst_gap_s(system, job, is_over):
     """The longest time for which the job's log did not grow, until ``is_over``."""
     wait_until(lambda: system.chunks(job))
-    grown = [time.monotonic()]
-    count = 0
-    while not is_over():
-        found = len(system.chunks(job))
-        if found > count:
-            count = found
-            grown.append(time.monotonic())
-        time.sleep(0.005)
+    key = log_key(job.job_id, int(system.redis.hget(job_key(job.job_id), "epoch")))
+    grown, over = [time.monotonic()], threading.Event()
+
+    def watch():  # beside ``is_over``, which may take longer than what is measured
+        count = 0
+        while not over.wait(0.005):
+            found = system.redis.llen(key)
+            if found > count:
+                count = found
+                grown.append(time.monotonic())
+
+    watching = threading.Thread(target=watch)
+    watching.start()
+    try:
+        wait_until(is_over, 90)
+    finally:
+        over.set()
+        watching.join()
     return max(later - earlier for earlier, later in pairwise(grown))
 
 
