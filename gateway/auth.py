@@ -60,10 +60,17 @@ class ApiKeys:
         """Keys of ``OPENLORA_API_KEYS``: ``key`` or ``tenant:key``, separated by commas.
 
         Raises:
-            SetupError: an entry is unusable; names its place, never the key.
+            SetupError: an entry is unusable, which is named by its place and never by the key; or
+                there is none behind what was written: that must not open the gateway to everybody.
         """
+        items = [item for item in map(str.strip, text.split(",")) if item]
+        if text and not items:
+            raise SetupError(
+                "OPENLORA_API_KEYS names no key; write key or tenant:key, or leave it unset to let "
+                "everybody in"
+            )
         entries = []
-        for number, item in enumerate(filter(None, map(str.strip, text.split(","))), start=1):
+        for number, item in enumerate(items, start=1):
             tenant, colon, key = item.rpartition(":")
             tenant = tenant if colon else DEFAULT_TENANT
             if not _KEY.fullmatch(key) or not _TENANT.fullmatch(tenant):

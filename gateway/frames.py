@@ -8,15 +8,16 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable
 from json.encoder import encode_basestring
-from typing import Any
+from typing import Any, get_args
 
 import msgspec
 
 from gateway.drafts import GenerateRequest
 from openlora.errors import InvalidRequest, OpenLoRAError
 from openlora.protocol.events import End, Token
-from openlora.protocol.jobs import AdapterRef
+from openlora.protocol.jobs import AdapterRef, Priority
 
 MAX_REQUEST_ID_CHARS = 128
 MAX_SHOWN_VALUE_CHARS = 80
@@ -51,6 +52,12 @@ ClientFrame = Generate | CancelFrame | ResumeFrame
 
 _client_decoder: msgspec.json.Decoder[ClientFrame] = msgspec.json.Decoder(ClientFrame)
 _encode = msgspec.json.Encoder().encode
+_TYPES = "it must be 'generate', 'cancel' or 'resume'"
+_ALLOWED = {
+    "type": _TYPES,
+    "priority": f"it must be {' or '.join(map(repr, get_args(Priority)))}",
+}
+"""Fields of few values, which the decoder's own words do not name."""
 _PATH = re.compile(r" - at `\$(.*)`$")
 _PATH_STEP = re.compile(r"\.([^.\[]+)|\[(\d+)\]")
 
@@ -74,8 +81,12 @@ def decode_client_frame(text: str) -> ClientFrame:
     except msgspec.ValidationError as error:
         raise _explained(text, str(error)) from error
     except (msgspec.DecodeError, UnicodeError, RecursionError) as error:
+        constants: list[str] = []
+        frame = _lenient(text, constants.append)
         reason = f"the frame is not JSON: {error}; send one JSON object"
-        raise BadFrame(reason, _request_id(_lenient(text))) from error
+        if frame is not None and constants:
+            reason = f"the frame is not JSON, which has no {constants[0]}; send finite numbers"
+        raise BadFrame(reason, _request_id(frame)) from error
 
 
 def _explained(text: str, reason: str) -> BadFrame:
@@ -85,12 +96,12 @@ def _explained(text: str, reason: str) -> BadFrame:
         return BadFrame(f"{reason}; send one JSON object with a type", None)
     request_id = _request_id(frame)
     match = _PATH.search(reason)
+    if "type" not in frame:
+        return BadFrame(f"type is missing: {_TYPES}", request_id)
     if match is None:
-        return BadFrame(f"{reason} in the {str(frame.get('type'))[:32]!r} frame", request_id)
+        return BadFrame(f"{reason} in the {str(frame['type'])[:32]!r} frame", request_id)
     path = match[1].lstrip(".")
-    problem = reason[: match.start()]
-    if path == "type":
-        problem = "the frame's type must be 'generate', 'cancel' or 'resume'"
+    problem = _ALLOWED.get(path, reason[: match.start()])
     try:
         shown = _shown(_value_at(frame, match[1]))
     except (LookupError, TypeError, RecursionError):
@@ -99,10 +110,15 @@ def _explained(text: str, reason: str) -> BadFrame:
     return BadFrame(f"{path} is {shown}: {problem}", request_id)
 
 
-def _lenient(text: str) -> dict[str, Any] | None:
-    """The frame as Python reads it, NaN and Infinity too: only to say what is wrong with it."""
+def _lenient(
+    text: str, on_constant: Callable[[str], object] = lambda name: None
+) -> dict[str, Any] | None:
+    """The frame as Python reads it: only to say what is wrong with it.
+
+    ``on_constant``: told of each NaN and Infinity, which Python writes for floats and JSON has not.
+    """
     try:
-        frame = json.loads(text)
+        frame = json.loads(text, parse_constant=on_constant)
     except (ValueError, RecursionError):
         return None
     return frame if isinstance(frame, dict) else None

@@ -41,7 +41,8 @@ def read_key_file(path: Path) -> list[tuple[bytes, str, KeyPolicy]]:
     """(digest, tenant, policy) of each entry of a JSON file: a list of ``KeyEntry``.
 
     Raises:
-        SetupError: the file cannot be read or an entry is unusable.
+        SetupError: the file cannot be read, an entry is unusable, or there is none: that must not
+            open the gateway to everybody.
     """
     try:
         entries = msgspec.json.decode(path.read_bytes(), type=list[KeyEntry])
@@ -49,6 +50,11 @@ def read_key_file(path: Path) -> list[tuple[bytes, str, KeyPolicy]]:
         raise SetupError(f"the key file {path} cannot be read: {error.strerror}") from error
     except msgspec.DecodeError as error:
         raise SetupError(f"the key file {path} is not valid: {error}") from error
+    if not entries:
+        raise SetupError(
+            f"the key file {path} names no key; add one with `openlora keys new`, or leave the "
+            "setting unset to let everybody in"
+        )
     found = []
     for number, entry in enumerate(entries, start=1):
         try:

@@ -12,7 +12,7 @@ from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import FileResponse, JSONResponse, Response
-from starlette.routing import Mount, Route, WebSocketRoute
+from starlette.routing import Match, Mount, Route, WebSocketRoute
 from starlette.staticfiles import StaticFiles
 from starlette.types import Receive, Scope, Send
 
@@ -111,7 +111,21 @@ def _http_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     message = f"{request.method} {request.url.path}: {error.detail}"
     fields = error_fields(InvalidRequest(f"{message}; the README lists the paths"))
-    return JSONResponse({"error": fields}, error.status_code, error.headers)
+    headers = error.headers
+    if error.status_code == 405:
+        headers = {"Allow": ", ".join(sorted(_methods_of(request)))}
+    return JSONResponse({"error": fields}, error.status_code, headers)
+
+
+def _methods_of(request: Request) -> set[str]:
+    """What the path takes: each method has a route of its own, and Starlette names the first's."""
+    app: Starlette = request.app
+    return {
+        method
+        for route in app.routes
+        if isinstance(route, Route) and route.matches(request.scope)[0] is not Match.NONE
+        for method in route.methods or ()
+    }
 
 
 def _unexpected(request: Request, error: Exception) -> Response:

@@ -42,6 +42,12 @@ def test_a_bad_entry_is_a_setup_error_that_names_its_place_only(text: str) -> No
     assert text not in caught.value.message
 
 
+@pytest.mark.parametrize("text", [",", " ", " , ,"])
+def test_a_setting_without_a_key_does_not_let_everybody_in(text: str) -> None:
+    with pytest.raises(SetupError, match="OPENLORA_API_KEYS names no key"):
+        ApiKeys.parse(text)
+
+
 def test_a_key_comes_from_the_header_or_a_subprotocol() -> None:
     assert key_of("Bearer abc") == "abc"
     assert key_of("bearer  abc ") == "abc"

@@ -73,7 +73,8 @@ def test_the_three_client_frames_are_told_apart_by_type() -> None:
         ("nonsense", None, "not JSON"),
         ("[]", None, "object"),
         ("null", None, "object"),
-        ("{}", None, "type"),
+        ("{}", None, "type is missing: it must be 'generate', 'cancel' or 'resume'"),
+        ('{"request_id":"r","type":null}', "r", "type is null: it must be 'generate', "),
         ('{"type":"shout","request_id":"r"}', "r", '"shout"'),
         ('{"type":5,"request_id":"r"}', "r", "type is 5"),
         ('{"type":"generate","prompt":"x"}', None, "request_id"),
@@ -90,15 +91,20 @@ def test_the_three_client_frames_are_told_apart_by_type() -> None:
         (
             '{"type":"generate","request_id":"r","adapters":[{"id":"a","weight":NaN}]}',
             "r",
-            "not JSON",
+            "not JSON, which has no NaN; send finite numbers",
         ),
+        ('{"type":"resume","request_id":"r","job_id":"ab","after":-Infinity}', "r", "-Infinity"),
         (
             '{"type":"generate","request_id":"r","messages":[{"role":"user","content":"x"},{"role":1,'
             '"content":"y"}]}',
             "r",
             "messages[1].role is 1",
         ),
-        ('{"type":"generate","request_id":"r","priority":"urgent"}', "r", 'priority is "urgent"'),
+        (
+            '{"type":"generate","request_id":"r","priority":"urgent"}',
+            "r",
+            "priority is \"urgent\": it must be 'interactive' or 'batch'",
+        ),
         ('{"type":"resume","request_id":"r","job_id":"ab","after":"x"}', "r", 'after is "x"'),
         ('{"type":"generate","request_id":"r","x":' + "[" * 50_000, None, "JSON"),
         ('{"x":' + "[" * 5000 + "]" * 5000 + ',"type":"cancel"}', None, "recursion"),

@@ -56,6 +56,7 @@ def test_only_the_named_adapters_may_be_used():
     ("content", "line"),
     [
         ("{", "is not valid"),
+        ([], "names no key"),
         ([{"sha256": "ab", "tenant": "t"}], "entry 1 of .* must be 64 hex digits"),
         ([{"sha256": "zz" * 32, "tenant": "t"}], "must be 64 hex digits"),
         ([{"sha256": DIGEST}], "missing required field `tenant`"),

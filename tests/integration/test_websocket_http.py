@@ -220,7 +220,9 @@ def test_a_url_that_nothing_here_can_open_is_named(http: httpx.Client) -> None:
 
 def test_errors_have_one_shape(http: httpx.Client) -> None:
     error_of(http.get("/nowhere"), 404, "invalid_request")
-    error_of(http.put("/v1/adapters"), 405, "invalid_request")
+    answer = http.put("/v1/adapters")
+    error_of(answer, 405, "invalid_request")
+    assert answer.headers["Allow"] == "GET, HEAD, POST"  # a route for each
     error_of(http.get("/v1/adapters/..%2f..%2fetc"), 404, "invalid_request")
     error_of(http.post("/v1/adapters", content=b"x" * (2 << 20)), 413, "payload_too_large")
     origin = {"Origin": "http://evil.example"}
