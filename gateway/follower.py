@@ -38,8 +38,9 @@ class FrameWriter(Protocol):
     def write_frames(self, texts: Sequence[str]) -> None:
         """Sends ``texts`` together; never blocks. Drops them where the connection is closed."""
 
-    def gather_frames(self, texts: Sequence[str], writes: list[Write]) -> None:
-        """As ``write_frames``, but maybe by ``write_all(writes)``, which the caller calls next."""
+    def gather_frames(self, texts: Sequence[str], writes: list[Write]) -> bool:
+        """As ``write_frames``, but maybe by ``write_all(writes)``, which the caller calls next;
+        False, and nothing sent, where it does not take frames."""
 
 
 class Outbox:
@@ -81,16 +82,22 @@ class Outbox:
         frames = self.frames
         waiter = self._waiter
         # Without a waiter the sender has frames in hand, which come first.
-        if frames and waiter is not None and not waiter.done() and self._writer.takes_frames:
+        if frames and waiter is not None and not waiter.done() and self._write(frames, writes):
             self._metrics.frames_sent += len(frames)
-            if writes is None:
-                self._writer.write_frames(frames)
-            else:
-                self._writer.gather_frames(frames, writes)
             frames.clear()
-            self._has_room()
+            if self._reader is not None:
+                self._has_room()
             return
         self.wake()
+
+    def _write(self, frames: list[str], writes: list[Write] | None) -> bool:
+        writer = self._writer
+        if writes is not None:
+            return writer.gather_frames(frames, writes)
+        if not writer.takes_frames:
+            return False
+        writer.write_frames(frames)
+        return True
 
     def wake(self) -> None:
         """Tells the sender that there is something to do."""

@@ -32,6 +32,10 @@ _HEADS = tuple(map(frame_head, range(_KNOWN_LENGTHS)))
 
 def join_frames(texts: Sequence[str]) -> bytes:
     """``texts`` on the wire, a frame for each."""
+    if len(texts) == 1:  # a step's one token for this connection
+        data = texts[0].encode()
+        length = len(data)
+        return (_HEADS[length] if length < _KNOWN_LENGTHS else frame_head(length)) + data
     parts = []
     for text in texts:
         data = text.encode()
@@ -82,16 +86,18 @@ class WebSocketProtocol(WebSocketsSansIOProtocol):
         if self._is_open():
             self.transport.write(join_frames(texts))
 
-    def gather_frames(self, texts: Sequence[str], writes: list[Write]) -> None:
+    def gather_frames(self, texts: Sequence[str], writes: list[Write]) -> bool:
         """As ``write_frames``, by ``write_all(writes)``: that must follow before the event loop
-        goes on, since it takes the socket for this connection's and its buffer for empty."""
-        if not self._is_open():
-            return
+        goes on, since it takes the socket for this connection's and its buffer for empty. False
+        where the transport's buffer has no room: nothing is sent then."""
         transport = self.transport
         if self._descriptor < 0 or transport.get_write_buffer_size():
-            transport.write(join_frames(texts))
-        else:
+            if not self.writable.is_set():
+                return False
+            self.write_frames(texts)
+        elif self._is_open():
             writes.append((self._descriptor, join_frames(texts), transport.write))
+        return True
 
     def _is_open(self) -> bool:
         if self.close_sent or self.disconnected or self.transport.is_closing():

@@ -11,7 +11,7 @@ import itertools
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from openlora.errors import DeadlineExceeded, error_from_code
 from openlora.joblog.crashes import Suspicion
@@ -183,6 +183,10 @@ class WorkerLoop:
         # A large step goes out in parts, so that Redis and gateway work on the first while the
         # next is made. Behind its time, the loop logs several steps together instead.
         most = EMIT_AT_ONCE if len(steps) == 1 else len(self._runs) + 1
+        self._heed(self._sink.append_in_parts(self._take(steps, most)))
+
+    def _take(self, steps: Sequence[StepOutputs], most: int) -> Iterator[list[Run]]:
+        """Gives the runs what the engine said; → those that it spoke of, ``most`` at a time."""
         touched: dict[int, Run] = {}
         runs = self._runs
         for step in steps:
@@ -193,7 +197,7 @@ class WorkerLoop:
                 if run is None or run.end is not None:
                     continue  # ended here while the engine's token was on its way
                 if len(touched) >= most:
-                    self._append(list(touched.values()))
+                    yield list(touched.values())
                     touched.clear()
                 touched[output.ticket] = run
                 if output.fault is not None:
@@ -205,23 +209,26 @@ class WorkerLoop:
                 if reason is not None or output.finish_reason is not None:
                     run.finish(reason or output.finish_reason)  # type: ignore[arg-type]
         if touched:
-            self._append(list(touched.values()))
+            yield list(touched.values())
 
     def _append(self, runs: list[Run]) -> None:
         """Log what the runs have to say and do what the answers ask for."""
-        while runs:
-            verdicts = self._sink.append(runs)
-            runs = []
-            for run, verdict in verdicts:
-                if verdict is Verdict.CANCEL:
-                    run.finish("cancelled")
-                    runs.append(run)
-                elif verdict is Verdict.ANEW:
-                    self._leave(run)
-                    message = encode(run.job)
-                    self._inbox.extend(Fetched(at, None, message) for at in run.positions)
-                else:
-                    self._forget(run, ended=verdict is Verdict.ENDED)
+        self._heed(self._sink.append(runs))
+
+    def _heed(self, verdicts: Sequence[tuple[Run, Verdict]]) -> None:
+        cancelled = []
+        for run, verdict in verdicts:
+            if verdict is Verdict.CANCEL:
+                run.finish("cancelled")
+                cancelled.append(run)
+            elif verdict is Verdict.ANEW:
+                self._leave(run)
+                message = encode(run.job)
+                self._inbox.extend(Fetched(at, None, message) for at in run.positions)
+            else:
+                self._forget(run, ended=verdict is Verdict.ENDED)
+        if cancelled:
+            self._append(cancelled)
 
     def _leave(self, run: Run) -> None:
         if run.in_engine:

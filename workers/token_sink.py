@@ -10,12 +10,13 @@ import logging
 import math
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from enum import Enum, auto
 from typing import TypeVar
 
 from openlora.errors import Overloaded
 from openlora.joblog import ASK, AppendResult, Claim, JobLog, Newest
+from openlora.protocol.events import Chunk
 from workers.run import Run
 
 T = TypeVar("T")
@@ -76,17 +77,43 @@ class TokenSink:
         Raises:
             Stopped: the worker must stop now.
         """
+        return self.append_in_parts([runs])
+
+    def append_in_parts(self, parts: Iterable[Sequence[Run]]) -> list[tuple[Run, Verdict]]:
+        """As ``append``; Redis works on one part while ``parts`` makes the next.
+
+        A run is in one part alone.
+        """
         verdicts: list[tuple[Run, Verdict]] = []
-        pending = runs
-        while pending:
-            now = time.monotonic()
-            chunks = [run.chunk() for run in pending]
-            entries = [
-                run.entries if now - run.last_heard < ASK_INTERVAL_S else ASK for run in pending
-            ]
-            answers = self.patiently(lambda c=chunks, e=entries: self._job_log.extend(c, e))  # type: ignore[misc]
-            again = []
-            for position, (run, chunk) in enumerate(zip(pending, chunks, strict=True)):
+        while True:
+            again = self._append_once(parts, verdicts)
+            if not again:
+                return verdicts
+            parts = [again]
+
+    def _append_once(
+        self, parts: Iterable[Sequence[Run]], verdicts: list[tuple[Run, Verdict]]
+    ) -> list[Run]:
+        """Adds to ``verdicts``; → the runs whose chunk must go again."""
+        now = time.monotonic()
+        made: list[tuple[Sequence[Run], list[Chunk], list[int]]] = []
+        coming = iter(parts)
+
+        def chunks() -> Iterator[tuple[list[Chunk], list[int]]]:
+            for _, known, entries in [*made]:  # of an attempt that Redis did not answer
+                yield known, entries
+            for runs in coming:
+                new = [run.chunk() for run in runs]
+                entries = [
+                    run.entries if now - run.last_heard < ASK_INTERVAL_S else ASK for run in runs
+                ]
+                made.append((runs, new, entries))
+                yield new, entries
+
+        answers_of_parts = self.patiently(lambda: self._job_log.extend(chunks()))
+        again: list[Run] = []
+        for (runs, sent, _), answers in zip(made, answers_of_parts, strict=True):
+            for position, (run, chunk) in enumerate(zip(runs, sent, strict=True)):
                 answer = answers.get(position)
                 if answer is None:
                     self.tokens_logged += len(chunk.tokens)
@@ -100,8 +127,7 @@ class TokenSink:
                     again.append(run)
                 elif verdict is not Verdict.GOES_ON:
                     verdicts.append((run, verdict))
-            pending = again
-        return verdicts
+        return again
 
     def patiently(self, call: Callable[[], T]) -> T:
         """``call`` until Redis answers it. Raises Stopped when the worker must stop now."""

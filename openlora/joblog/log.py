@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import redis
@@ -74,29 +74,42 @@ class JobLog:
         Answers in the order of ``chunks``; each stands for itself. A chunk without tokens, end and
         ``restarted`` is a probe: it is checked and answered, and nothing is written.
         """
-        results = self._append(chunks, None)
+        (results,) = self._append([(chunks, None)])
         return [results[position] for position in range(len(chunks))]
 
-    def extend(self, chunks: Sequence[Chunk], entries: Sequence[int]) -> dict[int, AppendResult]:
+    def extend(
+        self, parts: Iterable[tuple[Sequence[Chunk], Sequence[int]]]
+    ) -> list[dict[int, AppendResult]]:
         """As ``append``, for a caller that knows how many chunks each log holds (``ASK``: it does
         not, or wants to hear of cancels and leases).
 
-        Answers by position in ``chunks``; one without an answer was taken, and its log has one
-        entry more. Much cheaper than ``append``, and a cancel is always answered; a lease that ran
-        out is not, so ask now and then.
+        ``parts``: chunks and entries of each; a part is sent once it is there, while the next is
+        still being made. Answers are by position in the part's chunks; one without an answer was
+        taken, and its log has one entry more. Much cheaper than ``append``, and a cancel is always
+        answered; a lease that ran out is not, so ask now and then.
         """
-        return self._append(chunks, entries)
+        return self._append(parts)
 
     def _append(
-        self, chunks: Sequence[Chunk], entries: Sequence[int] | None
-    ) -> dict[int, AppendResult]:
-        calls = append_calls(chunks, entries)
-        replies = self._run([call for _, call in calls])
-        return {
-            positions[position]: result
-            for (positions, _), reply in zip(calls, replies, strict=True)
-            for position, result in decode_append(reply).items()
-        }
+        self, parts: Iterable[tuple[Sequence[Chunk], Sequence[int] | None]]
+    ) -> list[dict[int, AppendResult]]:
+        positions: list[list[list[int]]] = []
+
+        def calls() -> Iterator[list[Call]]:
+            for chunks, entries in parts:
+                made = append_calls(chunks, entries)
+                positions.append([where for where, _ in made])
+                yield [call for _, call in made]
+
+        replies = iter(self._run_in_parts(calls()))
+        return [
+            {
+                where[position]: result
+                for where in wheres
+                for position, result in decode_append(next(replies)).items()
+            }
+            for wheres in positions
+        ]
 
     def retire(self, job_ids: Sequence[str]) -> None:
         """The offsets of these jobs are committed: their logs are kept for ``keep_ended_s`` now."""
@@ -126,18 +139,26 @@ class JobLog:
             pipeline.execute()
 
     def _run(self, calls: Sequence[Call]) -> list[Any]:
+        return self._run_in_parts([calls]) if calls else []
+
+    def _run_in_parts(self, parts: Iterable[Sequence[Call]]) -> list[Any]:
+        calls: list[Call] = []
+
+        def noted() -> Iterator[Sequence[Call]]:
+            for part in parts:
+                calls.extend(part)
+                yield part
+
         with redis_errors(self._redis):
-            replies = self._send(calls)
+            replies = self._channel.run_in_parts(noted())
             lost = core.without_script(replies)
             if lost:  # Redis is new or was restarted
                 for script in {calls[i].script for i in lost}:
                     self._redis.script_load(script.source)
-                for i, reply in zip(lost, self._send([calls[i] for i in lost]), strict=True):
+                again = self._channel.run([calls[i] for i in lost])
+                for i, reply in zip(lost, again, strict=True):
                     replies[i] = reply
             for reply in replies:
                 if isinstance(reply, Exception):
                     raise reply
         return replies
-
-    def _send(self, calls: Sequence[Call]) -> list[Any]:
-        return self._channel.run(calls) if calls else []

@@ -22,6 +22,8 @@ from openlora.protocol.jobs import Job
 from openlora.protocol.status import Heartbeat
 
 _PAGE = 500
+_SHARDS_AT_ONCE = 32
+"""A sweep asks all shards in one go for 5 ms of the event loop, in which no token is relayed."""
 
 
 class AsyncJobLog:
@@ -125,15 +127,17 @@ class AsyncJobLog:
 
     async def open_jobs(self, min_age_ms: int) -> AsyncIterator[list[OpenJob]]:
         """All open jobs that were stored at least ``min_age_ms`` ago, in pages, shard by shard."""
-        keys = [names.open_jobs_key(shard) for shard in range(names.SHARD_COUNT)]
-        with redis_errors(self._redis):
-            async with self._redis.pipeline(transaction=False) as pipeline:
-                for key in keys:
-                    pipeline.zcard(key)
-                counts = await pipeline.execute()
-        for key, count in zip(keys, counts, strict=True):
-            for start in range(0, count, _PAGE):
-                yield await self._open_page(key, start, min_age_ms)
+        for first in range(0, names.SHARD_COUNT, _SHARDS_AT_ONCE):
+            shards = range(first, min(first + _SHARDS_AT_ONCE, names.SHARD_COUNT))
+            keys = [names.open_jobs_key(shard) for shard in shards]
+            with redis_errors(self._redis):
+                async with self._redis.pipeline(transaction=False) as pipeline:
+                    for key in keys:
+                        pipeline.zcard(key)
+                    counts = await pipeline.execute()
+            for key, count in zip(keys, counts, strict=True):
+                for start in range(0, count, _PAGE):
+                    yield await self._open_page(key, start, min_age_ms)
 
     async def _open_page(self, key: str, start: int, min_age_ms: int) -> list[OpenJob]:
         with redis_errors(self._redis):

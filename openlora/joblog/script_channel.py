@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import redis
@@ -39,20 +39,42 @@ class ScriptChannel:
         Raises:
             redis.ConnectionError, redis.TimeoutError, OSError: Redis did not answer.
         """
-        data = pack_calls(calls)
+        return self.run_in_parts([calls])
+
+    def run_in_parts(self, parts: Iterable[Sequence[Call]]) -> list[Any]:
+        """As ``run``, for calls that are still being made: each part is sent as soon as ``parts``
+        gives it, so that Redis works on it while the next is made. Replies are read at the end.
+        """
+        sent: list[bytes] = []
+        count = 0
+        coming = iter(parts)
+
+        def talk() -> list[Any]:
+            nonlocal count
+            if sent:  # on a connection made anew
+                connection.send_packed_command(sent)
+            for calls in coming:
+                data = pack_calls(calls)
+                sent.append(data)
+                count += len(calls)
+                connection.send_packed_command([data])
+            return _replies(connection, count)
+
         with self._lock:
             if self._connection is None:
                 self._connection = self._pool.get_connection()
             connection = self._connection
-            replies: list[Any] = connection.retry.call_with_retry(
-                lambda: _exchange(connection, data, len(calls)),
-                lambda error: connection.disconnect(),
-            )
+            try:
+                replies: list[Any] = connection.retry.call_with_retry(
+                    talk, lambda error: connection.disconnect()
+                )
+            except BaseException:
+                connection.disconnect()  # else the next caller would read replies that are not its
+                raise
         return replies
 
 
-def _exchange(connection: Any, data: bytes, count: int) -> list[Any]:
-    connection.send_packed_command([data])
+def _replies(connection: Any, count: int) -> list[Any]:
     replies = []
     for _ in range(count):
         try:

@@ -48,7 +48,7 @@ async def serving(handle: Handle) -> AsyncIterator[str]:
 def write(writer: WebSocketProtocol, frame: str) -> bool:
     """By ``write_all``; whether the frame was for the socket itself."""
     writes: list[Write] = []
-    writer.gather_frames([frame], writes)
+    assert writer.gather_frames([frame], writes)
     write_all(writes)
     return bool(writes)
 
@@ -67,6 +67,9 @@ def test_a_slow_client_gets_all_frames_in_order_by_whatever_way_they_go(seed: in
         for number in range(frames):
             if not writer.takes_frames:
                 held.append(number)
+                writes: list[Write] = []
+                assert not writer.gather_frames(["must not go out"], writes)
+                assert not writes
                 await writer.drain()
             frame = f"{number}:" + "x" * ways.choice((10, 100_000))
             if ways.random() < 0.5:

@@ -27,8 +27,10 @@ class Socket:
         for text in texts:
             self._on_frame(text)
 
-    def gather_frames(self, texts: Sequence[str], writes: list[Write]) -> None:
-        self.write_frames(texts)
+    def gather_frames(self, texts: Sequence[str], writes: list[Write]) -> bool:
+        if self.takes_frames:
+            self.write_frames(texts)
+        return self.takes_frames
 
     @property
     def frames(self) -> list[str]:

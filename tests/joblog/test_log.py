@@ -139,7 +139,7 @@ def test_an_epoch_of_many_zeros_names_one_log(log: JobLog) -> None:
     epoch = 4_000_000_000_000  # a claim behind it has the next one, until the year 2096
     assert log.restore(job, epoch, "w").epoch == epoch
     assert log.append([a_chunk(job.job_id, epoch, 0)])[0].status == "taken"
-    assert log.extend([a_chunk(job.job_id, epoch, 1)], [1]) == {}
+    assert log.extend([([a_chunk(job.job_id, epoch, 1)], [1])]) == [{}]
     claim = log.claim([job.job_id], "another")[0]
     assert (claim.before, claim.epoch, len(claim.chunks)) == (epoch, epoch + 1, 2)
 

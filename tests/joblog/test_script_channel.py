@@ -56,6 +56,45 @@ def test_a_client_that_was_closed_connects_again(client) -> None:
     assert channel.run([echo("b")]) == [b"b"]
 
 
+def test_a_part_is_sent_before_the_next_is_made(client) -> None:
+    note = Script("return redis.call('INCRBY', KEYS[1], ARGV[1])")
+    client.script_load(note.source)
+    client.delete("parts")
+
+    def parts():
+        yield [Call(note, ["parts"], [1])]
+        deadline = time.monotonic() + 10
+        while client.get("parts") != b"1":
+            assert time.monotonic() < deadline
+        yield []
+        yield [Call(note, ["parts"], [2]), echo("c")]
+
+    channel = ScriptChannel(client)
+    assert channel.run_in_parts(parts()) == [1, 3, b"c"]
+    assert channel.run([echo("d")]) == [b"d"]
+
+
+def test_all_parts_go_again_over_a_connection_that_was_lost_between_them(client) -> None:
+    def parts():
+        yield [echo("a")]
+        client.client_kill_filter(_type="normal", skipme=True)
+        yield [echo("b")]
+
+    channel = ScriptChannel(client)
+    assert channel.run_in_parts(parts()) == [b"a", b"b"]
+
+
+def test_replies_to_parts_that_were_never_finished_are_nobody_s(client) -> None:
+    def parts():
+        yield [echo("a")]
+        raise ValueError("the maker failed")
+
+    channel = ScriptChannel(client)
+    with pytest.raises(ValueError, match="the maker failed"):
+        channel.run_in_parts(parts())
+    assert channel.run([echo("b")]) == [b"b"]
+
+
 def test_threads_take_turns(client) -> None:
     channel, wrong = ScriptChannel(client), []
 

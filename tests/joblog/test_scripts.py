@@ -158,7 +158,7 @@ class LogMachine(RuleBasedStateMachine):
                 if is_plain and entries[-1] == held > 0 and not model.cancelled:
                     del asked[position]  # nothing to be said of it
         self.sent, self.known_entries = chunks, entries
-        assert self.log.extend(chunks, entries) == asked
+        assert self.log.extend([(chunks, entries)]) == [asked]
         message = self.pubsub.get_message(timeout=1 if published else 0)
         got = () if message is None else codec.decode_chunks(message["data"])
         assert list(got) == published
