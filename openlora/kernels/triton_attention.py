@@ -45,6 +45,45 @@ def score_factor(scale: float, soft_cap: float) -> float:
 
 
 @triton.jit
+def load_positions(
+    cache_ptr,
+    table_ptr,
+    n,
+    end,
+    dims,
+    kv_head,
+    v_offset,
+    NUM_KV_HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+):
+    """K and V of positions ``n`` of one KV head, [positions, dims]; 0 from ``end`` on.
+
+    ``table_ptr``: the sequence's block table. What lies behind its end is not read, nor what a
+    block holds there: it may be another sequence's, and not finite.
+    """
+    block = tl.load(table_ptr + n // BLOCK_SIZE, mask=n < end, other=0).to(tl.int64)
+    kv_row = (block * NUM_KV_HEADS + kv_head) * BLOCK_SIZE + n % BLOCK_SIZE
+    at = cache_ptr + kv_row[:, None] * HEAD_DIM + dims[None, :]
+    mask = (n < end)[:, None] & (dims < HEAD_DIM)[None, :]
+    return tl.load(at, mask=mask, other=0.0), tl.load(at + v_offset, mask=mask, other=0.0)
+
+
+@triton.jit
+def absorb(scores, v, new_top, top, total, acc):
+    """One tile of an online softmax: the new (total, acc) of ``scores`` [queries, positions] and v.
+
+    ``top``: the largest score so far; ``new_top``: that of the scores included.
+    """
+    weights = tl.exp2(scores - new_top[:, None])
+    rescale = tl.exp2(top - new_top)
+    total = total * rescale + tl.sum(weights, axis=1)
+    acc = acc * rescale[:, None]
+    acc = tl.dot(weights.to(v.dtype), v, acc, input_precision="ieee")
+    return total, acc
+
+
+@triton.jit
 def _decode_kernel(
     q_ptr,
     cache_ptr,
@@ -105,21 +144,23 @@ def _decode_kernel(
         table = block_tables_ptr + row.to(tl.int64) * table_stride
         for n_start in range(start, end, BLOCK_N):
             n = n_start + columns
-            block = tl.load(table + n // BLOCK_SIZE, mask=n < end, other=0).to(tl.int64)
-            kv_row = (block * NUM_KV_HEADS + kv_head) * BLOCK_SIZE + n % BLOCK_SIZE
-            at = cache_ptr + kv_row[:, None] * HEAD_DIM + dims[None, :]
-            kv_mask = (n < end)[:, None] & (dims < HEAD_DIM)[None, :]
-            k = tl.load(at, mask=kv_mask, other=0.0)
-            v = tl.load(at + v_offset, mask=kv_mask, other=0.0)
+            k, v = load_positions(
+                cache_ptr,
+                table,
+                n,
+                end,
+                dims,
+                kv_head,
+                v_offset,
+                NUM_KV_HEADS,
+                HEAD_DIM,
+                BLOCK_SIZE,
+            )
             scores = tl.dot(q, tl.trans(k), input_precision="ieee")
             scores = scaled_scores(scores, scale_log2, SOFT_CAP)
             scores = tl.where((n < end)[None, :], scores, float("-inf"))
             new_top = tl.maximum(top, tl.max(scores, axis=1))
-            weights = tl.exp2(scores - new_top[:, None])
-            rescale = tl.exp2(top - new_top)
-            total = total * rescale + tl.sum(weights, axis=1)
-            acc = acc * rescale[:, None]
-            acc = tl.dot(weights.to(v.dtype), v, acc, input_precision="ieee")
+            total, acc = absorb(scores, v, new_top, top, total, acc)
             top = new_top
         out_row = row.to(tl.int64) * (NUM_KV_HEADS * GROUP) + head
         out_at = out_ptr + out_row[:, None] * HEAD_DIM + dims[None, :]

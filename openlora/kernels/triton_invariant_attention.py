@@ -18,7 +18,12 @@ import triton
 import triton.language as tl
 
 from openlora.kernels.invariant_splits import UnitRows, invariant_tile_tokens, padded_group
-from openlora.kernels.triton_attention import scaled_scores, score_factor
+from openlora.kernels.triton_attention import (
+    absorb,
+    load_positions,
+    scaled_scores,
+    score_factor,
+)
 from openlora.kernels.triton_launch import (
     gdc_launch_dependents,
     gdc_wait,
@@ -142,12 +147,18 @@ def _invariant_attention_kernel(
             stop = min(end, _split_start(split + 1, SMALL, NUM_SMALL, LARGE))
             for n_start in range(start, stop, BLOCK_N):
                 n = n_start + columns
-                block = tl.load(table + n // BLOCK_SIZE, mask=n < end, other=0).to(tl.int64)
-                kv_row = (block * NUM_KV_HEADS + kv_head) * BLOCK_SIZE + n % BLOCK_SIZE
-                at = cache_ptr + kv_row[:, None] * HEAD_DIM + dims[None, :]
-                kv_mask = (n < end)[:, None] & (dims < HEAD_DIM)[None, :]
-                k = tl.load(at, mask=kv_mask, other=0.0)
-                v = tl.load(at + v_offset, mask=kv_mask, other=0.0)
+                k, v = load_positions(
+                    cache_ptr,
+                    table,
+                    n,
+                    end,
+                    dims,
+                    kv_head,
+                    v_offset,
+                    NUM_KV_HEADS,
+                    HEAD_DIM,
+                    BLOCK_SIZE,
+                )
                 scores = tl.dot(q, tl.trans(k), input_precision="ieee")
                 scores = scaled_scores(scores, scale_log2, SOFT_CAP)
                 is_seen = n[None, :] <= position[:, None]
@@ -156,11 +167,9 @@ def _invariant_attention_kernel(
                 scores = tl.where(is_seen, scores, float("-inf"))
                 # Never -inf: what a row does not see then weighs 0, also where it sees nothing.
                 new_top = tl.maximum(split_top, tl.max(scores, axis=1))
-                weights = tl.exp2(scores - new_top[:, None])
-                rescale = tl.exp2(split_top - new_top)
-                split_total = split_total * rescale + tl.sum(weights, axis=1)
-                split_acc = split_acc * rescale[:, None]
-                split_acc = tl.dot(weights.to(v.dtype), v, split_acc, input_precision="ieee")
+                split_total, split_acc = absorb(
+                    scores, v, new_top, split_top, split_total, split_acc
+                )
                 split_top = new_top
             if working > 1:
                 place = (pair * MAX_SPLITS + split) * BLOCK_G + m

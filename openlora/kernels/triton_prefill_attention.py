@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from openlora.kernels.triton_attention import scaled_scores, score_factor
+from openlora.kernels.triton_attention import absorb, load_positions, scaled_scores, score_factor
 from openlora.kernels.triton_launch import (
     gdc_launch_dependents,
     gdc_wait,
@@ -76,12 +76,9 @@ def _prefill_kernel(
         begin = max(position_start + first - WINDOW + 1, 0) // BLOCK_N * BLOCK_N
     for n_start in range(begin, end, BLOCK_N):
         n = n_start + columns
-        block = tl.load(table + n // BLOCK_SIZE, mask=n < end, other=0).to(tl.int64)
-        kv_row = (block * NUM_KV_HEADS + kv_head) * BLOCK_SIZE + n % BLOCK_SIZE
-        at = cache_ptr + kv_row[:, None] * HEAD_DIM + dims[None, :]
-        kv_mask = (n < end)[:, None] & (dims < HEAD_DIM)[None, :]
-        k = tl.load(at, mask=kv_mask, other=0.0)
-        v = tl.load(at + v_offset, mask=kv_mask, other=0.0)
+        k, v = load_positions(
+            cache_ptr, table, n, end, dims, kv_head, v_offset, NUM_KV_HEADS, HEAD_DIM, BLOCK_SIZE
+        )
         scores = scaled_scores(tl.dot(q, tl.trans(k), input_precision="ieee"), scale_log2, SOFT_CAP)
         is_seen = n[None, :] <= position[:, None]
         if WINDOW:
@@ -92,11 +89,7 @@ def _prefill_kernel(
         if WINDOW:
             # Unless it lies before the window of the tile's later rows.
             new_top = tl.maximum(new_top, -1e30)
-        weights = tl.exp2(scores - new_top[:, None])
-        rescale = tl.exp2(top - new_top)
-        total = total * rescale + tl.sum(weights, axis=1)
-        acc = acc * rescale[:, None]
-        acc = tl.dot(weights.to(v.dtype), v, acc, input_precision="ieee")
+        total, acc = absorb(scores, v, new_top, top, total, acc)
         top = new_top
     out_row = q_row * (NUM_KV_HEADS * GROUP) + head
     out_at = out_ptr + out_row[:, None] * HEAD_DIM + dims[None, :]
