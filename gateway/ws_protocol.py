@@ -56,6 +56,7 @@ class WebSocketProtocol(WebSocketsSansIOProtocol):
     - it is a ``FrameWriter``, found in the scope's extensions: frames that are there together go
       out in one write, without a task's turn or an ASGI event for each. Compression is off
       (``gateway.main``), so that a frame is its text behind a length.
+    - a handshake that is refused is no error of the application's.
     """
 
     _descriptor = -1
@@ -70,6 +71,14 @@ class WebSocketProtocol(WebSocketsSansIOProtocol):
         extensions: dict[str, Any] = self.scope["extensions"]
         extensions[TEXT_FRAMES] = self
         await super().run_asgi()
+
+    async def send(self, message: Any) -> None:
+        """An ASGI event of the application's."""
+        await super().send(message)
+        if self.initial_response is not None and self.close_sent:
+            # Refused and answered. uvicorn logs an error for it, as for an application that
+            # answers nothing: anybody could fill the log.
+            self.handshake_complete = True
 
     @property
     def takes_frames(self) -> bool:

@@ -180,7 +180,9 @@ def test_keys_are_checked_at_the_handshake(other_gateway: RunningGateway) -> Non
         pass
     with connect(url, subprotocols=["openlora.v1", "openlora.key.two"]) as socket:
         assert socket.subprotocol == "openlora.v1"
-    assert "nope" not in other_gateway.log_text()
+    log = other_gateway.log_text()
+    assert "nope" not in log
+    assert "without completing handshake" not in log
 
 
 def test_a_page_of_another_site_is_refused(gateway: RunningGateway) -> None:
