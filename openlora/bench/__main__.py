@@ -2,6 +2,7 @@
 
   decode     time per decode step of the engine alone, with and without adapters
   adapters   throughput and first tokens over more adapters than fit
+  serve      a running system under the load of many clients, as they see it
   pipeline   the whole path with a scripted engine: tokens/s, added latency, CPU shares
   mixed      a batch's share of the bare engine, and what it costs interactive requests
   bulk       a file of many lines, each answered once, whatever is killed
@@ -13,6 +14,7 @@
 examples:
   openlora bench decode --device cpu --model demo
   openlora bench decode --shape 8b --batch 64,256 --distinct 0,1,64 --out rows.jsonl
+  openlora bench serve --streams 64 --url http://127.0.0.1:8000
   openlora bench pipeline --streams 200
   openlora bench bulk --lines 100000 --kill
   openlora bench soak --minutes 10
@@ -32,6 +34,7 @@ from openlora.errors import OpenLoRAError
 BENCHMARKS = {
     "decode": ("openlora.bench.decode", "time per decode step of the engine alone"),
     "adapters": ("openlora.bench.adapters", "more adapters than fit, by popularity and rank"),
+    "serve": ("openlora.bench.serve", "a running system under load, as its clients see it"),
     "pipeline": ("openlora.bench.pipeline", "the whole path with a scripted engine"),
     "mixed": ("openlora.bench.mixed", "batch and interactive work beside each other"),
     "bulk": ("openlora.bench.bulk", "a file of many lines, and what is killed meanwhile"),
