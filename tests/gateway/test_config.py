@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 from pathlib import Path
 
 import pytest
@@ -26,7 +27,7 @@ def test_flags_come_before_the_environment_and_that_before_the_default() -> None
 
 def test_every_variable_is_read(tmp_path: Path) -> None:
     key_file = tmp_path / "keys.json"
-    key_file.write_text("[]")
+    key_file.write_text(json.dumps([{"sha256": "0" * 64, "tenant": "acme"}]))
     values = {
         "OPENLORA_HOST": "0.0.0.0",
         "OPENLORA_PORT": "0",

@@ -116,6 +116,7 @@ def test_padding_is_left_unwritten() -> None:
     assert not out[[0, 2]].isnan().any()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("heads", "dtype", "window", "cap"),
     cases([(4, 2, 16), (9, 3, 24)], [(0, 0.0), (20, 2.0), (150, 0.0)]),
