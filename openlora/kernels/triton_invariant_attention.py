@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 
 from openlora.kernels.invariant_splits import UnitRows, invariant_tile_tokens, padded_group
-from openlora.kernels.triton_attention import (
+from openlora.kernels.triton_attention_tiles import (
     absorb,
     load_positions,
     scaled_scores,

@@ -10,7 +10,12 @@ import torch
 import triton
 import triton.language as tl
 
-from openlora.kernels.triton_attention import absorb, load_positions, scaled_scores, score_factor
+from openlora.kernels.triton_attention_tiles import (
+    absorb,
+    load_positions,
+    scaled_scores,
+    score_factor,
+)
 from openlora.kernels.triton_launch import (
     gdc_launch_dependents,
     gdc_wait,

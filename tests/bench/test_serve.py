@@ -13,6 +13,7 @@ from websockets.asyncio.server import serve
 
 from openlora.bench import serve as bench
 from openlora.bench.__main__ import main
+from openlora.bench.serve_plan import Seen, make_plan
 from openlora.commands.config import ClientConfig
 from openlora.errors import SetupError
 from openlora.local import free_port
@@ -22,8 +23,8 @@ from tests.gateway.running import ScriptedWorker, running_gateway
 
 def test_the_same_seed_asks_the_same_and_no_two_prompts_begin_alike() -> None:
     settings = ([None, "a", "b", "c"], "zipf", 50.0, 90)
-    plan = bench.make_plan(2000, *settings, seed=3)
-    assert plan == bench.make_plan(2000, *settings, seed=3)
+    plan = make_plan(2000, *settings, seed=3)
+    assert plan == make_plan(2000, *settings, seed=3)
     assert {len(planned.prompt) for planned in plan} == {90}
     assert len({planned.prompt.partition(":")[0] for planned in plan}) == 2000
     counts = Counter(planned.adapter for planned in plan)
@@ -31,7 +32,7 @@ def test_the_same_seed_asks_the_same_and_no_two_prompts_begin_alike() -> None:
     times = [planned.at_s for planned in plan]
     assert times == sorted(times)
     assert 35 < times[-1] < 45  # 2,000 at 50 a second
-    assert {p.at_s for p in bench.make_plan(5, [None], "uniform", None, 9, 0)} == {None}
+    assert {p.at_s for p in make_plan(5, [None], "uniform", None, 9, 0)} == {None}
 
 
 @pytest.mark.services
@@ -60,7 +61,7 @@ def test_a_run_against_a_real_gateway(
     assert [row["rate"] for row in rows] == [None, 100]
     for row in rows:
         assert (row["case"], row["requests"], row["failed"], row["adapters"]) == ("serve", 9, 0, 1)
-        plan = bench.make_plan(9, [None], "uniform", None, 80, 0)
+        plan = make_plan(9, [None], "uniform", None, 80, 0)
         words = sum(len(p.prompt.split(" ")) for p in plan)  # which the script answers with
         assert row["out_tok_s"] * row["seconds"] == pytest.approx(words, rel=0.01)
         assert 0 < row["ttft_ms_p50"] <= row["ttft_ms_p99"] <= row["total_ms_p99"]
@@ -82,10 +83,10 @@ def test_what_fails_is_counted_by_its_code_and_a_lost_connection_is_made_again()
                 await websocket.send(json.dumps({"type": "token", "index": index}))
             await websocket.send(json.dumps({"type": "done", "usage": usage}))
 
-    async def ask() -> bench.Seen:
+    async def ask() -> Seen:
         async with serve(answer, "127.0.0.1", 0, subprotocols=["openlora.v1"]) as server:
             port = server.sockets[0].getsockname()[1]
-            plan = bench.make_plan(4, [None], "uniform", None, 9, 0)
+            plan = make_plan(4, [None], "uniform", None, 9, 0)
             config = ClientConfig(f"http://127.0.0.1:{port}", None)
             return await bench._ask_all(config, plan, 1, 2, lambda: None)
 
@@ -97,7 +98,7 @@ def test_what_fails_is_counted_by_its_code_and_a_lost_connection_is_made_again()
 
 def test_no_system_is_one_clear_error() -> None:
     config = ClientConfig(f"http://127.0.0.1:{free_port()}", None)
-    plan = bench.make_plan(1, [None], "uniform", None, 9, 0)
+    plan = make_plan(1, [None], "uniform", None, 9, 0)
     with pytest.raises(SetupError, match=r"http://127.0.0.1:\d+"):
         asyncio.run(bench._ask_all(config, plan, 1, 2, lambda: None))
 
