@@ -51,7 +51,7 @@ def far():
 
 @pytest.fixture
 def bench(far):
-    return Bench(pages=(20,) * 4, is_missing=far.is_missing, fetch=far.fetch)
+    return Bench(pages=(32,) * 4, is_missing=far.is_missing, fetch=far.fetch)
 
 
 def until(is_true) -> None:
