@@ -2,9 +2,9 @@
 
 A request that has waited for pages for ``NEW_PATIENCE_STEPS`` and has no token yet is let in: those
 that have run longest, and for a turn at least, pause. They keep their seats and KV blocks, but not
-their adapters' pages, and go on as soon as there is room; after a turn others pause for them. So
-first tokens come soon, an adapter that was loaded is used before it goes, and nobody waits for the
-whole of another's answer.
+their adapters' pages. Room that comes free is for new ones first, then for those that pause; behind
+``PAUSE_TURNS`` they go before new ones, and others pause for them. So first tokens come soon, an
+adapter that was loaded is used before it goes, and nobody waits for the whole of another's answer.
 
 Turns cost loads and give no throughput. So there are none where all that are hot fit; nor where
 they are many times what fits, or more than host memory keeps: there each runs to its end. And no
@@ -14,7 +14,7 @@ more requests pause than come in for them, so that steps stay as full as they we
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence, Set
 from enum import Enum, auto
 from typing import Protocol
 
@@ -23,11 +23,14 @@ from openlora.engine.kv_blocks import BlockManager
 from openlora.engine.sequence import Sequence as TokenSequence
 from openlora.engine.waiting import ROOM_PATIENCE_STEPS, WaitingSequences
 
-NEW_PATIENCE_STEPS = 2
-"""Usually somebody ends by then."""
+NEW_PATIENCE_STEPS = 1
+"""Whose last step is under way ends by then."""
 TURN_STEPS = 16
 TURN_S = 0.7
 """A turn has so many steps and seconds at least."""
+PAUSE_TURNS = 1.5
+"""With one turn, some that pause would always be due: nothing that comes free would be left for new
+ones, and adapters would be loaded half as often again."""
 _RESERVED_STEPS = 8
 """Room that was made is taken in the next steps, or is anybody's again."""
 
@@ -127,23 +130,42 @@ class AdapterTurns:
             self._waiting.wake_at_next_chance()
             self._seen_room_epoch = -1
 
-    def holds_back(self, sequence: TokenSequence, running: Iterable[TokenSequence]) -> bool:
-        """Whether this one would take the room that was made for another."""
-        if not self._reserved or sequence.sequence_id in self._reserved:
+    def holds_back(
+        self, sequence: TokenSequence, running: Iterable[TokenSequence], step: int
+    ) -> bool:
+        """Whether this one would take the room that was made for another, or that another has
+        waited for so long that nobody may take any before it."""
+        if sequence.sequence_id in self._reserved:
+            return False
+        if self._waiting.is_held_back(sequence, step):
+            return True
+        if not self._reserved:
             return False
         keys = _users(running).keys() | self._reserved_keys() | set(_keys(sequence))
         return self._residency.fit_together(keys) is False
 
     def take(self, running: Sequence[TokenSequence], step: int, step_s: float = 0.0) -> None:
         """Before a step is filled: pause those whose turn is over, where others wait; let those
-        go on for whom there is room. ``step_s``: what a step takes; 0: not known."""
+        go on who have paused for long, or for whom room was made. ``step_s``: what a step takes;
+        0: not known."""
         if not self._paused and not self._waiting.has_room_waiters:
             return
         for sequence, since in list(self._reserved.values()):
             if step - since > _RESERVED_STEPS:
                 self.unreserve(sequence)
+        longest = next(iter(self._paused.values()), None)
+        if longest is not None and self._waiting.is_first_for_room(longest.paused_at_step, step):
+            self._reserved[longest.sequence_id] = longest, step
         self._make_room(running, step, step_s)
-        self._resume(running, step)
+        due = {sequence.sequence_id for sequence in self._due(step)}
+        self._resume(due | self._reserved.keys(), running, step)
+
+    def resume(self, running: Sequence[TokenSequence], step: int) -> None:
+        """Behind new ones: let those that pause go on, where there is room still, in the next
+        step."""
+        if self._paused:
+            self._resume(self._paused.keys(), running, step)
+            self._seen_room_epoch = self._residency.room_epoch
 
     def check_integrity(self, running: Iterable[TokenSequence]) -> None:
         """Assert that those that pause have seats and nothing else runs without pages."""
@@ -211,7 +233,7 @@ class AdapterTurns:
             sequence = self._paused[number]
             # A batch one makes way first and comes back last.
             is_batch = sequence.priority == "batch"
-            patience = ROOM_PATIENCE_STEPS if is_batch else self._turn_steps
+            patience = ROOM_PATIENCE_STEPS if is_batch else round(PAUSE_TURNS * self._turn_steps)
             due.append((sequence.paused_at_step + patience, number, sequence))
         return [sequence for at, _, sequence in sorted(due, key=lambda d: d[:2]) if at <= step]
 
@@ -228,16 +250,15 @@ class AdapterTurns:
         needed = self._blocks.num_blocks_for(sequence.num_tokens) + len(running)
         return seats > 0 and needed <= self._blocks.num_free_blocks
 
-    def _resume(self, running: Sequence[TokenSequence], step: int) -> None:
+    def _resume(self, whom: Set[int], running: Sequence[TokenSequence], step: int) -> None:
         is_new_room = self._residency.room_epoch != self._seen_room_epoch
-        self._seen_room_epoch = self._residency.room_epoch
         for number, sequence in list(self._paused.items()):
+            if number not in whom:
+                continue
             if not is_new_room and number in self._loaded and number not in self._reserved:
                 continue
             # The runner takes an unread token only in the step behind the one that drew it.
-            if sequence.num_pending_tokens or self._waiting.is_held_back(sequence, step):
-                continue
-            if self.holds_back(sequence, running):
+            if sequence.num_pending_tokens or self.holds_back(sequence, running, step):
                 continue
             outcome = self._residency.acquire(sequence)
             if outcome is Wait.NO_ROOM:

@@ -139,6 +139,7 @@ class Scheduler:
             self._schedule_prefills(rows, budget, "interactive")
             self._admit(rows, budget, ("interactive",), step, make_room=True)
             if len(rows) > num_decodes:
+                self._turns.resume(self.running, step)
                 self._batch_sat_out = True
                 self._count_patience(rows[num_decodes:])
                 return rows
@@ -151,6 +152,7 @@ class Scheduler:
         for priority in order:
             self._schedule_prefills(rows, budget, priority)
         self._admit(rows, budget, order, step)
+        self._turns.resume(self.running, step)
         self._count_patience(rows[num_decodes:])
         return rows
 
@@ -217,6 +219,8 @@ class Scheduler:
     ) -> None:
         """``make_room``: batch sequences, which have no rows yet, give up seats and blocks."""
         for priority in order:
+            if priority == "batch":
+                self._turns.resume(self.running, step)
             while budget.left(priority) and (make_room or len(self.running) < self._max_num_seqs):
                 sequence = self._waiting.first(priority, self.running)
                 if sequence is None:
@@ -253,8 +257,7 @@ class Scheduler:
         """Fetch the sequence's LoRA set; None on success."""
         if not sequence.adapters:
             return None
-        is_held_back = self._waiting.is_held_back(sequence, step)
-        if is_held_back or self._turns.holds_back(sequence, self.running):
+        if self._turns.holds_back(sequence, self.running, step):
             return Wait.NO_ROOM
         outcome = self._residency.acquire(sequence)
         if isinstance(outcome, Wait):

@@ -129,6 +129,13 @@ class WaitingSequences:
             and step - first.parked_at_step > ROOM_PATIENCE_STEPS
         )
 
+    def is_first_for_room(self, since: int, step: int) -> bool:
+        """Whether one that has lacked room since that step has done so for too long, and no waiter
+        for longer."""
+        first = next(iter(self._room_waiters.values()), None)
+        is_longest = first is None or since <= first.parked_at_step
+        return is_longest and step - since > ROOM_PATIENCE_STEPS
+
     def leave(self, sequence: Sequence) -> None:
         """The sequence runs from now on, or has ended: take it out, wherever it is."""
         if sequence.status is Status.WAITING:

@@ -93,3 +93,8 @@ class Bench:
                 return
             self.step()
         raise AssertionError("not done")
+
+
+def running(bench: Bench) -> set[int]:
+    """Sequences that have pages and a seat."""
+    return {s.sequence_id for s in bench.scheduler.running if s.paused_at_step < 0}

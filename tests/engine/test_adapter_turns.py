@@ -8,16 +8,14 @@ import pytest
 
 from openlora.engine import adapter_turns
 from openlora.engine.adapter_fit import TURN_SHARE
-from openlora.engine.adapter_turns import NEW_PATIENCE_STEPS, TURN_S, TURN_STEPS
+from openlora.engine.adapter_turns import NEW_PATIENCE_STEPS, PAUSE_TURNS, TURN_S, TURN_STEPS
 from openlora.engine.sequence import Status
 from openlora.engine.waiting import ROOM_PATIENCE_STEPS
 from tests.engine.fake_device import expected_tokens, fake_engine
 from tests.engine.requests import drain, drain_one, ids, request
-from tests.engine.scheduler_bench import Bench, Slots
+from tests.engine.scheduler_bench import Bench, Slots, running
 
-
-def running(bench):
-    return {s.sequence_id for s in bench.scheduler.running if s.paused_at_step < 0}
+PAUSE_STEPS = round(PAUSE_TURNS * TURN_STEPS)
 
 
 def test_a_new_one_is_let_in_by_the_one_that_has_run_longest():
@@ -46,7 +44,7 @@ def test_nobody_pauses_before_its_turn_is_over():
         assert running(bench) == {1}
     bench.step()
     assert running(bench) == {2}
-    for _ in range(TURN_STEPS - 1):
+    for _ in range(PAUSE_STEPS - 1):
         bench.step()
         assert running(bench) == {2}
     bench.step()

@@ -72,6 +72,16 @@ def test_patience_counts_from_the_first_wait_and_ends_with_it():
     assert old.parked_at_step == -1
 
 
+def test_one_that_has_lacked_room_for_longer_than_any_waiter_is_first_for_it():
+    waiting, (old,) = waiting_with(1, adapters=["a"])
+    assert not waiting.is_first_for_room(10, 10 + ROOM_PATIENCE_STEPS)
+    assert waiting.is_first_for_room(10, 11 + ROOM_PATIENCE_STEPS)
+    waiting.park_until_room(old, step=9)
+    assert not waiting.is_first_for_room(10, 11 + ROOM_PATIENCE_STEPS)
+    waiting.leave(old)
+    assert waiting.is_first_for_room(10, 11 + ROOM_PATIENCE_STEPS)
+
+
 def test_who_was_held_back_asks_again_when_the_patient_one_has_left():
     waiting, (old, young) = waiting_with(1, 2, adapters=["a"])
     waiting.park_until_room(old, step=1)
