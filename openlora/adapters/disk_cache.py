@@ -213,7 +213,7 @@ class DiskCache:
         logger.warning("what the store gave for adapter %s is kept in %s", path.name, place)
         raise _Again(
             f"the adapter store {self._source.name} gives other bytes for adapter {path.name} "
-            f"(SHA-256 {found}); delete its folder there and add the adapter again",
+            f"(SHA-256 {found}); add the adapter again",
             is_wrong=True,
         )
 

@@ -27,6 +27,7 @@ from openlora.adapters.peft_files import TOKENIZER_FILES
 from openlora.adapters.peft_format import MAX_ADAPTER_BYTES, AdapterInfo, AdapterLayout
 from openlora.adapters.sources import copy_files, open_url
 from openlora.adapters.store import AdapterStore
+from openlora.adapters.stored_file import has_file
 from openlora.adapters.watched_file import FetchLimits, WatchedFile
 from openlora.errors import AdapterFailed, SetupError
 
@@ -184,15 +185,16 @@ class RemoteStore:
         return cast(BinaryIO, self._system.open(self._at(content_hash, name), "rb"))
 
     def _is_whole(self, directory: Path) -> bool:
-        """Whether all files of ``directory`` are in the store, in their sizes."""
-        for path in directory.iterdir():
-            try:
-                found = self._system.info(self._at(directory.name, path.name))
-            except FileNotFoundError:
-                return False
-            if found["size"] != path.stat().st_size:
-                return False
-        return True
+        """Whether the store has all files of ``directory`` as they are there. What it cannot read
+        it has not: storing it anew fails too where nothing is reached."""
+        try:
+            with self._reached():
+                return all(
+                    has_file(self._system, self._at(directory.name, path.name), path)
+                    for path in directory.iterdir()
+                )
+        except OSError:
+            return False
 
     def _upload(self, directory: Path, content_hash: str) -> None:
         self._make_folder(content_hash)

@@ -91,13 +91,50 @@ def test_an_upload_that_was_cut_off_is_made_whole_by_the_next(store, tmp_path):
     cached(store).ensure(store.path(content))
 
 
-def test_adding_again_mends_a_file_that_was_cut(store, tmp_path):
+@pytest.mark.parametrize("damage", [lambda data: b"short", lambda data: data[:-1] + b"\x7f"])
+def test_adding_again_mends_a_file_that_was_cut_or_changed(store, tmp_path, damage):
     adapter = write_adapter(tmp_path / "a")
     content = store.put(adapter).hash
-    store._system.pipe_file(store._at(content, WEIGHTS), b"short")
+    damaged = damage((adapter / WEIGHTS).read_bytes())
+    assert damaged != (adapter / WEIGHTS).read_bytes()
+    store._system.pipe_file(store._at(content, WEIGHTS), damaged)
     with pytest.raises(AdapterFailed, match="gives other bytes"):
         cached(store).ensure(store.path(content))
     store.put(adapter)
+    cached(store).ensure(store.path(content))
+
+
+def test_what_is_sound_is_not_stored_again_nor_read_where_the_store_has_checksums(
+    store, tmp_path, monkeypatch
+):
+    adapter = write_adapter(tmp_path / "a")
+    store.put(adapter)
+    opened = []
+    system_open = store._system.open
+    monkeypatch.setattr(
+        store._system, "open", lambda *args: opened.append(args) or system_open(*args)
+    )
+    monkeypatch.setattr(store._system, "put_file", None)
+    store.put(adapter)
+    has_checksums = store.url.startswith(("s3://", "gs://"))
+    assert len(opened) == (0 if has_checksums else len(list(adapter.iterdir())))
+
+
+def test_what_the_store_cannot_read_is_stored_again(store, tmp_path, monkeypatch):
+    adapter = write_adapter(tmp_path / "a")
+    content = store.put(adapter).hash
+
+    store._system.pipe_file(store._at(content, WEIGHTS), bytes((adapter / WEIGHTS).stat().st_size))
+    system_open = store._system.open
+
+    def fail(path, mode="rb", **settings):
+        if mode == "rb":
+            raise RuntimeError("checksum mismatch")
+        return system_open(path, mode, **settings)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(store._system, "open", fail)
+        store.put(adapter)
     cached(store).ensure(store.path(content))
 
 

@@ -95,3 +95,26 @@ def test_adapters_that_are_always_in_use_keep_out_nobody_for_ever():
         assert paused.paused_at_step < 0 or bench.step_number <= until
         assert bench.step_number <= until + 2 * ROOM_PATIENCE_STEPS
     assert bench.step_number >= until - 8, "each of the three waited for long"
+
+
+def test_one_that_room_was_made_for_and_one_that_has_waited_for_long_do_not_wait_for_each_other(
+    monkeypatch,
+):
+    bench = Bench(slots=Slots(size=1), num_blocks=999)
+    monkeypatch.setattr(bench.slots, "turn_s", lambda keys: 0.0)
+    bench.add(adapter="a", n=99)
+    bench.step()
+    waiter = bench.add(adapter="b", n=4, priority="batch")
+    for _ in range(TURN_STEPS - 1):
+        bench.step()
+    new = bench.add(adapter="c", n=4)
+    bench.step()
+    bench.scheduler._turns.take(bench.scheduler.running, TURN_STEPS + 2)
+    assert not running(bench)
+    waiter.parked_at_step -= ROOM_PATIENCE_STEPS + 2 * TURN_STEPS
+    bench.step()
+    assert running(bench) == {new.sequence_id}
+    while new.sequence_id not in bench.finished:
+        bench.step()
+    bench.step()
+    assert running(bench) == {waiter.sequence_id}
