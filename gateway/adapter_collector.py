@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from collections.abc import Callable
 from typing import Any
 
 import msgspec
@@ -74,16 +75,28 @@ class AdapterCollector:
             if await self._registry.is_named(content):
                 await self._registry.forget(content)
                 continue
-            if content not in await self._registry.dropped(before_ms):
-                continue  # it was stored again while jobs were looked at: a version is coming
+            is_wanted = self._announced(content, before_ms)
             try:
-                if await asyncio.to_thread(self._store.release, content, holder):
+                if await asyncio.to_thread(self._store.release, content, holder, is_wanted):
                     deleted.append(content)
                     log.info("adapter content %s deleted: nothing names it", content)
+                elif await asyncio.to_thread(is_wanted):
+                    continue
             except AdapterFailed as error:
                 log.warning("dropped adapter content is not in the store: %s", error)
             await self._registry.forget(content)
         return deleted
+
+    def _announced(self, content: str, before_ms: int) -> Callable[[], bool]:
+        """For the thread that releases it: whether it is being stored again, so that a version is
+        coming."""
+        loop = asyncio.get_running_loop()
+
+        def is_wanted() -> bool:
+            dropped = self._registry.dropped(before_ms)
+            return content not in asyncio.run_coroutine_threadsafe(dropped, loop).result()
+
+        return is_wanted
 
     async def _in_use(self) -> set[str]:
         """Hashes that open jobs and batches name."""

@@ -107,7 +107,9 @@ class RemoteStore:
                     # First: whoever deletes the content from now on sees that it is wanted.
                     self._writable()
                     self._mark(_HOLDS, info.hash, holder)
-                    self._wait_for_deletions(info.hash)
+                    if self._wait_for_deletions(info.hash):
+                        # One for the same holder, which had it unwanted, took the hold as well.
+                        self._mark(_HOLDS, info.hash, holder)
                 if not self._is_whole(local.path(info.hash)):
                     self._upload(local.path(info.hash), info.hash)
         return info
@@ -120,7 +122,9 @@ class RemoteStore:
         """
         return self.scratch / _checked(content_hash)
 
-    def release(self, content_hash: str, holder: str) -> bool:
+    def release(
+        self, content_hash: str, holder: str, is_wanted: Callable[[], bool] = lambda: False
+    ) -> bool:
         """As ``AdapterStore.release``. Raises OSError: the store does not answer."""
         with self._reached():
             system, hold = self._writable(), self._at(_HOLDS, _checked(content_hash), holder)
@@ -130,6 +134,8 @@ class RemoteStore:
             # waits until what it would have taken for stored is gone.
             mark = self._mark(_DELETIONS, content_hash, secrets.token_hex(8))
             try:
+                if is_wanted():
+                    return False
                 system.rm_file(hold)
                 if self.held(content_hash):
                     return False
@@ -213,17 +219,19 @@ class RemoteStore:
             return path
         raise OSError(f"{'/'.join(parts)} cannot be written in {self.name}")
 
-    def _wait_for_deletions(self, content_hash: str) -> None:
+    def _wait_for_deletions(self, content_hash: str) -> bool:
         """Until those have ended that began before a hold was there; one that takes too long has
-        died, and has its mark taken from it."""
-        until = time.monotonic() + DELETION_S
+        died, and has its mark taken from it. Whether there were any."""
+        until, had_any = time.monotonic() + DELETION_S, False
         while marks := self._list(_DELETIONS, content_hash):
+            had_any = True
             if time.monotonic() < until:
                 time.sleep(_LOOK_AGAIN_S)
                 continue
             for mark in marks:
                 with contextlib.suppress(FileNotFoundError):
                     self._system.rm_file(self._at(_DELETIONS, content_hash, mark))
+        return had_any
 
     def _make_folder(self, *parts: str) -> None:
         """Where folders are more than prefixes of names."""

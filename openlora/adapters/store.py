@@ -98,10 +98,13 @@ class AdapterStore:
             )
         return path
 
-    def release(self, content_hash: str, holder: str) -> bool:
+    def release(
+        self, content_hash: str, holder: str, is_wanted: Callable[[], bool] = lambda: False
+    ) -> bool:
         """``holder`` names the adapter no more; True where that was the last and it was deleted.
 
-        What ``holder`` never held is left alone.
+        What ``holder`` never held is left alone. ``is_wanted`` is asked when nobody can take hold
+        any more: where ``holder`` announced the content meanwhile, all stays as it is.
         """
         holds = self._root / _HOLDS / _checked(content_hash)
         if not (holds / holder).is_file():
@@ -109,6 +112,8 @@ class AdapterStore:
         path = self._root / content_hash
         trash = self._root / f"{_TRASH}{content_hash}-{time.time_ns()}"
         with self._locked():
+            if is_wanted():
+                return False
             (holds / holder).unlink()
             if any(holds.iterdir()):
                 return False

@@ -38,7 +38,7 @@ class Store(Protocol):
     def path(self, content_hash: str) -> Path:
         """The local directory of an adapter, once it is loaded."""
 
-    def release(self, content_hash: str, holder: str) -> bool:
+    def release(self, content_hash: str, holder: str, is_wanted: Callable[[], bool] = ...) -> bool:
         """``holder`` names the adapter no more; whether it was deleted."""
 
     def sweep(self) -> int:

@@ -73,6 +73,13 @@ def test_content_goes_with_its_last_holder(store, tmp_path):
     assert store.contents() == []
 
 
+def test_what_its_holder_wants_after_all_stays(store, tmp_path):
+    content = store.put(write_adapter(tmp_path / "a"), holder="here").hash
+    assert not store.release(content, "here", lambda: True)
+    assert store.held(content) == ("here",)
+    assert store.contents() == [content]
+
+
 def test_nothing_of_a_bad_adapter_is_stored(store, tmp_path):
     adapter = write_adapter(tmp_path / "a")
     (adapter / WEIGHTS).write_bytes(b"x")
@@ -265,19 +272,27 @@ def test_what_a_dead_process_left_on_its_way_is_swept(tmp_path):
     assert list(store.scratch.iterdir()) == []
 
 
-def test_content_that_is_put_while_its_last_holder_lets_go_is_there_afterwards(store, tmp_path):
-    """At each request that the deletion makes of the store, another process puts it again."""
+@pytest.mark.parametrize("holder", ["there", "here"])
+def test_content_that_is_put_while_its_last_holder_lets_go_is_there_afterwards(
+    store, tmp_path, holder
+):
+    """At each request that the deletion makes of the store, another process puts it again, for
+    another registry or for the same."""
     adapter = write_adapter(tmp_path / "a")
     other = RemoteStore(store.url, tmp_path / "other")
     for stop_at in range(30):
         content = store.put(adapter, holder="here").hash
         other.release(content, "there")
-        putting, calls = [], []
+        putting, calls, announced = [], [], []
 
-        def counted(call, *args, stop_at=stop_at, putting=putting, calls=calls):
+        def counted(
+            call, *args, stop_at=stop_at, putting=putting, calls=calls, announced=announced
+        ):
             if len(calls) == stop_at:
                 thread = threading.Thread(
-                    target=other.put, args=(adapter,), kwargs={"holder": "there"}
+                    target=other.put,
+                    args=(adapter,),
+                    kwargs={"holder": holder, "announce": announced.append},
                 )
                 putting.append(thread)
                 thread.start()
@@ -296,11 +311,12 @@ def test_content_that_is_put_while_its_last_holder_lets_go_is_there_afterwards(s
                     return counted(lambda: at_store(*args, **kwargs))
 
                 patch.setattr(store._system, name, call)
-            store.release(content, "here")
+            is_own = holder == "here"
+            store.release(content, "here", lambda a=announced, own=is_own: own and bool(a))
         if not putting:
             break
         putting[0].join()
-        assert other.held(content) == ("there",), stop_at
+        assert other.held(content) == (holder,), stop_at
         assert other._is_whole(adapter_named(tmp_path, adapter, content)), stop_at
     assert stop_at > 6
 

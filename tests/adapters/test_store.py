@@ -96,6 +96,14 @@ def test_only_the_last_holder_deletes(tmp_path):
     assert store.path(content).is_dir()
 
 
+def test_what_its_holder_wants_after_all_stays(tmp_path):
+    store = AdapterStore(tmp_path / "store")
+    content = store.put(write_adapter(tmp_path / "a"), holder="one").hash
+    assert not store.release(content, "one", lambda: True)
+    assert store.held(content) == ("one",)
+    assert store.path(content).is_dir()
+
+
 def test_content_without_holders_stays(tmp_path):
     store = AdapterStore(tmp_path / "store")
     content = store.put(write_adapter(tmp_path / "a")).hash

@@ -53,6 +53,37 @@ def test_content_that_is_added_again_while_jobs_are_looked_at_stays(
     asyncio.run(main())
 
 
+def test_content_that_is_added_again_while_it_is_released_stays(
+    redis_url: str, tmp_path: Path
+) -> None:
+    """Announced behind the collector's last look at it, as by another gateway."""
+    store, source = AdapterStore(tmp_path / "store"), write_adapter(tmp_path / "one")
+
+    async def main() -> None:
+        client = async_redis_client(redis_url)
+        registry = AsyncAdapterRegistry(client)
+        holder = await registry.holder()
+        content = store.put(source, holder=holder).hash
+        await registry.put(AdapterRecord("one", 0, content, 4, (), "tiny", 1, "/x", 0))
+        await registry.remove("one")
+        loop = asyncio.get_running_loop()
+
+        class Slow(AdapterStore):
+            def release(self, *args: Any) -> bool:
+                announced = registry.expect(content, STORING_MS)
+                asyncio.run_coroutine_threadsafe(announced, loop).result()
+                return super().release(*args)
+
+        slow = Slow(tmp_path / "store")
+        collector = AdapterCollector(registry, AsyncJobLog(client), client, slow)
+        assert await collector.collect(0) == []
+        assert store.held(content) == (holder,)
+        assert await registry.dropped(time.time_ns() // 1_000_000 + 2 * STORING_MS) == [content]
+        await client.aclose()
+
+    asyncio.run(main())
+
+
 def test_content_of_a_gateway_that_dies_before_it_names_it_is_collected(
     redis_url: str, tmp_path: Path
 ) -> None:
