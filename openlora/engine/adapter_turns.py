@@ -28,9 +28,9 @@ NEW_PATIENCE_STEPS = 1
 TURN_STEPS = 16
 TURN_S = 0.7
 """A turn has so many steps and seconds at least."""
-PAUSE_TURNS = 1.5
+PAUSE_TURNS = 1.75
 """With one turn, some that pause would always be due: nothing that comes free would be left for new
-ones, and adapters would be loaded half as often again."""
+ones, and adapters would be loaded half as often again. Longer pauses make steps no fuller."""
 _RESERVED_STEPS = 8
 """Room that was made is taken in the next steps, or is anybody's again."""
 
