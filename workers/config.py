@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from openlora.adapters.stores import StoreLocation, adapter_cache, store_setting
-from openlora.engine.config import ATTENTION_BACKENDS, DISK_BYTES
+from openlora.engine.config import ATTENTION_BACKENDS, DISK_BYTES, MAX_GRAPH_TOKENS
 from openlora.errors import SetupError
 from openlora.joblog.core import RETIRED_TTL_S
 from openlora.joblog.crashes import QUARANTINE_TTL_S
@@ -34,7 +34,7 @@ ENVIRONMENT: dict[str, str] = {
     "OPENLORA_ENGINE": "model (default); to measure without weights: dummy, the model with random "
     "ones, or scripted:RATE / clock:RATE, which compute nothing",
     "OPENLORA_MAX_GRAPH_TOKENS": "on a GPU, steps with parts of prompts and at most so many tokens "
-    "run as CUDA graphs (default 0: none; those without prompts always do)",
+    f"run as CUDA graphs (default {MAX_GRAPH_TOKENS}; 0: none; those without prompts always do)",
     "OPENLORA_DETERMINISTIC": "1: a request's logits do not depend on what else runs, bit for bit "
     "(CUDA only, slower; default 0)",
     "OPENLORA_DRAIN_TIMEOUT_S": "seconds that running jobs get to end after SIGTERM (default 30)",
@@ -83,7 +83,7 @@ class WorkerConfig:
     attention_backend: str = "auto"
     engine: str = "model"
     deterministic: bool = False
-    max_graph_tokens: int = 0
+    max_graph_tokens: int = MAX_GRAPH_TOKENS
     worker_id: str = ""
     interactive_budget: int = 512
     batch_budget: int = 256
@@ -165,7 +165,7 @@ def config_from(args: argparse.Namespace, environ: Mapping[str, str]) -> WorkerC
             args.max_graph_tokens or environ.get("OPENLORA_MAX_GRAPH_TOKENS"),
             "tokens",
             0,
-            0,
+            MAX_GRAPH_TOKENS,
         ),
         worker_id=args.worker_id or f"{socket.gethostname()}-{secrets.token_hex(4)}",
         interactive_budget=_at_least_one("interactive-budget", args.interactive_budget),

@@ -9,6 +9,7 @@ Ctrl-C reaches the I/O process alone, which drains it. It ends when the I/O proc
 
 from __future__ import annotations
 
+import fcntl
 import gc
 import logging
 import os
@@ -46,10 +47,10 @@ if TYPE_CHECKING:
 
 LOAD_INTERVAL_S = 0.5
 PROGRESS_INTERVAL_S = 0.1
-PIN_WAIT_MS = 20
+PIN_WAIT_S = 0.02
 """How often an idle engine looks whether a pinned adapter was loaded."""
 SWITCH_INTERVAL_S = 0.0005
-STALLED_WAIT_MS = 1
+STALLED_WAIT_S = 0.001
 """Pause between steps that said nothing while every request waits (for an adapter to load)."""
 
 logger = logging.getLogger("workers.engine")
@@ -104,8 +105,6 @@ class EngineServer:
         self._sock = sock
         self._splitter = FrameSplitter()
         self._decode = msgspec.msgpack.Decoder(Commands).decode
-        self._poll = select.poll()
-        self._poll.register(sock, select.POLLIN)
         self._ticket_of: dict[int, int] = {}
         self._id_of: dict[int, int] = {}
         self._failed: list[Output] = []
@@ -117,29 +116,26 @@ class EngineServer:
         stalled = False
         while True:
             busy = self._engine.has_work() or bool(self._failed)
-            hold_ms = self._hold_ms()
-            wait_ms: int | None = STALLED_WAIT_MS if stalled else hold_ms
+            hold_s = self._engine.launch_wait_s()
+            wait_s: float | None = STALLED_WAIT_S if stalled else hold_s
             if not busy:
                 # Without requests only pinned adapters are loaded; what has come of that is told
                 # before the wait.
-                wait_ms = PIN_WAIT_MS if self._engine.take_loads() else None
+                wait_s = PIN_WAIT_S if self._engine.take_loads() else None
                 self._send((), force_load=True)
-            if self._poll.poll(wait_ms):
+            if select.select([self._sock], (), (), wait_s)[0]:
                 data = self._sock.recv(RECEIVE_BYTES)
                 if not data:
                     return
                 for body in self._splitter.feed(data):
                     self._apply(self._decode(body))
-                if hold_ms and self._hold_ms():
+                if hold_s and self._engine.launch_wait_s():
                     continue  # nothing of it makes the next step urgent
             outputs = self._take_failed()
             if self._engine.has_work():
                 outputs += self._outputs(self._engine.step())
             stalled = not outputs and self._engine.only_waits_for_adapters()
             self._send(tuple(outputs), force_load=False)
-
-    def _hold_ms(self) -> int:
-        return int(self._engine.launch_wait_s() * 1e3)
 
     def _apply(self, commands: Commands) -> None:
         for name, path in commands.register:
@@ -233,6 +229,14 @@ def _progress_sender(sock: socket.socket) -> Callable[[int, int], None]:
     return report
 
 
+def _low(sock: socket.socket) -> socket.socket:
+    """The same socket under a small number: ``select``, which unlike ``poll`` can wait for less
+    than a millisecond, takes none over 1,023, and the I/O process may have had many files."""
+    low = socket.socket(fileno=fcntl.fcntl(sock, fcntl.F_DUPFD_CLOEXEC, 0))
+    sock.close()
+    return low
+
+
 def _end_with_parent(sock: socket.socket) -> None:
     """End this process as soon as the other end closes, also in the middle of a load or step."""
     hang_up = select.poll()
@@ -245,7 +249,7 @@ def main() -> int:
     """Serve on the inherited socket; the exit status."""
     # Threads that load adapters work in Python too: by default one may stop a step for 5 ms.
     sys.setswitchinterval(SWITCH_INTERVAL_S)
-    sock = socket.socket(fileno=int(sys.argv[1]))
+    sock = _low(socket.socket(fileno=int(sys.argv[1])))
     splitter = FrameSplitter()
     bodies = receive_frame(sock, splitter)
     if not bodies:

@@ -25,7 +25,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from openlora.engine.config import ATTENTION_BACKENDS
+from openlora.engine.config import ATTENTION_BACKENDS, MAX_GRAPH_TOKENS
 from openlora.errors import SetupError
 
 _SWITCH_INTERVAL_S = 0.0005
@@ -70,9 +70,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--max-graph-tokens",
         type=int,
-        default=0,
+        default=MAX_GRAPH_TOKENS,
         metavar="N",
-        help="steps with prefill of up to N tokens run as CUDA graphs; default 0: none",
+        help="steps with prefill of up to N tokens run as CUDA graphs (default %(default)s); "
+        "0: none",
     )
     parser.add_argument("--requests", type=int, default=512, help="of the zipf case")
     parser.add_argument("--seed", type=int, default=0)

@@ -26,7 +26,7 @@ from openlora.bench.measure import (
 from openlora.bench.random_adapters import ALL_TARGETS, ATTENTION_TARGETS, write_adapter
 from openlora.engine import Engine, EngineConfig, Request
 from openlora.engine.build import choose_device
-from openlora.engine.config import block_size_for
+from openlora.engine.config import MAX_GRAPH_TOKENS, block_size_for
 from openlora.models.dummy import DUMMY_CONFIGS
 from openlora.models.load import DTYPES
 
@@ -135,8 +135,10 @@ def zipf_case(args: argparse.Namespace, folder: Path) -> None:
 
 def _mode(args: argparse.Namespace) -> dict[str, object]:
     """What a row says of how the engine ran, where that is not the usual way."""
-    modes = {"deterministic": args.deterministic, "max_graph_tokens": args.max_graph_tokens}
-    return {name: value for name, value in modes.items() if value}
+    modes: dict[str, object] = {"deterministic": True} if args.deterministic else {}
+    if args.max_graph_tokens != MAX_GRAPH_TOKENS:
+        modes["max_graph_tokens"] = args.max_graph_tokens
+    return modes
 
 
 def loads_case(args: argparse.Namespace, folder: Path) -> None:

@@ -21,6 +21,8 @@ ABOUT_S = 30.0
 FIRST_TOKENS = 64
 LEAST_TOKENS = 32
 MOST_TOKENS = 2048
+CERTAIN = 0.7
+"""Of what prompts are expected to add to a step: what they add at least."""
 PROBE_EVERY = 8
 """One step of so many takes no prompt of a batch, and shows how long a step is without."""
 _WINDOW = 16
@@ -102,6 +104,16 @@ class BatchPace:
             ),
             default=0.0,
         )
+
+    def least_of(self, rows: Sequence[ScheduledRow]) -> float:
+        """What a step of these rows takes at least; 0 where nothing decodes in it: one of prompts
+        alone may be short."""
+        decodes = sum(row.num_tokens == 1 for row in rows)
+        least_s = self.least_s(decodes)
+        if not least_s or not self._tokens_per_s:
+            return least_s
+        prompts = sum(row.num_tokens for row in rows) - decodes
+        return least_s + CERTAIN * prompts / self._tokens_per_s
 
     def plain_s(self, rows: int) -> float:
         """Seconds of a step of so many decodes and no prompt, as far as is known."""

@@ -63,6 +63,8 @@ class EngineParts:
         max_staged: adapters loaded ahead of their pages.
         host_stats: of the host tier, given adapters' names by their paths; None: there is none.
         page_bytes: of one page of each site.
+        step_sizes: numbers of tokens, in order, to the next of which the runner rounds a step up
+            that has parts of prompts; larger ones it computes as they are.
     """
 
     runner: Runner
@@ -78,6 +80,7 @@ class EngineParts:
     max_staged: int = MAX_STAGED
     host_stats: Callable[[Mapping[Path, str]], TierStats] | None = None
     page_bytes: tuple[int, ...] = ()
+    step_sizes: tuple[int, ...] = ()
 
 
 def choose_device(name: str) -> str:

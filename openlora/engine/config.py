@@ -14,6 +14,8 @@ USUAL_BLOCK_SIZE = 16
 CPU_KERNELS = ("auto", "native", "torch")
 DISK_BYTES = 32 << 30
 """Of adapters that a remote store holds: about 400 of a large model."""
+MAX_GRAPH_TOKENS = 1024
+"""The usual ``max_graph_tokens``: with more, computing takes longer than launching (8B, H200)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,8 +45,8 @@ class EngineConfig:
         max_num_seqs: most requests that run in one step.
         max_num_batched_tokens: most tokens of one step.
         max_graph_tokens: on a GPU, steps with parts of prompts run as CUDA graphs where they have
-            at most so many tokens, and short contexts: a small one is then done sooner by the
-            time that its launches would take. 0: only steps without prompts are graphs.
+            at most so many tokens, and short contexts: launching one by one takes the host longer
+            than the GPU needs for so many. 0: only steps without prompts are graphs.
         max_model_len: longest prompt and output together; None: the model's own limit.
         enable_prefix_caching: keep the KV of past prompts for requests that begin the same.
         load_format: "dummy" makes random weights of the right shape.
@@ -78,7 +80,7 @@ class EngineConfig:
     merge_dir: str | None = None
     max_num_seqs: int = 64
     max_num_batched_tokens: int = 2048
-    max_graph_tokens: int = 0
+    max_graph_tokens: int = MAX_GRAPH_TOKENS
     max_model_len: int | None = None
     enable_prefix_caching: bool = True
     load_format: str = "auto"

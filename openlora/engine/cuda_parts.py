@@ -61,18 +61,19 @@ def cuda_parts(
         lambda loaded: 0 if loaded.extras is None else loaded.extras.size_bytes,
     )
     usual_bytes = sum(page_bytes(model.config, model.dtype))
+    runner = CudaRunner(
+        model,
+        pages,
+        kv_cache,
+        uploads,
+        max_num_seqs=config.max_num_seqs,
+        max_graph_tokens=config.max_graph_tokens,
+        max_model_len=info.max_model_len,
+        attention=attention,
+        deterministic=config.deterministic,
+    )
     return EngineParts(
-        runner=CudaRunner(
-            model,
-            pages,
-            kv_cache,
-            uploads,
-            max_num_seqs=config.max_num_seqs,
-            max_graph_tokens=config.max_graph_tokens,
-            max_model_len=info.max_model_len,
-            attention=attention,
-            deterministic=config.deterministic,
-        ),
+        runner=runner,
         model_info=info,
         num_blocks=kv_cache.num_blocks,
         pool=PagePool(num_pages),
@@ -83,6 +84,7 @@ def cuda_parts(
         cached_adapter=tier.cached,
         is_in_memory=tier.__contains__,
         host_stats=tier.stats,
+        step_sizes=runner.step_sizes,
         max_staged=max(MAX_STAGED, int(memory.num_bytes * STAGED_SHARE / usual_bytes)),
     )
 

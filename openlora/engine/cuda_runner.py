@@ -104,6 +104,11 @@ class CudaRunner:
         self._decode_order: list[int] = []
         self._decode_plan: SGMVPlan = build_plan([], [], chunk_rows=self._graphs.chunk_rows)
 
+    @property
+    def step_sizes(self) -> tuple[int, ...]:
+        """As in ``EngineParts``."""
+        return self._graphs.sizes if self._graphs.takes_chunks else ()
+
     @torch.inference_mode()
     def launch(self, rows: Sequence[StepRow]) -> PendingTokens:
         """Queue one forward pass over ``rows``; see ``Runner``."""

@@ -41,6 +41,10 @@ class PendingTokens:
             tokens[place] = token
         return tokens
 
+    def is_done(self) -> bool:
+        """Whether this step has run."""
+        return bool(self.arrived.query())  # type: ignore[no-untyped-call]
+
 
 class DrawnTokens:
     """The tokens of the last step on the device, and who they belong to.

@@ -92,6 +92,7 @@ class Engine:
             self._adapters,
             max_num_seqs=config.max_num_seqs,
             max_num_batched_tokens=config.max_num_batched_tokens,
+            step_sizes=parts.step_sizes,
         )
         self._requests = UnfinishedRequests(self._scheduler, self._adapters, self.model_info)
         self._in_flight: deque[LaunchedStep] = deque()
@@ -130,10 +131,13 @@ class Engine:
 
         Returns at once, with an empty list, where nothing can run yet.
         """
+        prepared_from_s = time.monotonic()
         self._take_loads()
         rows = self._scheduler.schedule(self._num_steps + 1, self._pace.tokens, self._pace.step_s)
         if rows:
+            before = self._in_flight[-1] if self._in_flight else None
             self._launch(rows)
+            self._hold.launched(time.monotonic() - prepared_from_s, before)
         else:
             self._pace.skip()
         if self._in_flight and (len(self._in_flight) > self._steps_ahead or not rows):
@@ -142,8 +146,8 @@ class Engine:
 
     def launch_wait_s(self) -> float:
         """For how long ``step`` may be put off, so that who comes meanwhile is in it."""
-        now_s = time.monotonic()
-        return self._hold.wait_s(self._in_flight, self._requests.has_interactive, now_s)
+        has_interactive = self._requests.has_interactive
+        return self._hold.wait_s(self._in_flight, has_interactive, time.monotonic())
 
     def abort(self, request_id: int) -> None:
         """Drop a request; nothing more comes of it. One that has ended already is ignored."""
@@ -280,7 +284,6 @@ class Engine:
         self._num_steps += 1
         began_s = time.monotonic()
         pending = self._runner.launch([step_row(row, self._blocks.block_size) for row in rows])
-        self._hold.launched(time.monotonic() - began_s)
         for row in rows:
             row.sequence.last_step = self._num_steps
             row.sequence.num_pending_tokens += row.samples

@@ -34,9 +34,9 @@ from openlora.kernels.triton_sgmv import SGMVTables
 from openlora.models.decoder import Decoder
 
 PAGES_PER_ROW = 32
-"""Room in the LoRA buffers: 8 adapters of rank 64 for each of ``max_rows`` rows."""
+"""Room in the LoRA buffers: 8 adapters of rank 64 for each of ``max_rows`` rows,"""
 USUAL_PAGES_PER_ROW = 4
-"""Pages a row that the launches have programs for: one adapter of rank 64."""
+"""and one of rank 64 for each token of a chunk; so many pages a row have programs at once."""
 TOKENS_APART = 128
 """Between the sizes of steps with chunks: rounding up a step that computes, not reads, costs."""
 LoRAKind = Literal["none", "shared", "distinct"]
@@ -125,7 +125,7 @@ class GraphSteps:
         self.fields = zeros((len(FIELDS), width))
         max_blocks = -(-max_model_len // kv_cache.block_size)
         self.block_tables = zeros((self.max_tokens, max_blocks))
-        self.h_rows = max_rows * PAGES_PER_ROW
+        self.h_rows = max(max_rows * PAGES_PER_ROW, self.max_tokens * USUAL_PAGES_PER_ROW)
         self.layout = PlanLayout(self._most_chunks(self.max_tokens), self.h_rows)
         self.plan = zeros((len(pages.sites), self.layout.site_ints))
         elements = scratch_elements(self._pages, self._tiles[True], self.h_rows)

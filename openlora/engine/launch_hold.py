@@ -12,24 +12,37 @@ from collections.abc import Collection
 from openlora.engine.batch_pace import BatchPace
 from openlora.engine.step_budget import LaunchedStep
 
-MARGIN_S = 0.001
-"""Beside twice of what launching takes: the host must not be late. Where the last launches took
-long, as those with prompts do, nothing is held."""
+FIRST_MARGIN_S, LEAST_MARGIN_S = 0.001, 0.0002
+"""Beside what launching takes: doubled where a launch that waited came too late, for the device
+had nothing to do meanwhile, and shortened a little wherever one was in time."""
+_SHORTER = 0.98
 MOST_S = 0.02
 """A device that is slower than that gains nothing from steps launched ahead."""
 _FORGET = 0.9
 
 
 class LaunchHold:
-    """Watches what launches take."""
+    """Watches what launches take, and whether they came in time.
+
+    Attributes:
+        margin_s: what a launch is ahead of the device's need, beside its own time.
+    """
 
     def __init__(self, pace: BatchPace) -> None:
+        self.margin_s = FIRST_MARGIN_S
         self._pace = pace
         self._launch_s = 0.0
+        self._held_behind = 0
 
-    def launched(self, seconds: float) -> None:
-        """A launch kept the host for so long."""
+    def launched(self, seconds: float, before: LaunchedStep | None) -> None:
+        """A step kept the host for so long before it was launched behind ``before``, if any."""
         self._launch_s = max(seconds, _FORGET * self._launch_s)
+        if before is None or before.number != self._held_behind:
+            return
+        if before.pending.is_done():
+            self.margin_s = min(MOST_S, 2 * self.margin_s)
+        else:
+            self.margin_s = max(LEAST_MARGIN_S, _SHORTER * self.margin_s)
 
     def wait_s(
         self, in_flight: Collection[LaunchedStep], has_interactive: bool, now_s: float
@@ -42,6 +55,9 @@ class LaunchHold:
             return 0.0
         [step] = in_flight
         # The least that it takes: a launch that comes too late would leave the device idle.
-        decodes = sum(row.num_tokens == 1 for row in step.rows)
-        end_s = self._pace.begin_of(step.began_s) + self._pace.least_s(decodes)
-        return min(MOST_S, max(0.0, end_s - now_s - 2 * self._launch_s - MARGIN_S))
+        end_s = self._pace.begin_of(step.began_s) + self._pace.least_of(step.rows)
+        wait_s = min(MOST_S, end_s - now_s - self._launch_s - self.margin_s)
+        if wait_s <= 0:
+            return 0.0
+        self._held_behind = step.number
+        return wait_s

@@ -31,6 +31,10 @@ class FinishedStep:
         """The sampled tokens, one entry per row; None for rows without sampling."""
         return list(self.tokens)
 
+    def is_done(self) -> bool:
+        """It is."""
+        return True
+
 
 class ModelRunner:
     """Runs steps of ``model`` on its device.

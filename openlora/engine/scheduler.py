@@ -59,6 +59,7 @@ class Scheduler:
         residency: the adapters' book-keeper.
         max_num_seqs: most sequences that run at a time.
         max_num_batched_tokens: most tokens of a step, at least ``max_num_seqs``.
+        step_sizes: as in ``EngineParts``.
     """
 
     def __init__(
@@ -68,6 +69,7 @@ class Scheduler:
         *,
         max_num_seqs: int,
         max_num_batched_tokens: int,
+        step_sizes: tuple[int, ...] = (),
     ) -> None:
         assert max_num_batched_tokens >= max_num_seqs
         self.blocks = blocks
@@ -76,6 +78,7 @@ class Scheduler:
         self._residency = residency
         self._max_num_seqs = max_num_seqs
         self._max_num_batched_tokens = max_num_batched_tokens
+        self._step_sizes = step_sizes
         self._waiting = WaitingSequences(residency.room_epoch)
         self._turns = AdapterTurns(residency, blocks, self._waiting, max_num_seqs)
         self._batch_passed_over = 0
@@ -146,6 +149,7 @@ class Scheduler:
         self._batch_sat_out = False
         self._schedule_decodes(rows, budget, batch=True)
         num_decodes = len(rows)
+        budget.fill(num_decodes, self._step_sizes)
         order: tuple[Priority, ...] = ("interactive", "batch")
         if self._batch_passed_over >= BATCH_PATIENCE_STEPS:
             order = ("batch", "interactive")

@@ -106,16 +106,28 @@ def build_plan(
     Equal neighbours share a segment, so callers sort by LoRA set first. Base-model rows
     (``LoRASet.EMPTY``) and groups of no rows make no work.
     """
-    segments: list[tuple[LoRASet, int, int]] = []
+    sets: list[LoRASet] = []
+    starts: list[int] = []
+    counts: list[int] = []
     row = 0
     for lora_set, count in zip(lora_sets, row_counts, strict=True):
-        if segments and count and segments[-1][0] == lora_set:
-            previous = segments[-1]
-            segments[-1] = (lora_set, previous[1], previous[2] + count)
+        if sets and count and sets[-1] == lora_set:
+            counts[-1] += count
         elif count:
-            segments.append((lora_set, row, count))
+            sets.append(lora_set)
+            starts.append(row)
+            counts.append(count)
         row += count
-    tables = [_site_tables(segments, site, chunk_rows) for site in range(len(SITES))]
+    rows = np.array([starts, counts], np.int32).reshape(2, -1)
+    tables: list[tuple[Ints, Ints, int]] = []
+    cut: _Cut | None = None
+    for site in range(len(SITES)):
+        pages = [lora_set.pages[site] for lora_set in sets]
+        num_pages = np.array([len(entries) for entries in pages], np.int32)
+        # Adapters mostly have as many pages at every site: then the rows are cut alike.
+        if cut is None or not cut.serves(num_pages, keeps_all=site == GATE_UP):
+            cut = _Cut.of(rows, num_pages, chunk_rows, keeps_all=site == GATE_UP)
+        tables.append(cut.tables([entry for entries in pages for entry in entries]))
     return SGMVPlan(
         items=tuple(items for items, _, _ in tables),
         chunks=tuple(chunks for _, chunks, _ in tables),
@@ -123,36 +135,74 @@ def build_plan(
     )
 
 
-def _site_tables(
-    segments: Sequence[tuple[LoRASet, int, int]], site: int, chunk_rows: int
-) -> tuple[Ints, Ints, int]:
-    """Items and chunks of one site, and the rows of ``h`` they take."""
-    items: list[tuple[int, ...]] = []
-    chunks: list[tuple[int, ...]] = []
-    h_row = 0
-    for lora_set, first_row, num_rows in segments:
-        pages = [(page, _bits(weight)) for page, weight in lora_set.pages[site]]
-        if not pages and site != GATE_UP:
-            continue
-        first_page, first_bits = pages[0] if pages else (0, 0)
-        for start in range(first_row, first_row + num_rows, chunk_rows):
-            rows = min(chunk_rows, first_row + num_rows - start)
-            first = len(items)
-            chunks.append(
-                (start, rows, first, first + len(pages), first_page, h_row, first_bits, 0)
-            )
-            for page, bits in pages:
-                items.append((page, start, rows, h_row, bits, 0, 0, 0))
-                h_row += rows
-    return _table(items), _table(chunks), h_row
+@dataclass(frozen=True, slots=True)
+class _Cut:
+    """The chunks and items of a site, all but their pages and weights.
+
+    Attributes:
+        num_pages: of each segment.
+        keeps_all: whether segments without pages are in chunks too.
+        chunks, items: as the tables, with zeros for pages and weights.
+        entries: per item, which of all segments' entries it takes.
+        h_rows: rows of ``h`` that the items take.
+    """
+
+    num_pages: Ints
+    keeps_all: bool
+    chunks: Ints
+    items: Ints
+    entries: Ints
+    h_rows: int
+
+    @classmethod
+    def of(cls, segments: Ints, num_pages: Ints, chunk_rows: int, *, keeps_all: bool) -> _Cut:
+        """``segments``: [2, n], first row and rows of each."""
+        first_row, num_rows = segments
+        num_chunks = -(-num_rows // chunk_rows)
+        if not keeps_all:
+            num_chunks = np.where(num_pages > 0, num_chunks, 0)
+        segment, nth = _expanded(num_chunks)
+        start = first_row[segment] + nth * chunk_rows
+        rows = np.minimum(chunk_rows, first_row[segment] + num_rows[segment] - start)
+        pages = num_pages[segment]
+        chunk, place = _expanded(pages)
+        h_ends = rows[chunk].cumsum(dtype=np.int32)
+        h_row = h_ends - rows[chunk]
+        ends = pages.cumsum(dtype=np.int32)
+        chunks = np.zeros((len(segment), PLAN_RECORD_INTS), np.int32)
+        chunks[:, :4] = np.stack([start, rows, ends - pages, ends], axis=1)
+        h_rows = int(h_ends[-1]) if len(h_ends) else 0
+        chunks[:, 5] = np.append(h_row, h_rows)[ends - pages]
+        items = np.zeros((len(chunk), PLAN_RECORD_INTS), np.int32)
+        items[:, 1:4] = np.stack([start[chunk], rows[chunk], h_row], axis=1)
+        entries = (num_pages.cumsum(dtype=np.int32) - num_pages)[segment][chunk] + place
+        return cls(num_pages, keeps_all, chunks, items, entries, h_rows)
+
+    def serves(self, num_pages: Ints, *, keeps_all: bool) -> bool:
+        """Whether segments of so many pages are cut like this."""
+        return np.array_equal(num_pages, self.num_pages) and (
+            keeps_all is self.keeps_all or bool(num_pages.all())
+        )
+
+    def tables(self, entries: Sequence[tuple[int, float]]) -> tuple[Ints, Ints, int]:
+        """Items and chunks with the pages and weights of ``entries``, all segments' in order."""
+        items, chunks = self.items.copy(), self.chunks.copy()
+        if not len(items):
+            return items, chunks, 0
+        pages = np.array([page for page, _ in entries], np.int32)
+        weights = np.array([weight for _, weight in entries], np.float32).view(np.int32)
+        items[:, 0], items[:, 4] = pages[self.entries], weights[self.entries]
+        has_pages = chunks[:, 2] < chunks[:, 3]
+        chunks[has_pages, 4] = items[chunks[has_pages, 2], 0]
+        chunks[has_pages, 6] = items[chunks[has_pages, 2], 4]
+        return items, chunks, self.h_rows
 
 
-def _table(records: Sequence[tuple[int, ...]]) -> Ints:
-    return np.array(records, np.int32).reshape(-1, PLAN_RECORD_INTS)
-
-
-def _bits(weight: float) -> int:
-    return int(np.float32(weight).view(np.int32))
+def _expanded(counts: Ints) -> tuple[Ints, Ints]:
+    """For each of ``counts`` as many entries: its index, and which one of them it is."""
+    index = np.repeat(np.arange(len(counts), dtype=np.int32), counts)
+    ends = counts.cumsum(dtype=np.int32)
+    return index, np.arange(len(index), dtype=np.int32) - (ends - counts)[index]
 
 
 def _even(count: int) -> int:

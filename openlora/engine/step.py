@@ -72,6 +72,9 @@ class PendingStep(Protocol):
     def wait(self) -> list[SampledToken | None]:
         """The sampled tokens, one entry per row in order; None for rows without sampling."""
 
+    def is_done(self) -> bool:
+        """Whether ``wait`` would not block: the device may have nothing to do since."""
+
 
 class Runner(Protocol):
     """Executes steps: ``openlora.engine.runner.ModelRunner``, or a scripted one in benchmarks."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
+from collections.abc import Sequence as Items
 from dataclasses import dataclass
 
 from openlora.engine.request import Priority
@@ -47,6 +49,21 @@ class StepBudget:
     def left(self, priority: Priority) -> int:
         """Tokens left for prompts of this priority."""
         return min(self.tokens, self.batch_tokens) if priority == "batch" else self.tokens
+
+    def fill(self, num_tokens: int, sizes: Items[int]) -> None:
+        """Let prompts of batch sequences end the step, of ``num_tokens`` so far, at one of
+        ``sizes``: it is rounded up to one anyway, and what is not computed would be wasted.
+
+        They take no more than they may, or else what takes the step to the next size; steps
+        beyond the last size are not rounded.
+        """
+        most = num_tokens + self.batch_tokens
+        if not self.batch_tokens or not sizes or most > sizes[-1]:
+            return
+        at = bisect_right(sizes, most) - 1
+        if at < 0 or sizes[at] <= num_tokens:
+            at += 1
+        self.batch_tokens = sizes[at] - num_tokens
 
     def take_decode(self, sequence: Sequence) -> ScheduledRow:
         """The sequence's next token."""

@@ -103,6 +103,11 @@ class StepGraphs:
         """Whether steps may have prefill chunks."""
         return self._steps.max_tokens > self._steps.max_rows
 
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Numbers of tokens, in order, to the next of which a step is rounded up."""
+        return self._steps.buckets
+
     def fits(self, num_rows: int, num_tokens: int, plan: SGMVPlan) -> bool:
         """Whether the persistent buffers hold such a step."""
         steps = self._steps

@@ -84,6 +84,9 @@ class _Pending:
             step.tokens = [self.device.run_row(row) for row in step.rows]
         return self.tokens
 
+    def is_done(self) -> bool:
+        return self.tokens is not None
+
 
 @dataclass
 class FakeDevice:

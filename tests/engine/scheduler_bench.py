@@ -47,11 +47,17 @@ class Slots:
 class Bench:
     """A scheduler whose sequences get token 1 whenever they are due for one."""
 
-    def __init__(self, num_blocks=64, slots=None, seqs=8, budget=32, caching=False) -> None:
+    def __init__(
+        self, num_blocks=64, slots=None, seqs=8, budget=32, caching=False, step_sizes=()
+    ) -> None:
         self.slots = slots or Slots()
         self.blocks = BlockManager(num_blocks, 4, enable_prefix_caching=caching)
         self.scheduler = Scheduler(
-            self.blocks, self.slots, max_num_seqs=seqs, max_num_batched_tokens=budget
+            self.blocks,
+            self.slots,
+            max_num_seqs=seqs,
+            max_num_batched_tokens=budget,
+            step_sizes=step_sizes,
         )
         self.batch_tokens: int | None = None
         self.step_s = 0.0
