@@ -184,11 +184,11 @@ def decode_tiles(
     the faster ones for such. ``deterministic``: one cut for steps of any kind, prefill included,
     so that a row's sums have one order whatever shares its chunk or its step.
     """
-    rows_share = rows_share or deterministic
     tiles = []
     for index, site in enumerate(pages):
         is_long = site[0][0].shape[1] > 8192
         shared_splits = 16 if is_long else 8
+        block_n = 64 if rows_share else 128 if index == GATE_UP else 256
         tiles.append(
             SGMVTiles(
                 chunk_rows=16,
@@ -196,13 +196,14 @@ def decode_tiles(
                 splits=shared_splits if deterministic else 32 if is_long else 16,
                 shared_splits=shared_splits,
                 block_k=256,
-                # The kernel of gate and up together reads a tile of each.
-                block_n=128 if index == GATE_UP and not rows_share else 256,
+                # Few shared pages make many programs of small tiles; the kernel of gate and up
+                # together reads a tile of each.
+                block_n=256 if deterministic else block_n,
                 num_programs=num_processors * 16,
                 shrink_warps=2,
-                # One warp holds all 16 ranks of its columns; many rows want the registers of two.
-                expand_warps=2 if rows_share else 1,
-                fuses_gate=not rows_share,
+                # One warp holds all 16 ranks of its columns.
+                expand_warps=2 if deterministic else 1,
+                fuses_gate=not (rows_share or deterministic),
                 single_rows=not deterministic,
             )
         )

@@ -27,8 +27,8 @@ from openlora.models.ops import GATE_UP
 
 Ints = npt.NDArray[np.int32]
 
-SHARED_ROWS = 6
-"""Rows a chunk from which on the kernels for shared pages are the faster ones, on an H100."""
+SHARED_ROWS = 3
+"""Rows a chunk from which on the kernels for shared pages are the faster ones, on an H200."""
 
 
 @dataclass(frozen=True, slots=True)
