@@ -127,6 +127,7 @@ def _gpu_kernels() -> list[Finding]:
     import torch
 
     from openlora.engine.attention_libraries import AttentionNeeds
+    from openlora.engine.config import MAX_GRAPH_TOKENS
     from openlora.engine.kernel_check import check_kernels
     from openlora.models.dummy import DUMMY_CONFIGS
 
@@ -138,6 +139,7 @@ def _gpu_kernels() -> list[Finding]:
             lora=True,
             block_size=16,
             max_num_seqs=64,
+            max_graph_tokens=MAX_GRAPH_TOKENS,
             max_model_len=config.max_model_len,
         )
     except SetupError as error:
