@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 from openlora.engine.step_budget import ScheduledRow
 
-SHARE = 0.75
+SHARE = 0.4
 """Of a step without prompts: what prompts may add to it."""
 LONGER_S = 0.1
 """What they may add while no interactive work is about, where that is more."""

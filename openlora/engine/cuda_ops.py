@@ -176,28 +176,31 @@ def decode_tiles(
     num_processors: int,
     *,
     rows_share: bool,
+    has_chunks: bool = False,
     deterministic: bool = False,
 ) -> tuple[SGMVTiles, ...]:
     """Per site, how SGMV is cut for a batch of decodes: bytes bound, few rows a segment.
 
-    ``rows_share``: most rows share their pages with others. The tiles serve any batch; these are
-    the faster ones for such. ``deterministic``: one cut for steps of any kind, prefill included,
+    ``rows_share``: most rows share their pages with others; ``has_chunks``: many of them, as those
+    of prompts do. The tiles serve any batch; these are the faster ones for such.
+    ``deterministic``: one cut for steps of any kind, prefill included,
     so that a row's sums have one order whatever shares its chunk or its step.
     """
     tiles = []
     for index, site in enumerate(pages):
         is_long = site[0][0].shape[1] > 8192
-        shared_splits = 16 if is_long else 8
-        block_n = 64 if rows_share else 128 if index == GATE_UP else 256
+        splits = 32 if is_long else 16
+        shared_splits = splits if rows_share and not has_chunks else splits // 2
+        block_n = 128 if index == GATE_UP else 64 if rows_share else 256
         tiles.append(
             SGMVTiles(
                 chunk_rows=16,
                 # About one tile of 256 × 16 a program: all of its loads are under way at once.
-                splits=shared_splits if deterministic else 32 if is_long else 16,
-                shared_splits=shared_splits,
+                splits=splits // 2 if deterministic else splits,
+                shared_splits=splits // 2 if deterministic else shared_splits,
                 block_k=256,
-                # Few shared pages make many programs of small tiles; the kernel of gate and up
-                # together reads a tile of each.
+                # Few shared pages make many programs of small tiles. Gate and up are wide, and the
+                # kernel of both together reads a tile of each.
                 block_n=256 if deterministic else block_n,
                 num_programs=num_processors * 16,
                 shrink_warps=2,

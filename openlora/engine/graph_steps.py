@@ -119,7 +119,11 @@ class GraphSteps:
         self._pages = [site.layers for site in pages.sites]
         self._has_pages = any(len(site.a) for site in pages.sites)
         cut = partial(decode_tiles, self._pages, num_processors, deterministic=deterministic)
-        self._tiles = {share: cut(rows_share=share) for share in (False, True)}
+        self._tiles = {
+            "distinct": cut(rows_share=False),
+            "shared": cut(rows_share=True),
+            "chunks": cut(rows_share=True, has_chunks=True),
+        }
         zeros = partial(torch.zeros, dtype=torch.int32, device=model.device)
         width = -(-self.max_tokens // _ALIGNED) * _ALIGNED
         self.fields = zeros((len(FIELDS), width))
@@ -128,7 +132,7 @@ class GraphSteps:
         self.h_rows = max(max_rows * PAGES_PER_ROW, self.max_tokens * USUAL_PAGES_PER_ROW)
         self.layout = PlanLayout(self._most_chunks(self.max_tokens), self.h_rows)
         self.plan = zeros((len(pages.sites), self.layout.site_ints))
-        elements = scratch_elements(self._pages, self._tiles[True], self.h_rows)
+        elements = scratch_elements(self._pages, self._tiles["shared"], self.h_rows)
         self._h = torch.empty(elements, device=model.device)
         vocab = model.config.vocab_size
         self._logits = torch.empty(max_rows, vocab, dtype=model.dtype, device=model.device)
@@ -136,7 +140,7 @@ class GraphSteps:
     @property
     def chunk_rows(self) -> int:
         """``chunk_rows`` of the plans."""
-        return self._tiles[True][0].chunk_rows
+        return self._tiles["shared"][0].chunk_rows
 
     def field(self, name: str, count: int) -> torch.Tensor:
         """The first ``count`` of ``FIELDS``' ``name``."""
@@ -231,5 +235,5 @@ class GraphSteps:
             pages=self._pages,
             h=self._h,
             h_rows=self.h_rows,
-            tiles=self._tiles[kind == "shared"],
+            tiles=self._tiles[kind if bucket <= self.max_rows else "chunks"],
         )

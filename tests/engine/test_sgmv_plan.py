@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -66,3 +67,21 @@ def test_equal_neighbours_are_one_segment(sets, count):
     for site in range(len(SITES)):
         np.testing.assert_array_equal(apart.items[site], joined.items[site])
         np.testing.assert_array_equal(apart.chunks[site], joined.chunks[site])
+
+
+@pytest.mark.parametrize(
+    ("rows", "distinct", "rows_share"),
+    [
+        (1, 1, False),
+        (16, 16, False),
+        (64, 64, False),
+        (16, 8, True),  # few chunks: two rows each are enough
+        (64, 16, True),
+        (256, 64, False),  # four rows each, and many chunks
+        (512, 64, True),
+        (64, 1, True),
+    ],
+)
+def test_which_kernels_a_batch_takes(rows, distinct, rows_share):
+    sets = [LoRASet((((at * distinct // rows, 1.0),),) * len(SITES)) for at in range(rows)]
+    assert build_plan(sets, [1] * rows, chunk_rows=16).rows_share is rows_share
