@@ -52,10 +52,14 @@ class Attention:
         after_s = QUIET_AFTER_S if self._hears_hints else DEAF_AFTER_S
         return time.monotonic() - self._last_job > after_s
 
+    def pause(self, seconds: float) -> None:
+        """Wait, up to a hint."""
+        self._wake.wait(seconds)
+        self._wake.clear()
+
     def rest(self, *, batch_flows: bool) -> None:
         """Wait before the next look, where quiet; not at all behind a hint."""
         if time.monotonic() < self._hinted_until:
             return
         pause_s = QUIET_PAUSE_S if self._hears_hints else DEAF_PAUSE_S
-        self._wake.wait(FLOW_PAUSE_S if batch_flows else pause_s)
-        self._wake.clear()
+        self.pause(FLOW_PAUSE_S if batch_flows else pause_s)

@@ -81,6 +81,11 @@ class Backlog:
             full.add(BATCH_TOPIC)
         return frozenset(full)
 
+    @property
+    def waits(self) -> bool:
+        """Whether messages wait here for room."""
+        return bool(len(self._jobs) or self._batch)
+
     def first_offsets(self) -> dict[Partition, int]:
         """Per partition, the smallest offset of the messages that wait here."""
         first: dict[Partition, int] = {}

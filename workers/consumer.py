@@ -12,7 +12,7 @@ import random
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,24 +20,26 @@ from kafka.errors import AuthorizationError, KafkaError
 from kafka.structs import TopicPartition
 
 from openlora.errors import SetupError
-from openlora.protocol.names import BATCH_TOPIC, JOB_TOPICS, JOBS_TOPIC
+from openlora.protocol.names import JOB_TOPICS, JOBS_TOPIC
 from openlora.protocol.status import PartitionStatus
 from workers.assignor import SamePartitionsAssignor
 from workers.attention import Attention
 from workers.backlog import Backlog, Fetched
 from workers.budgets import Budgets
 from workers.commits import Commits, kafka_offsets
+from workers.fetches import Fetches, Records
 from workers.group_repair import rebuild_group
 from workers.join_watch import JoinWatch
-from workers.kafka_client import connect_consumer, fetch_kept
+from workers.kafka_client import connect_consumer
 from workers.offsets import SPAN_LIMIT, Offsets, Partition, Position
 from workers.partition_report import beyond_end, report_partitions
 from workers.pauses import Pauses
 from workers.rebalance import Assigned, Rebalances
 
-POLL_TIMEOUT_MS = 25
-TAKE_ALL = 1 << 30
-"""Whatever a fetch brought is taken at once: ``Backlog`` says why."""
+POLL_TIMEOUT_S = 0.1
+BRIEF_POLL_S = 0.025
+"""The same where messages wait for room, which jobs that end make without a word; where polls are
+rare; and while the group has not answered."""
 STATUS_INTERVAL_S = 0.5
 ERROR_PAUSE_S = 0.5
 LEAVE_TIMEOUT_MS = 3_000
@@ -96,9 +98,9 @@ class JobConsumer:
         self._join_watch = JoinWatch(random.Random())
         self._stopping = threading.Event()
         self._wake_at_ended = max(1, budgets.batch // 4)
-        self._batch_flows = False
         self._status_due = 0.0
         self._consumer: Any = None
+        self._fetches: Fetches | None = None
         self._thread = threading.Thread(target=self._run, name="kafka-consumer", daemon=True)
 
     def connect(self, timeout_ms: int) -> None:
@@ -107,6 +109,7 @@ class JobConsumer:
             self._servers, self._client_id, self._assignor, timeout_ms
         )
         self._consumer.subscribe(topics=JOB_TOPICS, listener=self._rebalances)
+        self._fetches = Fetches(self._consumer, self._client_id, self.attention)
 
     def partition_count(self) -> int:
         """Partitions of the interactive topic; before ``start``. 0 while nobody has made it."""
@@ -153,6 +156,7 @@ class JobConsumer:
             self._close()
 
     def _poll_once(self) -> None:
+        assert self._fetches is not None
         self._apply_rebalances()
         self._take_ended()
         self._deliver_backlog()
@@ -162,35 +166,32 @@ class JobConsumer:
         if self._join_watch.is_stuck(joined=self._assignor.joined, now=now):
             self._join_anew()
             return
+        held_back = self._held_back()
+        is_brief = is_quiet or not is_member or bool(held_back) or self._backlog.waits
         try:
-            self._pauses.apply(
-                self._consumer,
-                self._offsets.partitions(),
-                self._held_back(),
-                batch_flows=self._batch_flows,
-                is_idle=is_quiet,
-            )
+            self._pauses.apply(self._consumer, held_back)
             if is_member:  # others are refused
                 self._commits.commit_if_due(self._consumer, now)
             if now >= self._status_due:
                 self._status_due = now + STATUS_INTERVAL_S
                 self._report()
-            records = self._consumer.poll(POLL_TIMEOUT_MS, max_records=TAKE_ALL)
-            if not records and not is_member:
-                records = fetch_kept(self._consumer, TAKE_ALL)
+            if is_quiet:
+                self._fetches.look_at_all()
+            records = self._fetches.poll(
+                BRIEF_POLL_S if is_brief else POLL_TIMEOUT_S, is_member=is_member
+            )
         except AuthorizationError:
             raise
         except KafkaError as error:
             logger.warning("event=poll_failed error=%r next=retry", error)
             self._stopping.wait(ERROR_PAUSE_S)
             return
-        self._batch_flows = any(partition.topic == BATCH_TOPIC for partition in records)
         if records:
             self._take(records)
         if any(partition.topic == JOBS_TOPIC for partition in records):
             self.attention.took_job()
         elif is_quiet:
-            self.attention.rest(batch_flows=self._batch_flows)
+            self.attention.rest(batch_flows=bool(records))
 
     def _join_anew(self) -> None:
         logger.warning("event=join_stuck next=leave_and_join_anew")
@@ -220,7 +221,7 @@ class JobConsumer:
             logger.warning("event=topic_is_new partition=%s next=read_from_start", partition)
             self._consumer.seek_to_beginning(TopicPartition(*partition))
 
-    def _take(self, records: dict[TopicPartition, Sequence[Any]]) -> None:
+    def _take(self, records: Records) -> None:
         self._apply_rebalances()  # what was assigned during this poll may have been fetched in it
         for partition, messages in records.items():
             for message in messages:
@@ -259,7 +260,7 @@ class JobConsumer:
         deadline = time.monotonic() + FINISH_JOIN_S
         try:
             while self._assignor.joining and time.monotonic() < deadline:
-                self._consumer.poll(POLL_TIMEOUT_MS)
+                self._consumer.poll(round(BRIEF_POLL_S * 1000))
         except KafkaError as error:
             logger.info("event=join_not_finished error=%r next=leave", error)
 
@@ -293,6 +294,8 @@ class JobConsumer:
             logger.info("event=last_commit_failed error=%r next=claims_skip_ended_jobs", error)
         self.status = ()
         self.joined = False
+        if self._fetches is not None:
+            self._fetches.close()
         try:
             self._consumer.close(autocommit=False, timeout_ms=LEAVE_TIMEOUT_MS)
         except KafkaError as error:

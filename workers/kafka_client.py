@@ -14,8 +14,9 @@ from workers.assignor import SamePartitionsAssignor
 
 SESSION_TIMEOUT_MS = 6_000
 HEARTBEAT_INTERVAL_MS = 1_000
-FETCH_MAX_WAIT_MS = 20
-"""The embedded broker does not wake a waiting fetch, so this is what a job waits there at most."""
+FETCH_MAX_WAIT_MS = 100
+"""Brokers answer a waiting fetch as soon as there is something. The embedded one does not, and is
+asked otherwise (fetches.py)."""
 FETCH_MAX_BYTES = 8 << 20
 """What one fetch may bring into memory, beyond the budgets."""
 METADATA_MAX_AGE_MS = 3_000
@@ -86,13 +87,3 @@ def position_of(consumer: Any, partition: TopicPartition) -> int | None:
     """
     position = consumer._subscription.assignment[partition].position
     return None if position is None else int(position.offset)
-
-
-def fetch_kept(consumer: Any, max_records: int) -> Any:
-    """What came in from partitions that a member keeps while it joins its group again.
-
-    A cooperative rebalance lets it go on with them, but kafka-python's ``poll`` fetches nothing
-    before the group has answered: 3 s a round on the embedded broker. Without a partition it does
-    nothing; it never waits.
-    """
-    return consumer._fetcher.fetch_records(max_records, timeout_ms=0)[0]

@@ -15,7 +15,7 @@ from openlora.protocol.names import BATCH_TOPIC, JOBS_TOPIC
 from openlora.protocol.status import PartitionStatus
 from workers.offsets import Offsets
 from workers.partition_report import beyond_end, report_partitions
-from workers.pauses import BATCH_EVERY, Pauses
+from workers.pauses import Pauses
 
 
 class FakeConsumer:
@@ -62,38 +62,28 @@ A, B, C = (JOBS_TOPIC, 0), (JOBS_TOPIC, 1), (BATCH_TOPIC, 0)
 
 def test_what_has_no_room_is_paused_and_resumed():
     consumer, pauses = FakeConsumer([A, B]), Pauses()
-    pauses.apply(consumer, [A, B], [A], batch_flows=True)
+    pauses.apply(consumer, [A])
     assert consumer.paused == {TopicPartition(*A)}
     assert pauses.held_back == {TopicPartition(*A)}
-    pauses.apply(consumer, [A, B], [], batch_flows=True)
+    pauses.apply(consumer, [])
     assert not consumer.paused
 
 
-def test_an_empty_batch_topic_is_looked_at_now_and_then():
-    consumer, pauses = FakeConsumer([A, C]), Pauses()
-    looks = 0
-    for _ in range(3 * BATCH_EVERY):
-        pauses.apply(consumer, [A, C], [], batch_flows=False)
-        assert not pauses.held_back
-        looks += TopicPartition(*C) not in consumer.paused
-    assert looks == 3
-    pauses.apply(consumer, [A, C], [], batch_flows=True)
-    assert not consumer.paused
-
-
-def test_a_quiet_worker_looks_at_everything():
-    consumer, pauses = FakeConsumer([A, C]), Pauses()
-    for _ in range(3):
-        pauses.apply(consumer, [A, C], [], batch_flows=False, is_idle=True)
-        assert not consumer.paused
+def test_a_partition_given_anew_is_paused_anew():
+    consumer, pauses = FakeConsumer([A]), Pauses()
+    pauses.apply(consumer, [A])
+    consumer.paused.clear()
+    pauses.forget([A])
+    pauses.apply(consumer, [A])
+    assert consumer.paused == {TopicPartition(*A)}
 
 
 def test_a_partition_taken_away_meanwhile_keeps_no_other_from_its_pause():
     consumer, pauses = FakeConsumer([A, B]), Pauses()
     consumer.revoked = {TopicPartition(*A)}
-    pauses.apply(consumer, [A, B], [A, B], batch_flows=True)
+    pauses.apply(consumer, [A, B])
     assert consumer.paused == {TopicPartition(*B)}
-    pauses.apply(consumer, [A, B], [], batch_flows=True)
+    pauses.apply(consumer, [])
     assert not consumer.paused
 
 

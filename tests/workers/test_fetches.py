@@ -1,0 +1,116 @@
+"""Messages come by looks on the embedded broker, and by kafka-python where a look cannot."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+from kafka import KafkaProducer
+from kafka.structs import TopicPartition
+
+from openlora.protocol.names import BATCH_TOPIC, JOBS_TOPIC
+from producer.topics import ensure_topics
+from workers.assignor import SamePartitionsAssignor
+from workers.attention import Attention
+from workers.fetches import Fetches
+from workers.kafka_client import connect_consumer
+from workers.looks import NotPlain
+
+pytestmark = pytest.mark.services
+
+A, B = TopicPartition(JOBS_TOPIC, 0), TopicPartition(BATCH_TOPIC, 0)
+
+
+@pytest.fixture
+def consumer(fresh_broker):
+    """Of partitions that it was given by hand: nothing is joined."""
+    servers = fresh_broker.bootstrap_servers
+    ensure_topics(servers, partitions=1)
+    consumer = connect_consumer(servers, "test", SamePartitionsAssignor(), 5000)
+    consumer.assign([A, B])
+    yield consumer
+    consumer.close(autocommit=False)
+
+
+@pytest.fixture
+def fetches(consumer):
+    fetches = Fetches(consumer, "test", Attention())
+    yield fetches
+    fetches.close()
+
+
+@pytest.fixture
+def publish(fresh_broker):
+    producer = KafkaProducer(bootstrap_servers=fresh_broker.bootstrap_servers)
+
+    def send(partition, *values):
+        for value in values:
+            producer.send(partition.topic, value, partition=0).get(10)
+
+    yield send
+    producer.close(timeout=1)
+
+
+def collect(fetches, count):
+    found = []
+    deadline = time.monotonic() + 20
+    while len(found) < count:
+        assert time.monotonic() < deadline
+        for partition, records in fetches.poll(0.1, is_member=True).items():
+            found += [(partition, record.offset, record.value) for record in records]
+    return found
+
+
+def test_looks_bring_each_message_once_and_move_on(consumer, fetches, publish):
+    publish(A, b"0", b"1")
+    assert collect(fetches, 2) == [(A, 0, b"0"), (A, 1, b"1")]
+    publish(B, b"batch")
+    publish(A, b"2")
+    assert sorted(collect(fetches, 2)) == [(B, 0, b"batch"), (A, 2, b"2")]
+    assert not fetches.poll(0.05, is_member=True)
+    assert consumer._subscription.assignment[A].position.offset == 3
+    assert consumer.highwater(A) == 3
+    assert consumer.highwater(B) == 1
+
+
+def test_a_paused_partition_is_not_looked_at(consumer, fetches, publish):
+    collect(fetches, 0)
+    consumer.pause(A)
+    publish(A, b"0")
+    publish(B, b"batch")
+    assert collect(fetches, 1) == [(B, 0, b"batch")]
+    consumer.resume(A)
+    assert collect(fetches, 1) == [(A, 0, b"0")]
+
+
+@pytest.mark.parametrize("error", [NotPlain("odd"), ConnectionResetError("gone")])
+def test_kafka_python_goes_on_where_a_look_cannot(consumer, fetches, publish, monkeypatch, error):
+    publish(A, b"0")
+    assert collect(fetches, 1) == [(A, 0, b"0")]
+
+    def fail(*_):
+        raise error
+
+    with monkeypatch.context() as patch:
+        patch.setattr(fetches._looks, "look", fail)
+        publish(A, b"1")
+        assert collect(fetches, 1) == [(A, 1, b"1")]
+    publish(A, b"2")
+    assert collect(fetches, 1) == [(A, 2, b"2")]
+
+
+def test_what_was_taken_during_a_look_is_dropped(consumer, fetches, publish, monkeypatch):
+    publish(A, b"0")
+    look = fetches._looks.look
+
+    def lose(*args):
+        found = look(*args)
+        if found:  # an answer with something for a partition that is given anew, from its start
+            consumer.assign([B])
+            consumer.assign([A, B])
+            monkeypatch.undo()
+        return found
+
+    monkeypatch.setattr(fetches._looks, "look", lose)
+    assert collect(fetches, 1) == [(A, 0, b"0")]
+    assert not fetches.poll(0.1, is_member=True)
