@@ -9,7 +9,7 @@ from openlora.joblog.hints import HOLDS_S
 
 QUIET_AFTER_S = 2.0
 QUIET_PAUSE_S = 0.5
-"""Fetching 50 times a second costs a fifth of a core here and at an embedded broker. A worker that
+"""Looking 50 times a second costs a tenth of a core, here and at an embedded broker. A worker that
 got no interactive job for a while waits for a hint that there is one (joblog/hints.py), and looks
 twice a second in case that one was lost."""
 DEAF_AFTER_S = 30.0
@@ -52,10 +52,11 @@ class Attention:
         after_s = QUIET_AFTER_S if self._hears_hints else DEAF_AFTER_S
         return time.monotonic() - self._last_job > after_s
 
-    def pause(self, seconds: float) -> None:
-        """Wait, up to a hint."""
-        self._wake.wait(seconds)
+    def pause(self, seconds: float) -> bool:
+        """Wait; True where ``hint`` or ``wake`` ended it."""
+        is_woken = bool(self._wake.wait(seconds))
         self._wake.clear()
+        return is_woken
 
     def rest(self, *, batch_flows: bool) -> None:
         """Wait before the next look, where quiet; not at all behind a hint."""

@@ -172,6 +172,8 @@ class BulkLane:
     def take(self, steps: Sequence[StepOutputs]) -> None:
         """The engine's news; of interactive runs' nothing is done here."""
         runs = self._runs
+        if not runs:
+            return
         for step in steps:
             for output in step.outputs:
                 found = runs.get(output.ticket)

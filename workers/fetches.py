@@ -20,6 +20,8 @@ EMBEDDED_CLUSTER_ID = "tansu_cluster"
 """What the embedded broker calls its cluster where nobody names it."""
 LOOK_INTERVAL_S = 0.02
 """From one look to the next."""
+LEAST_INTERVAL_S = 0.005
+"""The same where there is word that messages have come."""
 BATCH_INTERVAL_S = 0.15
 """From one fetch of the batch topic to the next while it is empty: most of what a fetch costs is to
 go through its partitions, and nobody watches for a batch job's first token."""
@@ -51,7 +53,7 @@ class Fetches:
         consumer._fetcher.fetch_records = self._records_of_poll
         self._is_looking = False
         self._library_until = 0.0
-        self._poll_due = self._batch_due = self._look_due = 0.0
+        self._poll_due = self._batch_due = self._look_due = self._looked_at = 0.0
 
     def poll(self, timeout_s: float, *, is_member: bool) -> Records:
         """What has come; waits for it for ``timeout_s`` at most.
@@ -104,12 +106,14 @@ class Fetches:
         while True:
             now = time.monotonic()
             pause_s = min(self._look_due, deadline) - now
-            if pause_s > 0:
-                self._attention.pause(pause_s)
-                now = time.monotonic()
-            elif self._look_due > now:
+            if pause_s > 0 and self._attention.pause(pause_s):
+                # The next look is soon, and whoever polls may have something to do before.
+                self._look_due = min(self._look_due, self._looked_at + LEAST_INTERVAL_S)
                 return {}
-            self._look_due = now + LOOK_INTERVAL_S
+            if self._look_due > max(now, deadline):
+                return {}
+            self._looked_at = time.monotonic()
+            self._look_due = self._looked_at + LOOK_INTERVAL_S
             records = self._look()
             if records:
                 return records

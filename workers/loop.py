@@ -204,10 +204,10 @@ class WorkerLoop:
                     run.in_engine = False
                     run.fail(failure_of(error_from_code(output.fault.code, output.fault.message)))
                     continue
-                reason = run.take(output)
+                reason = run.take(output) or output.finish_reason
                 run.in_engine = output.finish_reason is None
-                if reason is not None or output.finish_reason is not None:
-                    run.finish(reason or output.finish_reason)  # type: ignore[arg-type]
+                if reason is not None:
+                    run.finish(reason)  # type: ignore[arg-type]
         if touched:
             yield list(touched.values())
 

@@ -53,6 +53,7 @@ class Run:
         "_detokenizer",
         "_eos_token_ids",
         "_first_token_ms",
+        "_params",
         "_started_ms",
         "_tokenizer",
         "end",
@@ -98,6 +99,7 @@ class Run:
         self._detokenizer = Detokenizer(tokenizer, eos_token_ids)
         self._checker = StopChecker(job.params, eos_token_ids)
         self._eos_token_ids = eos_token_ids
+        self._params = job.params
         self._started_ms = 0.0
         self._first_token_ms = 0.0
 
@@ -145,17 +147,16 @@ class Run:
         assert token_id is not None
         if not self._first_token_ms:
             self._first_token_ms = now_ms()
+        tokens, params = self.tokens, self._params
         text = self._detokenizer.feed(token_id)
-        if self.job.params.stop:
+        if params.stop:
             text, reason = self._checker.feed(token_id, text)
         else:
-            reason = token_stop(
-                token_id, len(self.tokens) + 1, self.job.params, self._eos_token_ids
-            )
+            reason = token_stop(token_id, len(tokens) + 1, params, self._eos_token_ids)
         if output.logprob is None:
-            self.tokens.append(Token(token_id, text))
+            tokens.append(Token(token_id, text))
         else:
-            self.tokens.append(Token(token_id, text, output.logprob, self._candidates(output)))
+            tokens.append(Token(token_id, text, output.logprob, self._candidates(output)))
         return reason
 
     def _candidates(self, output: Output) -> tuple[Candidate, ...]:

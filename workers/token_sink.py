@@ -96,6 +96,7 @@ class TokenSink:
     ) -> list[Run]:
         """Adds to ``verdicts``; → the runs whose chunk must go again."""
         now = time.monotonic()
+        fresh = now - ASK_INTERVAL_S
         made: list[tuple[Sequence[Run], list[Chunk], list[int]]] = []
         coming = iter(parts)
 
@@ -104,9 +105,7 @@ class TokenSink:
                 yield known, entries
             for runs in coming:
                 new = [run.chunk() for run in runs]
-                entries = [
-                    run.entries if now - run.last_heard < ASK_INTERVAL_S else ASK for run in runs
-                ]
+                entries = [run.entries if run.last_heard > fresh else ASK for run in runs]
                 made.append((runs, new, entries))
                 yield new, entries
 
@@ -114,10 +113,11 @@ class TokenSink:
         again: list[Run] = []
         for (runs, sent, _), answers in zip(made, answers_of_parts, strict=True):
             for position, (run, chunk) in enumerate(zip(runs, sent, strict=True)):
-                answer = answers.get(position)
+                answer = answers.get(position) if answers else None
                 if answer is None:
-                    self.tokens_logged += len(chunk.tokens)
-                    run.logged += len(chunk.tokens)
+                    count = len(chunk.tokens)
+                    self.tokens_logged += count
+                    run.logged += count
                     run.entries += 1
                     continue
                 run.last_heard = now

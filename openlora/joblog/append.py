@@ -33,12 +33,13 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Literal
 
 import msgspec
 
 from openlora.joblog.scripts import JOB_STATE, PUBLISH, Call, Script
-from openlora.protocol import codec, names
+from openlora.protocol import names
 from openlora.protocol.events import Chunk
 
 ENDED_TTL_S = 24 * 3600
@@ -51,6 +52,9 @@ _STATUS: tuple[Status, ...] = ("taken", "fenced", "gone", "gap", "unclaimed")
 _KIND_TOKENS, _KIND_END, _KIND_RESTARTED = 0, 1, 2
 
 _pack = msgspec.msgpack.Encoder().encode
+_encode = msgspec.json.Encoder().encode
+_log_key = lru_cache(maxsize=2048)(names.log_key)
+"""A live stream's is asked for with every step."""
 
 APPEND = Script(
     JOB_STATE
@@ -160,6 +164,9 @@ def append_calls(
     positions: defaultdict[str, list[int]] = defaultdict(list)
     for position, chunk in enumerate(chunks):
         positions[chunk.job_id[:2]].append(position)
+    if len(positions) == 1:  # as where one gateway serves all clients
+        (where,) = positions.values()
+        return [(where, _call(chunks, known))]
     return [
         (where, _call([chunks[i] for i in where], [known[i] for i in where]))
         for where in positions.values()
@@ -168,20 +175,18 @@ def append_calls(
 
 def _call(chunks: Sequence[Chunk], entries: Sequence[int]) -> Call:
     shard = names.shard_of(chunks[0].job_id)
-    log_key = names.log_key
-    encode = codec.encode
     keys = []
     facts: list[int] = []
     bodies = []
     for chunk, known in zip(chunks, entries, strict=True):
-        keys.append(log_key(chunk.job_id, chunk.epoch))
-        body = encode(chunk)
+        keys.append(_log_key(chunk.job_id, chunk.epoch))
+        body = _encode(chunk)
         bodies.append(body)
-        if chunk.end is not None:
-            kind = _KIND_END
-        else:
-            kind = _KIND_RESTARTED if chunk.restarted else _KIND_TOKENS
         count = len(chunk.tokens)
+        if chunk.end is None and not chunk.restarted:
+            kind = _KIND_TOKENS
+        else:
+            kind = _KIND_RESTARTED if chunk.end is None else _KIND_END
         facts += (chunk.first_index, count, kind, known if count else ASK, len(body))
     keys += (names.cancels_key(shard), names.events_channel(shard), names.open_jobs_key(shard))
     return Call(APPEND, keys, [ENDED_TTL_S, _pack(facts), b"[" + b",".join(bodies) + b"]"])

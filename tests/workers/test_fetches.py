@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 
 import pytest
@@ -33,8 +34,13 @@ def consumer(fresh_broker):
 
 
 @pytest.fixture
-def fetches(consumer):
-    fetches = Fetches(consumer, "test", Attention())
+def attention():
+    return Attention()
+
+
+@pytest.fixture
+def fetches(consumer, attention):
+    fetches = Fetches(consumer, "test", attention)
     yield fetches
     fetches.close()
 
@@ -73,6 +79,23 @@ def test_looks_bring_each_message_once_and_move_on(consumer, fetches, publish):
     assert consumer.highwater(B) == 1
 
 
+def test_any_broker_s_messages_come(broker):
+    servers = broker.bootstrap_servers
+    ensure_topics(servers)
+    producer = KafkaProducer(bootstrap_servers=servers)
+    first = producer.send(A.topic, b"0", partition=A.partition).get(10).offset
+    consumer = connect_consumer(servers, "test", SamePartitionsAssignor(), 5000)
+    consumer.assign([A])
+    consumer.seek(A, first)
+    fetches = Fetches(consumer, "test", Attention())
+    assert collect(fetches, 1) == [(A, first, b"0")]
+    producer.send(A.topic, b"1", partition=A.partition).get(10)
+    assert collect(fetches, 1) == [(A, first + 1, b"1")]
+    producer.close(timeout=1)
+    fetches.close()
+    consumer.close(autocommit=False)
+
+
 def test_a_paused_partition_is_not_looked_at(consumer, fetches, publish):
     collect(fetches, 0)
     consumer.pause(A)
@@ -81,6 +104,18 @@ def test_a_paused_partition_is_not_looked_at(consumer, fetches, publish):
     assert collect(fetches, 1) == [(B, 0, b"batch")]
     consumer.resume(A)
     assert collect(fetches, 1) == [(A, 0, b"0")]
+
+
+def test_a_hint_brings_the_next_look_forward(fetches, publish, attention, monkeypatch):
+    publish(A, b"0")
+    assert collect(fetches, 1) == [(A, 0, b"0")]
+    monkeypatch.setattr("workers.fetches.LOOK_INTERVAL_S", 60.0)
+    assert not fetches.poll(0.05, is_member=True)  # one more look at most
+    publish(A, b"1")
+    assert not fetches.poll(0.05, is_member=True)
+    threading.Timer(0.05, attention.hint).start()
+    assert not fetches.poll(30, is_member=True)  # there may be something else to do
+    assert collect(fetches, 1) == [(A, 1, b"1")]
 
 
 @pytest.mark.parametrize("error", [NotPlain("odd"), ConnectionResetError("gone")])
