@@ -78,7 +78,7 @@ def embedded_redis(
         ("save", ""),
         ("appendonly", "yes"),
         # A log grows by a chunk at a time, and each node of it is moved to a larger place then.
-        # Small ones are found at once: a sixth of what an append costs the server.
+        # Small ones are found at once, which is a sixth of what an append by itself costs it.
         ("list-max-listpack-size", "12"),
         ("requirepass", password),
     )
