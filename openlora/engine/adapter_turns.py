@@ -160,12 +160,19 @@ class AdapterTurns:
         due = {sequence.sequence_id for sequence in self._due(step)}
         self._resume(due | self._reserved.keys(), running, step)
 
-    def resume(self, running: Sequence[TokenSequence], step: int) -> None:
+    def resume(self, running: Sequence[TokenSequence], step: int, *, is_idle: bool = False) -> None:
         """Behind new ones: let those that pause go on, where there is room still, in the next
-        step."""
-        if self._paused:
-            self._resume(self._paused.keys(), running, step)
-            self._seen_room_epoch = self._residency.room_epoch
+        step. ``is_idle``: nothing runs in this one."""
+        if not self._paused:
+            return
+        # Room is kept for one that lacks more than pages: blocks, say, which those that pause have.
+        # Steps that do not come neither give him any nor end his claim.
+        is_stuck = is_idle and not any(s.num_pending_tokens for s in running)
+        if is_stuck:
+            for sequence, _ in list(self._reserved.values()):
+                self.unreserve(sequence)
+        self._resume(self._paused.keys(), running, step, is_stuck)
+        self._seen_room_epoch = self._residency.room_epoch
 
     def check_integrity(self, running: Iterable[TokenSequence]) -> None:
         """Assert that those that pause have seats and nothing else runs without pages."""
@@ -250,15 +257,18 @@ class AdapterTurns:
         needed = self._blocks.num_blocks_for(sequence.num_tokens) + len(running)
         return seats > 0 and needed <= self._blocks.num_free_blocks
 
-    def _resume(self, whom: Set[int], running: Sequence[TokenSequence], step: int) -> None:
-        is_new_room = self._residency.room_epoch != self._seen_room_epoch
+    def _resume(
+        self, whom: Set[int], running: Sequence[TokenSequence], step: int, overtakes: bool = False
+    ) -> None:
+        is_new_room = overtakes or self._residency.room_epoch != self._seen_room_epoch
         for number, sequence in list(self._paused.items()):
             if number not in whom:
                 continue
             if not is_new_room and number in self._loaded and number not in self._reserved:
                 continue
             # The runner takes an unread token only in the step behind the one that drew it.
-            if sequence.num_pending_tokens or self.holds_back(sequence, running, step):
+            is_held_back = not overtakes and self.holds_back(sequence, running, step)
+            if sequence.num_pending_tokens or is_held_back:
                 continue
             outcome = self._residency.acquire(sequence)
             if outcome is Wait.NO_ROOM:

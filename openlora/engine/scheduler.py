@@ -156,7 +156,7 @@ class Scheduler:
         for priority in order:
             self._schedule_prefills(rows, budget, priority)
         self._admit(rows, budget, order, step)
-        self._turns.resume(self.running, step)
+        self._turns.resume(self.running, step, is_idle=not rows)
         self._count_patience(rows[num_decodes:])
         return rows
 

@@ -76,9 +76,10 @@ class Bench:
         return sequence
 
     def step(self) -> list[tuple[int, int]]:
-        """Run one step; (sequence, tokens) of each row."""
-        self.step_number += 1
-        rows = self.scheduler.schedule(self.step_number, self.batch_tokens, self.step_s)
+        """Run one step; (sequence, tokens) of each row. One without rows has no number, as in
+        the engine."""
+        rows = self.scheduler.schedule(self.step_number + 1, self.batch_tokens, self.step_s)
+        self.step_number += bool(rows)
         self.scheduler.check_integrity()
         assert sum(row.num_tokens for row in rows) <= self.scheduler._max_num_batched_tokens
         assert len(self.scheduler.running) <= self.scheduler._max_num_seqs

@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+import pytest
+
+from openlora.engine import adapter_turns
 from openlora.engine.adapter_turns import PAUSE_TURNS, TURN_STEPS
 from openlora.engine.sequence import Status
 from openlora.engine.waiting import ROOM_PATIENCE_STEPS
+from tests.engine.fake_device import fake_engine
+from tests.engine.requests import drain, ids, request
 from tests.engine.scheduler_bench import Bench, Slots, running
 
 PAUSE_STEPS = round(PAUSE_TURNS * TURN_STEPS)
@@ -118,3 +125,48 @@ def test_one_that_room_was_made_for_and_one_that_has_waited_for_long_do_not_wait
         bench.step()
     bench.step()
     assert running(bench) == {waiter.sequence_id}
+
+
+def large_one_comes(bench, waits_for_long):
+    """One pauses for another, and has the blocks that a large one, which is first, lacks."""
+    paused = bench.add(40, adapter="a", n=40, tenant="x")
+    for _ in range(TURN_STEPS + 1):
+        bench.step()
+    waiter = bench.add(4, adapter="b", n=8, tenant="x")
+    bench.step()
+    if waits_for_long:
+        waiter.parked_at_step -= ROOM_PATIENCE_STEPS + 1
+    bench.add(100, n=4, tenant="y")
+    return paused
+
+
+@pytest.mark.parametrize("waits_for_long", [False, True])
+def test_nobody_waits_for_room_that_is_kept_for_one_that_cannot_start(waits_for_long):
+    bench = Bench(slots=Slots(size=1), num_blocks=36, budget=128)
+    paused = large_one_comes(bench, waits_for_long)
+    bench.step()
+    assert paused.turn_began_step == bench.step_number + 1, "it paused and goes on"
+    bench.run(200)
+    assert set(bench.finished) == {1, 2, 3}
+
+
+@pytest.mark.parametrize("steps_ahead", [0, 1])
+def test_an_engine_does_not_stand_still_for_one_that_cannot_start(monkeypatch, steps_ahead):
+    monkeypatch.setattr(adapter_turns, "TURN_S", 0.0)
+    engine, _ = fake_engine(num_blocks=40, num_pages=(1, 1, 1, 1), steps_ahead=steps_ahead)
+    for name in "ab":
+        engine.register_adapter(name, f"/adapters/{name}-1-1-1-1")
+    prompts = [1] * 40, [2] * 4, [3] * 110
+    requests = request(prompts[0], n=70, a=1.0), request(prompts[1], b=1.0), request(prompts[2])
+    paused = engine.add(requests[0])
+    while engine.stats().steps < TURN_STEPS + 4:
+        engine.step()
+        engine.wait_for_adapters(5)
+    waiter = engine.add(requests[1])
+    engine._take_loads(5)
+    engine.step()
+    assert engine.stats().waiting_for_adapter == 1
+    large = engine.add(replace(requests[2], tenant="other"))
+    outputs = drain(engine)
+    assert [len(ids(outputs[one])) for one in (waiter, large)] == [8, 8]
+    assert outputs[paused][-1].finish_reason == "length"
