@@ -14,7 +14,8 @@ from openlora.engine.step_budget import LaunchedStep
 
 FIRST_MARGIN_S, LEAST_MARGIN_S = 0.001, 0.0002
 """Beside what launching takes: doubled where a launch that waited came too late, for the device
-had nothing to do meanwhile, and shortened a little wherever one was in time."""
+had nothing to do meanwhile, and shortened a little wherever one was in time; what is over the first
+one also where none waited."""
 _SHORTER = 0.98
 MOST_S = 0.02
 """A device that is slower than that gains nothing from steps launched ahead."""
@@ -37,12 +38,13 @@ class LaunchHold:
     def launched(self, seconds: float, before: LaunchedStep | None) -> None:
         """A step kept the host for so long before it was launched behind ``before``, if any."""
         self._launch_s = max(seconds, _FORGET * self._launch_s)
-        if before is None or before.number != self._held_behind:
-            return
-        if before.pending.is_done():
+        held = before if before is not None and before.number == self._held_behind else None
+        if held is not None and held.pending.is_done():
             self.margin_s = min(MOST_S, 2 * self.margin_s)
-        else:
-            self.margin_s = max(LEAST_MARGIN_S, _SHORTER * self.margin_s)
+            return
+        # A margin longer than a step lets no launch wait that could show that it is too long.
+        least_s = min(FIRST_MARGIN_S, self.margin_s) if held is None else LEAST_MARGIN_S
+        self.margin_s = max(least_s, _SHORTER * self.margin_s)
 
     def wait_s(
         self, in_flight: Collection[LaunchedStep], has_interactive: bool, now_s: float

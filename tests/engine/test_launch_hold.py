@@ -89,6 +89,20 @@ def test_nothing_is_learnt_of_launches_that_did_not_wait(pace):
     assert hold.margin_s == FIRST_MARGIN_S
 
 
+def test_launches_wait_again_behind_several_that_came_too_late(pace):
+    """With a margin longer than a step none would wait, and none show that it could be shorter."""
+    hold = LaunchHold(pace)
+    late = 0
+    while hold.wait_s([launched(DECODES, 1000.0, number=late)], False, 1000.0) > 0:
+        hold.launched(0, launched(DECODES, 1000.0, number=late, done=True))
+        late += 1
+        assert late < 9
+    for number in range(late, late + 60):
+        hold.launched(0, launched(DECODES, 1000.0, number=number, done=True))
+    assert hold.wait_s([launched(DECODES, 1000.0)], False, 1000.0) > 0
+    assert hold.margin_s > FIRST_MARGIN_S
+
+
 def test_a_host_that_is_slow_to_launch_waits_for_less(pace):
     hold = LaunchHold(pace)
     step = launched(DECODES, 1000.0)
