@@ -50,6 +50,7 @@ PROGRESS_INTERVAL_S = 0.1
 PIN_WAIT_S = 0.02
 """How often an idle engine looks whether a pinned adapter was loaded."""
 SWITCH_INTERVAL_S = 0.0005
+_FIRST_FILE = 3
 STALLED_WAIT_S = 0.001
 """Pause between steps that said nothing while every request waits (for an adapter to load)."""
 
@@ -232,7 +233,8 @@ def _progress_sender(sock: socket.socket) -> Callable[[int, int], None]:
 def _low(sock: socket.socket) -> socket.socket:
     """The same socket under a small number: ``select``, which unlike ``poll`` can wait for less
     than a millisecond, takes none over 1,023, and the I/O process may have had many files."""
-    low = socket.socket(fileno=fcntl.fcntl(sock, fcntl.F_DUPFD_CLOEXEC, 0))
+    # Not the number of a standard stream that is closed: what libraries print would be sent.
+    low = socket.socket(fileno=fcntl.fcntl(sock, fcntl.F_DUPFD_CLOEXEC, _FIRST_FILE))
     sock.close()
     return low
 

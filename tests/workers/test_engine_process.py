@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+import subprocess
 import sys
 import threading
 import time
@@ -29,6 +30,17 @@ def test_a_thread_that_loads_an_adapter_does_not_keep_a_step_waiting_for_long(mo
         assert sys.getswitchinterval() <= 0.001
     finally:
         sys.setswitchinterval(usual_s)
+
+
+def test_its_socket_does_not_take_the_place_of_a_standard_stream_that_is_closed():
+    """In a process of its own: what is closed there is this one's standard error."""
+    code = (
+        "import os, socket; from workers.engine_process import _low; "
+        "ours, theirs = socket.socketpair(); os.close(2); low = _low(theirs); "
+        "ours.sendall(b'x'); assert low.recv(1) == b'x'; print(low.fileno())"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True)
+    assert 2 < int(done.stdout) < 1024
 
 
 class HeldEngine(ScriptedEngine):
