@@ -175,8 +175,8 @@ def build_parts(config: EngineConfig, progress: Progress | None = None) -> Engin
         from openlora.engine.cuda_parts import cuda_parts
 
         with _named_out_of_memory(
-            f"the decode graphs of up to {config.max_num_seqs} requests",
-            "lower max_num_seqs or memory_fraction",
+            f"graphs for {config.max_num_seqs} requests and {config.max_graph_tokens} tokens",
+            "lower max_graph_tokens, max_num_seqs or memory_fraction",
         ):
             parts = cuda_parts(config, model, pages, kv_cache, info, attention)
         return replace(parts, page_bytes=page_bytes(model.config, model.dtype))
