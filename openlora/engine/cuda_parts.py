@@ -40,13 +40,14 @@ def cuda_parts(
         SetupError: a kernel, or the library that is to compute attention, does not run on this GPU.
     """
     num_pages = tuple(site.a.shape[0] for site in pages.sites)
+    max_graph_tokens = min(config.max_graph_tokens, config.max_num_batched_tokens)
     check_kernels(
         model.config,
         model.dtype,
         lora=any(num_pages),
         block_size=kv_cache.block_size,
         max_num_seqs=config.max_num_seqs,
-        max_graph_tokens=config.max_graph_tokens,
+        max_graph_tokens=max_graph_tokens,
         max_model_len=info.max_model_len,
         deterministic=config.deterministic,
     )
@@ -67,7 +68,7 @@ def cuda_parts(
         kv_cache,
         uploads,
         max_num_seqs=config.max_num_seqs,
-        max_graph_tokens=config.max_graph_tokens,
+        max_graph_tokens=max_graph_tokens,
         max_model_len=info.max_model_len,
         attention=attention,
         deterministic=config.deterministic,
