@@ -25,6 +25,7 @@ class Attention:
 
     def __init__(self) -> None:
         self._wake = threading.Event()
+        self._is_woken = False  # a pause was ended, and whoever polls has not had its turn since
         self._hears_hints = False
         self._hinted_until = 0.0
         self._last_job = -DEAF_AFTER_S  # none yet
@@ -54,13 +55,16 @@ class Attention:
 
     def pause(self, seconds: float) -> bool:
         """Wait; True where ``hint`` or ``wake`` ended it."""
-        is_woken = bool(self._wake.wait(seconds))
+        self._is_woken = bool(self._wake.wait(seconds))
         self._wake.clear()
-        return is_woken
+        return self._is_woken
 
     def rest(self, *, batch_flows: bool) -> None:
-        """Wait before the next look, where quiet; not at all behind a hint."""
-        if time.monotonic() < self._hinted_until:
+        """Wait before the next look, where quiet; not at all behind a hint, nor where the pause
+        before was ended: what it was ended for is still to be done."""
+        is_woken, self._is_woken = self._is_woken, False
+        if is_woken or time.monotonic() < self._hinted_until:
             return
         pause_s = QUIET_PAUSE_S if self._hears_hints else DEAF_PAUSE_S
         self.pause(FLOW_PAUSE_S if batch_flows else pause_s)
+        self._is_woken = False  # the next poll comes at once

@@ -46,9 +46,10 @@ class ClockedEvent:
     def clear(self) -> None:
         self._is_set = False
 
-    def wait(self, timeout_s: float) -> None:
+    def wait(self, timeout_s: float) -> bool:
         if not self._is_set:
             self._clock.now += timeout_s
+        return self._is_set
 
 
 @pytest.fixture
@@ -113,6 +114,19 @@ def test_whoever_needs_the_thread_wakes_it(rested):
     looking.hears_hints(True)
     looking.wake()
     assert rested(looking) == 0
+    assert rested(looking) == QUIET_PAUSE_S
+
+
+def test_a_wake_that_ended_a_pause_leaves_out_the_rest_behind_it(rested):
+    looking = Attention()
+    looking.hears_hints(True)
+    looking.wake()
+    assert looking.pause(1.0)
+    assert rested(looking) == 0
+    assert rested(looking) == QUIET_PAUSE_S
+    looking.wake()
+    assert rested(looking) == 0
+    assert not looking.pause(1.0)
     assert rested(looking) == QUIET_PAUSE_S
 
 
