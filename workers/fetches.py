@@ -72,7 +72,7 @@ class Fetches:
             self._consumer.poll(round(timeout_s * 1000))
         try:
             return self._look_until(now + timeout_s)
-        except (OSError, NotPlain) as error:
+        except (OSError, KafkaError) as error:
             logger.info("event=look_failed error=%r next=fetch_by_library", error)
             self._library_until = time.monotonic() + LIBRARY_S
             return {}
@@ -119,23 +119,33 @@ class Fetches:
                 return records
 
     def _look(self) -> Records:
-        subscription, cluster = self._consumer._subscription, self._consumer._cluster
+        subscription = self._consumer._subscription
         with_batch = time.monotonic() >= self._batch_due
         wanted, states = [], {}
+        knows_ends = True
         for partition in subscription.fetchable_partitions():
             state = subscription.assignment.get(partition)
             position = None if state is None else state.position
             if position is not None and (with_batch or partition.topic != BATCH_TOPIC):
                 states[partition] = state
                 wanted.append((partition, position.offset))
-        leader = cluster.leader_for_partition(wanted[0][0]) if wanted else None
-        broker = None if leader is None else cluster.broker_metadata(leader)
-        if broker is None:
+                knows_ends = knows_ends and state.highwater is not None
+        if not wanted:
             return {}
-        found = self._looks.look((broker.host, broker.port), wanted)
+        if not knows_ends:
+            self._looks.forget()  # an answer as the last one would not tell them
+        found = self._looks.look(self._leader_of(wanted[0][0]), wanted)
         if with_batch:
             self._batch_due = time.monotonic() + BATCH_INTERVAL_S
         return {} if found is None else self._take(found, states, dict(wanted))
+
+    def _leader_of(self, partition: TopicPartition) -> tuple[str, int]:
+        cluster = self._consumer._cluster
+        leader = cluster.leader_for_partition(partition)
+        broker = None if leader is None else cluster.broker_metadata(leader)
+        if broker is None:
+            raise NotPlain(f"no leader of {partition} is known")
+        return broker.host, broker.port
 
     def _take(
         self,
@@ -167,10 +177,15 @@ class Fetches:
         fetcher = self._consumer._fetcher
         offset = state.position.offset
         unpacked = fetcher.PartitionRecords(
-            offset, partition, MemoryRecords(bytes(data)), check_crcs=fetcher.config["check_crcs"]
+            offset,
+            partition,
+            MemoryRecords(bytes(data)),
+            check_crcs=fetcher.config["check_crcs"],
+            # The broker fills an answer in the order of the question: who had its turn asks last.
+            on_drain=fetcher._on_partition_records_drain,
         )
         records: Sequence[Any] = unpacked.take(None)
-        if unpacked.next_fetch_offset == offset:
+        if unpacked.next_fetch_offset <= offset:
             raise NotPlain(f"no whole message at {offset} of {partition}")
         state.position = OffsetAndMetadata(unpacked.next_fetch_offset, "", unpacked.leader_epoch)
         return records

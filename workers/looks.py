@@ -48,6 +48,7 @@ class Looks:
         self._client_id = client_id.encode()
         self._max_bytes = max_bytes
         self._socket: socket.socket | None = None
+        self._address: tuple[str, int] | None = None
         self._correlation = 0
         self._asked: list[tuple[TopicPartition, int]] = []
         self._question = b""
@@ -73,14 +74,20 @@ class Looks:
             if answer[4:] == self._empty_answer:
                 return None
             found = list(_read(answer))
-        except (OSError, struct.error, NotPlain) as error:
+            if {partition for partition, _, _ in found} != {partition for partition, _ in wanted}:
+                raise NotPlain("an answer of other partitions than those asked for")
+        except (OSError, struct.error, UnicodeDecodeError, NotPlain) as error:
             self.close()
-            if isinstance(error, struct.error):
+            if isinstance(error, struct.error | UnicodeDecodeError):
                 raise NotPlain(f"answer of {len(answer)} bytes: {error}") from error
             raise
         if not any(len(records) for _, _, records in found):
             self._empty_answer = answer[4:]
         return found
+
+    def forget(self) -> None:
+        """The next look says all that it sees, also where that is as it was."""
+        self._empty_answer = None
 
     def close(self) -> None:
         """The next look connects."""
@@ -106,7 +113,10 @@ class Looks:
         return b"".join(parts)
 
     def _exchange(self, address: tuple[str, int]) -> bytes:
+        if address != self._address:  # the old one may still answer, with what it has
+            self.close()
         if self._socket is None:
+            self._address = address
             self._socket = socket.create_connection(address, TIMEOUT_S)
             self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self._correlation = (self._correlation + 1) & 0x7FFFFFFF

@@ -149,3 +149,60 @@ def test_what_was_taken_during_a_look_is_dropped(consumer, fetches, publish, mon
     monkeypatch.setattr(fetches._looks, "look", lose)
     assert collect(fetches, 1) == [(A, 0, b"0")]
     assert not fetches.poll(0.1, is_member=True)
+
+
+def test_a_long_backlog_of_some_partitions_does_not_keep_the_others_waiting(
+    consumer, fetches, publish, monkeypatch
+):
+    monkeypatch.setattr("workers.fetches.BATCH_INTERVAL_S", 0.0)
+    monkeypatch.setattr(fetches._looks, "_max_bytes", 3000)
+    for number in range(6):
+        publish(A, b"%d" % number * 2000)
+        publish(B, b"%d" % number * 2000)
+    came = [partition for partition, *_ in collect(fetches, 12)]
+    first = came[0]
+    other = B if first == A else A
+    assert other in came[: came.count(first)]
+
+
+def test_what_cannot_be_unpacked_is_left_to_kafka_python(consumer, fetches, publish, monkeypatch):
+    publish(A, b"0")
+    publish(B, b"batch")
+    look = fetches._looks.look
+
+    def spoil(*args):
+        return [
+            (partition, high_water, memoryview(bytes(data[:-1]) + b"x" if partition == A else data))
+            for partition, high_water, data in look(*args) or ()
+        ]
+
+    monkeypatch.setattr(fetches._looks, "look", spoil)
+    assert sorted(collect(fetches, 2)) == [(B, 0, b"batch"), (A, 0, b"0")]
+
+
+def test_where_no_leader_is_known_kafka_python_is_asked(consumer, fetches, publish, monkeypatch):
+    publish(A, b"0")
+    publish(B, b"batch")
+    collect(fetches, 2)
+    leader_of = consumer._cluster.leader_for_partition
+    first = next(iter(consumer._subscription.assignment))
+    monkeypatch.setattr(
+        consumer._cluster, "leader_for_partition", lambda p: None if p == first else leader_of(p)
+    )
+    other = B if first == A else A
+    publish(other, b"more")
+    assert collect(fetches, 1) == [(other, 1, b"more")]
+
+
+def test_the_end_of_a_partition_that_is_given_anew_is_known_again(consumer, fetches, publish):
+    consumer.assign([A])
+    publish(A, b"0")
+    assert collect(fetches, 1)
+    for _ in range(3):
+        fetches.poll(0.03, is_member=True)
+    consumer.unsubscribe()
+    consumer.assign([A])
+    consumer.seek(A, 1)
+    for _ in range(3):
+        fetches.poll(0.03, is_member=True)
+    assert consumer.highwater(A) == 1

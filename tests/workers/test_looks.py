@@ -112,9 +112,22 @@ def test_an_answer_comes_in_any_pieces_and_may_grow(looks):
         answer(struct.pack(">ihqqqi", 0, 0, 7, 7, 0, 1) + bytes(24)),
         answer(PLAIN[:-4] + struct.pack(">i", 99)),
         answer(PLAIN[:-3]),
+        answer(struct.pack(">i", 1) + PLAIN[4:]),
+        answer(),
+        answer(PLAIN).replace(b"openlora", b"\xff" * 8),
         b"",
     ],
-    ids=["error", "partition's error", "aborted", "short records", "short", "nothing"],
+    ids=[
+        "error",
+        "partition's error",
+        "aborted",
+        "short records",
+        "short",
+        "other partition",
+        "no partition",
+        "odd name",
+        "nothing",
+    ],
 )
 def test_what_is_odd_is_refused_and_the_next_look_connects(looks, odd):
     broker = Broker(odd)
@@ -126,3 +139,10 @@ def test_what_is_odd_is_refused_and_the_next_look_connects(looks, odd):
         looks.look(other.address, [(A, 7)])
     assert looks.look(other.address, [(A, 7)]) == [(A, 7, b"")]
     other.join()
+
+
+def test_a_broker_that_moved_is_asked_where_it_is_now(looks):
+    old, new = Broker(answer(PLAIN)), Broker(answer(PLAIN))
+    assert looks.look(old.address, [(A, 7)]) == [(A, 7, b"")]
+    assert looks.look(new.address, [(A, 7)]) is None
+    new.join()
