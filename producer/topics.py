@@ -20,7 +20,6 @@ from openlora.protocol.status import Heartbeat
 
 DEFAULT_PARTITIONS = 32
 RESULTS_PARTITIONS = 4
-EMBEDDED_CLUSTER_ID = "tansu_cluster"
 _TIMEOUT_MS = 10_000
 
 _logger = logging.getLogger(__name__)
@@ -183,7 +182,7 @@ class TopicKeeper:
             for topic, count in counts.items()
             if count < min(self._seen.get(topic, 0), self._partitions[topic])
         }
-        if shrunk and self._admin.describe_cluster().get("cluster_id") != EMBEDDED_CLUSTER_ID:
+        if shrunk and self._admin.describe_cluster().get("cluster_id") != names.EMBEDDED_CLUSTER_ID:
             return set()
         return shrunk
 

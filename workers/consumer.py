@@ -100,7 +100,7 @@ class JobConsumer:
         self._wake_at_ended = max(1, budgets.batch // 4)
         self._status_due = 0.0
         self._consumer: Any = None
-        self._fetches: Fetches | None = None
+        self._fetches: Fetches  # set by ``connect``, as the consumer is
         self._thread = threading.Thread(target=self._run, name="kafka-consumer", daemon=True)
 
     def connect(self, timeout_ms: int) -> None:
@@ -156,7 +156,6 @@ class JobConsumer:
             self._close()
 
     def _poll_once(self) -> None:
-        assert self._fetches is not None
         self._apply_rebalances()
         self._take_ended()
         self._deliver_backlog()
@@ -175,11 +174,8 @@ class JobConsumer:
             if now >= self._status_due:
                 self._status_due = now + STATUS_INTERVAL_S
                 self._report()
-            if is_quiet:
-                self._fetches.look_at_all()
-            records = self._fetches.poll(
-                BRIEF_POLL_S if is_brief else POLL_TIMEOUT_S, is_member=is_member
-            )
+            timeout_s = BRIEF_POLL_S if is_brief else POLL_TIMEOUT_S
+            records = self._fetches.poll(timeout_s, is_member=is_member, look_at_all=is_quiet)
         except AuthorizationError:
             raise
         except KafkaError as error:
@@ -197,6 +193,7 @@ class JobConsumer:
         logger.warning("event=join_stuck next=leave_and_join_anew")
         self._assignor.forget()
         self._offsets.revoke(self._offsets.partitions())
+        self._fetches.close()
         try:
             self._consumer.close(autocommit=False, timeout_ms=LEAVE_TIMEOUT_MS)
         except KafkaError as error:
@@ -294,8 +291,7 @@ class JobConsumer:
             logger.info("event=last_commit_failed error=%r next=claims_skip_ended_jobs", error)
         self.status = ()
         self.joined = False
-        if self._fetches is not None:
-            self._fetches.close()
+        self._fetches.close()
         try:
             self._consumer.close(autocommit=False, timeout_ms=LEAVE_TIMEOUT_MS)
         except KafkaError as error:

@@ -11,13 +11,11 @@ from kafka.errors import KafkaError
 from kafka.record import MemoryRecords
 from kafka.structs import OffsetAndMetadata, TopicPartition
 
-from openlora.protocol.names import BATCH_TOPIC
+from openlora.protocol.names import BATCH_TOPIC, EMBEDDED_CLUSTER_ID
 from workers.attention import Attention
 from workers.kafka_client import FETCH_MAX_BYTES
 from workers.looks import Looks, NotPlain
 
-EMBEDDED_CLUSTER_ID = "tansu_cluster"
-"""What the embedded broker calls its cluster where nobody names it."""
 LOOK_INTERVAL_S = 0.02
 """From one look to the next."""
 LEAST_INTERVAL_S = 0.005
@@ -55,15 +53,18 @@ class Fetches:
         self._library_until = 0.0
         self._poll_due = self._batch_due = self._look_due = self._looked_at = 0.0
 
-    def poll(self, timeout_s: float, *, is_member: bool) -> Records:
+    def poll(self, timeout_s: float, *, is_member: bool, look_at_all: bool = False) -> Records:
         """What has come; waits for it for ``timeout_s`` at most.
 
         ``is_member``: whether the group has answered. If not, that is waited for as well.
+        ``look_at_all``: the next look is at the batch topic too.
 
         Raises:
             KafkaError: what kafka-python met.
         """
         now = time.monotonic()
+        if look_at_all:
+            self._batch_due = 0.0
         self._is_looking = now >= self._library_until and self._is_embedded
         if not self._is_looking:
             return self._poll_library(timeout_s, is_member)
@@ -76,10 +77,6 @@ class Fetches:
             logger.info("event=look_failed error=%r next=fetch_by_library", error)
             self._library_until = time.monotonic() + LIBRARY_S
             return {}
-
-    def look_at_all(self) -> None:
-        """The next look is at the batch topic too."""
-        self._batch_due = 0.0
 
     @property
     def _is_embedded(self) -> bool:

@@ -13,6 +13,8 @@ BATCH_TOPIC = "openlora.batch"
 DEAD_TOPIC = "openlora.dead"
 JOB_TOPICS = (JOBS_TOPIC, BATCH_TOPIC)
 WORKER_GROUP = "openlora.workers"
+EMBEDDED_CLUSTER_ID = "tansu_cluster"
+"""What the embedded broker calls its cluster where nobody names it."""
 
 SHARD_COUNT = 256
 _SHARD_DIGITS = 2
