@@ -9,9 +9,9 @@ from openlora.joblog.hints import HOLDS_S
 
 QUIET_AFTER_S = 2.0
 QUIET_PAUSE_S = 0.5
-"""Looking 50 times a second costs a tenth of a core, here and at an embedded broker. A worker that
-got no interactive job for a while waits for a hint that there is one (joblog/hints.py), and looks
-twice a second in case that one was lost."""
+"""Looking 50 times a second costs 3 % of a core here and 5 % at an embedded broker of 32 partitions
+that nothing comes to. A worker that got no interactive job for a while waits for a hint that there
+is one (joblog/hints.py), and looks twice a second in case that one was lost."""
 DEAF_AFTER_S = 30.0
 DEAF_PAUSE_S = 0.08
 """The same where hints are not heard: the next job waits up to that much longer, those after it do
