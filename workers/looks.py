@@ -22,6 +22,8 @@ there, and one that waits goes through all partitions again after a half of it, 
 TIMEOUT_S = 2.0
 _FETCH, _VERSION = 1, 11
 _PARTITION_BYTES = 1 << 20
+_MOST_BYTES = 1 << 27
+"""Of an answer, which may hold a first message that is larger than was asked for."""
 _EARLIEST_EPOCH = _NO_SESSION = _CLIENT = -1
 
 _SIZE = struct.Struct(">i")
@@ -125,6 +127,8 @@ class Looks:
         self._socket.sendall(b"".join((size, head, self._question)))
         data = self._receive(b"", _SIZE.size)
         (length,) = _SIZE.unpack_from(data)
+        if not _SIZE.size <= length <= _MOST_BYTES:
+            raise NotPlain(f"an answer of {length} bytes")
         answer = self._receive(data[_SIZE.size :], length)
         if len(answer) != length or _SIZE.unpack_from(answer)[0] != self._correlation:
             raise NotPlain(f"an answer of {len(answer)} bytes to something else")

@@ -146,3 +146,22 @@ def test_a_broker_that_moved_is_asked_where_it_is_now(looks):
     assert looks.look(old.address, [(A, 7)]) == [(A, 7, b"")]
     assert looks.look(new.address, [(A, 7)]) is None
     new.join()
+
+
+@pytest.mark.parametrize("size", [-1, 3, 1 << 30])
+def test_an_answer_of_an_odd_size_is_refused_before_it_is_read(looks, size):
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def serve():
+            connection, _ = listener.accept()
+            with connection:
+                connection.recv(1 << 16)
+                connection.sendall(struct.pack(">i", size))
+                connection.recv(1)  # until it hangs up
+
+        thread = threading.Thread(target=serve, daemon=True)
+        thread.start()
+        with pytest.raises(NotPlain, match=f"an answer of {size} bytes"):
+            looks.look(listener.getsockname(), [(A, 7)])
+        thread.join(10)
+        assert not thread.is_alive()
