@@ -24,6 +24,8 @@ AGE_S = 1.0
 """How old what a heartbeat tells is when it is read, about."""
 SHORT_QUEUE = 64
 """So many waiting jobs are no sign of anything: they start within moments of each other."""
+FEW_WAIT = 16
+"""What is served while so few wait tells how fast they come, not how fast they could be served."""
 MAX_RETRY_AFTER_MS = 30_000
 WITHDRAWN = 10_000
 """More than are refused at once behind their count: a counter that falls by more is another."""
@@ -42,8 +44,8 @@ class QueueEstimate:
         max_wait_s: jobs that would wait longer are refused.
 
     Attributes:
-        depth: jobs that wait. rate: jobs served per second lately, while some waited; None where
-            none did.
+        depth: jobs that wait. rate: jobs served per second lately, while more than ``FEW_WAIT``
+            waited; None where they never did.
     """
 
     def __init__(self, max_wait_s: float) -> None:
@@ -61,7 +63,7 @@ class QueueEstimate:
         self, heartbeats: Sequence[Heartbeat], now: float, arrived: int | None = None
     ) -> None:
         """``now``: monotonic seconds. ``arrived``: what the shared counter says."""
-        began, was_busy = self._updated_at, self.depth > 0
+        began, was_busy = self._updated_at, self.depth > FEW_WAIT
         self.depth = queue_depth(heartbeats)
         self._updated_at = now
         while self._taken and self._taken[0] < now - AGE_S:
@@ -75,7 +77,7 @@ class QueueEstimate:
             if status.high_water >= 0 and status.topic != BATCH_TOPIC
         }
         before, self._committed = self._committed, committed
-        if was_busy:  # what is served while nobody waits says nothing of how much could be
+        if was_busy:
             # A partition that changed hands, or a topic made anew, would look like a leap.
             steps = (max(0, committed[p] - before[p]) for p in committed.keys() & before.keys())
             self._served.append(_Interval(began, now - began, sum(steps)))

@@ -4,7 +4,13 @@ from __future__ import annotations
 
 import pytest
 
-from gateway.queue_estimate import MAX_RETRY_AFTER_MS, SHORT_QUEUE, WINDOW_S, QueueEstimate
+from gateway.queue_estimate import (
+    FEW_WAIT,
+    MAX_RETRY_AFTER_MS,
+    SHORT_QUEUE,
+    WINDOW_S,
+    QueueEstimate,
+)
 from openlora.errors import Overloaded
 from openlora.protocol.names import BATCH_TOPIC
 from openlora.protocol.status import PartitionStatus
@@ -97,6 +103,16 @@ def test_what_is_served_while_nobody_waits_is_no_pace():
     assert estimate.rate is None
     estimate.update([beat(20, 20, 520)], 20.0)
     estimate.update([beat(120, 120, 520)], 21.0)
+    assert estimate.rate == 100
+
+
+def test_a_trickle_is_no_pace_for_the_crowd_behind_it():
+    estimate = QueueEstimate(60)
+    served(estimate, per_second=3, depth=FEW_WAIT)  # each is served as soon as it comes
+    for _ in range(500):
+        estimate.take(None, NOW + 0.5)
+    estimate.update([beat(30, 30, 530)], NOW + 1)
+    estimate.update([beat(130, 130, 530)], NOW + 2)
     assert estimate.rate == 100
 
 
