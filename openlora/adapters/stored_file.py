@@ -24,7 +24,8 @@ def has_file(system: Any, place: str, file: Path) -> bool:
         return False
     if found["size"] != file.stat().st_size:
         return False
-    if _md5_of(found) == _md5(file):
+    checksum = _md5_of(found)
+    if checksum is not None and checksum == _md5(file):
         return True
     # It has no checksum, or one of parts, or is damaged.
     with system.open(place, "rb") as stored, file.open("rb") as own:
