@@ -39,7 +39,7 @@ from typing import Literal
 import msgspec
 
 from openlora.joblog.scripts import JOB_STATE, PUBLISH, Call, Script
-from openlora.protocol import names
+from openlora.protocol import codec, names
 from openlora.protocol.events import Chunk
 
 ENDED_TTL_S = 24 * 3600
@@ -52,7 +52,6 @@ _STATUS: tuple[Status, ...] = ("taken", "fenced", "gone", "gap", "unclaimed")
 _KIND_TOKENS, _KIND_END, _KIND_RESTARTED = 0, 1, 2
 
 _pack = msgspec.msgpack.Encoder().encode
-_encode = msgspec.json.Encoder().encode
 _log_key = lru_cache(maxsize=2048)(names.log_key)
 """A live stream's is asked for with every step."""
 
@@ -175,12 +174,13 @@ def append_calls(
 
 def _call(chunks: Sequence[Chunk], entries: Sequence[int]) -> Call:
     shard = names.shard_of(chunks[0].job_id)
+    encode = codec.encode
     keys = []
     facts: list[int] = []
     bodies = []
     for chunk, known in zip(chunks, entries, strict=True):
         keys.append(_log_key(chunk.job_id, chunk.epoch))
-        body = _encode(chunk)
+        body = encode(chunk)
         bodies.append(body)
         count = len(chunk.tokens)
         if chunk.end is None and not chunk.restarted:

@@ -14,12 +14,8 @@ from openlora.protocol.status import AdapterRecord, Heartbeat
 
 T = TypeVar("T")
 
-_encoder = msgspec.json.Encoder()
-
-
-def encode(message: object) -> bytes:
-    """Any message of this package as compact JSON."""
-    return _encoder.encode(message)
+encode: Callable[[object], bytes] = msgspec.json.Encoder().encode
+"""Any message of this package as compact JSON. Called for every chunk of live tokens."""
 
 
 def checked_decoder(kind: type[T], name: str) -> Callable[[bytes | str], T]:
