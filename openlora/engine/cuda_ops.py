@@ -183,31 +183,52 @@ def decode_tiles(
 
     ``rows_share``: most rows share their pages with others; ``has_chunks``: many of them, as those
     of prompts do. The tiles serve any batch; these are the faster ones for such.
-    ``deterministic``: one cut for steps of any kind, prefill included,
-    so that a row's sums have one order whatever shares its chunk or its step.
+    ``deterministic``: ``_invariant_tiles``, whatever the batch is.
     """
+    if deterministic:
+        return _invariant_tiles(pages, num_processors)
     tiles = []
     for index, site in enumerate(pages):
         is_long = site[0][0].shape[1] > 8192
         splits = 32 if is_long else 16
-        shared_splits = splits if rows_share and not has_chunks else splits // 2
-        block_n = 128 if index == GATE_UP else 64 if rows_share else 256
         tiles.append(
             SGMVTiles(
                 chunk_rows=16,
                 # About one tile of 256 × 16 a program: all of its loads are under way at once.
-                splits=splits // 2 if deterministic else splits,
-                shared_splits=splits // 2 if deterministic else shared_splits,
+                splits=splits,
+                shared_splits=splits if rows_share and not has_chunks else splits // 2,
                 block_k=256,
                 # Few shared pages make many programs of small tiles. Gate and up are wide, and the
                 # kernel of both together reads a tile of each.
-                block_n=256 if deterministic else block_n,
+                block_n=128 if index == GATE_UP else 64 if rows_share else 256,
                 num_programs=num_processors * 16,
                 shrink_warps=2,
                 # One warp holds all 16 ranks of its columns.
-                expand_warps=2 if deterministic else 1,
-                fuses_gate=not (rows_share or deterministic),
-                single_rows=not deterministic,
+                expand_warps=1,
+                fuses_gate=not rows_share,
+            )
+        )
+    return tuple(tiles)
+
+
+def _invariant_tiles(pages: Sequence[LayerPages], num_processors: int) -> tuple[SGMVTiles, ...]:
+    """Per site, one cut for steps of any kind, prefill included, so that a row's sums have one
+    order whatever shares its chunk or its step."""
+    tiles = []
+    for site in pages:
+        splits = 16 if site[0][0].shape[1] > 8192 else 8
+        tiles.append(
+            SGMVTiles(
+                chunk_rows=16,
+                splits=splits,
+                shared_splits=splits,
+                block_k=256,
+                block_n=256,
+                num_programs=num_processors * 16,
+                shrink_warps=2,
+                expand_warps=2,
+                fuses_gate=False,
+                single_rows=False,
             )
         )
     return tuple(tiles)

@@ -34,9 +34,10 @@ from openlora.kernels.triton_sgmv import SGMVTables
 from openlora.models.decoder import Decoder
 
 PAGES_PER_ROW = 32
-"""Room in the LoRA buffers: 8 adapters of rank 64 for each of ``max_rows`` rows,"""
+"""Room in the LoRA buffers: 8 adapters of rank 64 for each of ``max_rows`` rows."""
 USUAL_PAGES_PER_ROW = 4
-"""and one of rank 64 for each token of a chunk; so many pages a row have programs at once."""
+"""Pages a row that the launches have programs for: one adapter of rank 64. The buffers have room
+for as many of each token of a chunk."""
 TOKENS_APART = 128
 """Between the sizes of steps with chunks: rounding up a step that computes, not reads, costs."""
 LoRAKind = Literal["none", "shared", "distinct"]
