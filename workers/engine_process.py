@@ -45,12 +45,13 @@ from workers.scripted_engine import ScriptedEngine
 if TYPE_CHECKING:
     from openlora.engine import Engine
 
+_FIRST_FILE = 3
+"""The lowest number that is no standard stream's."""
 LOAD_INTERVAL_S = 0.5
 PROGRESS_INTERVAL_S = 0.1
 PIN_WAIT_S = 0.02
 """How often an idle engine looks whether a pinned adapter was loaded."""
 SWITCH_INTERVAL_S = 0.0005
-_FIRST_FILE = 3
 STALLED_WAIT_S = 0.001
 """Pause between steps that said nothing while every request waits (for an adapter to load)."""
 

@@ -22,6 +22,14 @@ from tests.gateway.peft_dirs import write_adapter
 pytestmark = pytest.mark.services
 
 
+async def put_and_drop(registry: AsyncAdapterRegistry, store: AdapterStore, source: Path) -> str:
+    """Content that an adapter had and none has any more; its hash."""
+    content = store.put(source, holder=await registry.holder()).hash
+    await registry.put(AdapterRecord("one", 0, content, 4, (), "tiny", 1, "/x", 0))
+    await registry.remove("one")
+    return content
+
+
 def test_content_that_is_added_again_while_jobs_are_looked_at_stays(
     redis_url: str, tmp_path: Path
 ) -> None:
@@ -30,9 +38,7 @@ def test_content_that_is_added_again_while_jobs_are_looked_at_stays(
     async def main() -> None:
         client = async_redis_client(redis_url)
         registry = AsyncAdapterRegistry(client)
-        content = store.put(source, holder=await registry.holder()).hash
-        await registry.put(AdapterRecord("one", 0, content, 4, (), "tiny", 1, "/x", 0))
-        await registry.remove("one")
+        content = await put_and_drop(registry, store, source)
         collector = AdapterCollector(registry, AsyncJobLog(client), client, store)
         in_use = collector._in_use
 
@@ -62,10 +68,7 @@ def test_content_that_is_added_again_while_it_is_released_stays(
     async def main() -> None:
         client = async_redis_client(redis_url)
         registry = AsyncAdapterRegistry(client)
-        holder = await registry.holder()
-        content = store.put(source, holder=holder).hash
-        await registry.put(AdapterRecord("one", 0, content, 4, (), "tiny", 1, "/x", 0))
-        await registry.remove("one")
+        content = await put_and_drop(registry, store, source)
         loop = asyncio.get_running_loop()
 
         class Slow(AdapterStore):
@@ -77,7 +80,7 @@ def test_content_that_is_added_again_while_it_is_released_stays(
         slow = Slow(tmp_path / "store")
         collector = AdapterCollector(registry, AsyncJobLog(client), client, slow)
         assert await collector.collect(0) == []
-        assert store.held(content) == (holder,)
+        assert store.held(content) == (await registry.holder(),)
         assert await registry.dropped(time.time_ns() // 1_000_000 + 2 * STORING_MS) == [content]
         await client.aclose()
 
