@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import socket
 import struct
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 
 from kafka.errors import KafkaError
 from kafka.structs import TopicPartition
@@ -19,6 +19,10 @@ LOOK_MS = 1
 """The wait of a look: the embedded broker answers one without a wait with nothing, whatever is
 there, and one that waits goes through all partitions again after a half of it, three quarters, ….
 """
+LONG_MS, LONGEST_MS = 4, 1024
+"""The wait where a look was cut short. Of a partition with a message to give, that broker lists all
+from the first one on, half a millisecond a thousand; what it has not done when the wait is over is
+answered with nothing. With messages to give, it answers at once however long it may wait."""
 TIMEOUT_S = 2.0
 _FETCH, _VERSION = 1, 11
 _PARTITION_BYTES = 1 << 20
@@ -32,6 +36,12 @@ _ANSWER_HEAD = struct.Struct(">iihii")  # correlation, throttle, error, session,
 _OFFSET = struct.Struct(">iiqqi")  # partition, leader epoch, offset, log start, most bytes
 _STATE = struct.Struct(">ihqqqi")  # partition, error, high water, stable, log start, aborted
 _REST = struct.Struct(">ii")  # preferred replica, bytes of records
+
+
+Wanted = list[tuple[TopicPartition, int]]
+"""Partitions and the offsets to read from."""
+Found = list[tuple[TopicPartition, int, memoryview]]
+"""Partitions, their high waters and records."""
 
 
 class NotPlain(KafkaError):  # type: ignore[misc]
@@ -52,36 +62,33 @@ class Looks:
         self._socket: socket.socket | None = None
         self._address: tuple[str, int] | None = None
         self._correlation = 0
-        self._asked: list[tuple[TopicPartition, int]] = []
+        self._asked: Wanted = []
         self._question = b""
         self._empty_answer: bytes | None = None
+        self._long_ms = LONG_MS
 
-    def look(
-        self, address: tuple[str, int], wanted: list[tuple[TopicPartition, int]]
-    ) -> list[tuple[TopicPartition, int, memoryview]] | None:
+    def look(self, address: tuple[str, int], wanted: Wanted) -> Found | None:
         """→ partition, high water and records of each of ``wanted``; None where all is as it was
         and empty.
 
-        ``wanted``: partitions and the offsets to read from, those of a topic together.
+        ``wanted``: those of a topic together.
 
         Raises:
             OSError: the broker does not answer; the next look connects again.
             NotPlain: it answered with something else. Nothing was lost.
         """
         if wanted != self._asked:
-            self._asked, self._question = [*wanted], self._ask(wanted)
+            self._asked, self._question = [*wanted], self._ask(wanted, LOOK_MS)
             self._empty_answer = None
         try:
-            answer = self._exchange(address)
+            answer = self._exchange(address, self._question)
             if answer[4:] == self._empty_answer:
                 return None
-            found = list(_read(answer))
-            if {partition for partition, _, _ in found} != {partition for partition, _ in wanted}:
-                raise NotPlain("an answer of other partitions than those asked for")
-        except (OSError, struct.error, UnicodeDecodeError, NotPlain) as error:
+            found = _read_all(answer, wanted)
+            if behind := self._cut_short(found, wanted):
+                return self._look_longer(address, found, behind)
+        except (OSError, NotPlain):
             self.close()
-            if isinstance(error, struct.error | UnicodeDecodeError):
-                raise NotPlain(f"answer of {len(answer)} bytes: {error}") from error
             raise
         if not any(len(records) for _, _, records in found):
             self._empty_answer = answer[4:]
@@ -97,7 +104,35 @@ class Looks:
             self._socket.close()
             self._socket = None
 
-    def _ask(self, wanted: Iterable[tuple[TopicPartition, int]]) -> bytes:
+    def _cut_short(self, found: Found, wanted: Wanted) -> Wanted:
+        """Of which there are messages that did not come, though the answer had room for them."""
+        if 2 * sum(len(records) for _, _, records in found) > self._max_bytes:
+            return []
+        offsets = dict(wanted)
+        return [
+            (partition, offsets[partition])
+            for partition, high_water, records in found
+            if high_water > offsets.get(partition, high_water) and not len(records)
+        ]
+
+    def _look_longer(self, address: tuple[str, int], found: Found, behind: Wanted) -> Found:
+        """``found``, with what ``behind`` has."""
+        all_found = {partition: (high, records) for partition, high, records in found}
+        while behind:
+            if self._long_ms > LONGEST_MS:
+                self._long_ms = LONG_MS
+                raise NotPlain(f"{behind[0][0]} has messages and does not give them")
+            asked = behind
+            question = self._ask(behind, self._long_ms)
+            for partition, high, records in _read_all(self._exchange(address, question), behind):
+                all_found[partition] = (high, records)
+            found = [(partition, *state) for partition, state in all_found.items()]
+            behind = self._cut_short(found, behind)
+            if behind == asked:
+                self._long_ms *= 4
+        return found
+
+    def _ask(self, wanted: Wanted, wait_ms: int) -> bytes:
         topics: dict[str, list[bytes]] = {}
         for (topic, partition), offset in wanted:
             topics.setdefault(topic, []).append(
@@ -105,7 +140,7 @@ class Looks:
             )
         parts = [
             struct.pack(">h", len(self._client_id)) + self._client_id,
-            struct.pack(">iiiibii", _CLIENT, LOOK_MS, 1, self._max_bytes, 0, 0, _NO_SESSION),
+            struct.pack(">iiiibii", _CLIENT, wait_ms, 1, self._max_bytes, 0, 0, _NO_SESSION),
             _SIZE.pack(len(topics)),
         ]
         for topic, partitions in topics.items():
@@ -114,7 +149,7 @@ class Looks:
         parts.append(struct.pack(">ih", 0, 0))  # no partitions to forget, no rack
         return b"".join(parts)
 
-    def _exchange(self, address: tuple[str, int]) -> bytes:
+    def _exchange(self, address: tuple[str, int], question: bytes) -> bytes:
         if address != self._address:  # the old one may still answer, with what it has
             self.close()
         if self._socket is None:
@@ -123,8 +158,8 @@ class Looks:
             self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self._correlation = (self._correlation + 1) & 0x7FFFFFFF
         head = _HEAD.pack(_FETCH, _VERSION, self._correlation)
-        size = _SIZE.pack(len(head) + len(self._question))
-        self._socket.sendall(b"".join((size, head, self._question)))
+        size = _SIZE.pack(len(head) + len(question))
+        self._socket.sendall(b"".join((size, head, question)))
         data = self._receive(b"", _SIZE.size)
         (length,) = _SIZE.unpack_from(data)
         if not _SIZE.size <= length <= _MOST_BYTES:
@@ -142,6 +177,16 @@ class Looks:
                 raise ConnectionResetError("the broker closed the connection")
             data += more
         return data
+
+
+def _read_all(answer: bytes, wanted: Wanted) -> Found:
+    try:
+        found = list(_read(answer))
+    except (struct.error, UnicodeDecodeError) as error:
+        raise NotPlain(f"answer of {len(answer)} bytes: {error}") from error
+    if {partition for partition, _, _ in found} != {partition for partition, _ in wanted}:
+        raise NotPlain("an answer of other partitions than those asked for")
+    return found
 
 
 def _read(answer: bytes) -> Iterator[tuple[TopicPartition, int, memoryview]]:

@@ -31,7 +31,10 @@ def looks():
 
 
 def values(data):
-    return [record.value for record in MemoryRecords(bytes(data)).next_batch()]
+    records, found = MemoryRecords(bytes(data)), []
+    while records.has_next():
+        found += [record.value for record in records.next_batch()]
+    return found
 
 
 @pytest.mark.services
@@ -165,3 +168,59 @@ def test_an_answer_of_an_odd_size_is_refused_before_it_is_read(looks, size):
             looks.look(listener.getsockname(), [(A, 7)])
         thread.join(10)
         assert not thread.is_alive()
+
+
+def partition(number, high_water, records=b""):
+    state = struct.pack(">ihqqqi", number, 0, high_water, high_water, 0, -1)
+    return state + struct.pack(">ii", -1, len(records)) + records
+
+
+def test_what_a_look_was_too_short_for_is_waited_for(looks):
+    broker = Broker(
+        answer(partition(0, 9), partition(1, 8, b"abc")),  # A has two more than it gave
+        answer(partition(0, 9)),
+        answer(partition(0, 9, b"de")),
+        answer(partition(0, 9), partition(1, 8)),
+        answer(partition(0, 9), partition(1, 8)),
+    )
+    found = looks.look(broker.address, [(A, 7), (B, 7)])
+    assert found == [(A, 9, b"de"), (B, 8, b"abc")]
+    assert looks.look(broker.address, [(A, 9), (B, 8)]) == [(A, 9, b""), (B, 8, b"")]
+    assert looks.look(broker.address, [(A, 9), (B, 8)]) is None
+    broker.join()
+
+
+def test_a_full_answer_is_not_one_cut_short():
+    looks = Looks("test", 4)
+    broker = Broker(answer(partition(0, 9), partition(1, 8, b"abc")))
+    assert looks.look(broker.address, [(A, 7), (B, 7)]) == [(A, 9, b""), (B, 8, b"abc")]
+    broker.join()
+    looks.close()
+
+
+def test_messages_that_never_come_are_left_to_kafka_python(looks):
+    broker = Broker(*[answer(partition(0, 9))] * 6, answer(partition(0, 9, b"de")))
+    with pytest.raises(NotPlain, match="does not give them"):
+        looks.look(broker.address, [(A, 7)])
+    other = Broker(answer(partition(0, 9, b"de")))
+    assert looks.look(other.address, [(A, 7)]) == [(A, 9, b"de")]
+    other.join()
+
+
+@pytest.mark.services
+def test_a_partition_of_thousands_gives_its_newest(fresh_broker, looks):
+    """The embedded broker lists them all for each fetch, which takes longer than a look waits."""
+    ensure_topics(fresh_broker.bootstrap_servers, partitions=1)
+    host, port = fresh_broker.bootstrap_servers.split(":")
+    producer = KafkaProducer(
+        bootstrap_servers=fresh_broker.bootstrap_servers,
+        batch_size=0,  # a message is a thing of its own, as jobs that come one by one are
+    )
+    for number in range(4000):
+        sent = producer.send(JOBS_TOPIC, b"%d" % number, partition=0)
+    last = sent.get(60).offset
+    for offset in (last, last - 1, last):
+        ((_, high, data),) = looks.look((host, int(port)), [(A, offset)])
+        assert high == last + 1
+        assert len(values(data)) == high - offset
+    producer.close(timeout=1)
