@@ -34,7 +34,7 @@ from workers.waiting import Waiting
 from workers.ward import Ward
 
 ADMIT_AT_ONCE = 16
-EMIT_AT_ONCE = 100
+EMIT_AT_ONCE = 25
 PROBE_INTERVAL_S = 0.5
 """A run that has nothing to say asks its log this often whether it was cancelled, lost its lease
 or moved, maybe while Redis was away; the control channel would tell of cancels alone."""
