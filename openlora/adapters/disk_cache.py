@@ -47,8 +47,8 @@ class DiskCache:
 
     Where one process uses it, no more than ``max_bytes`` is here when ``ensure`` returns, but for
     adapters that are being read or placed, or wait for their first reading. What other processes
-    bring counts from this one's first fetch on that is ``RESCAN_S`` later, or sooner: by so much
-    the budget may be exceeded, n processes holding n budgets at most. What is on its way here, or
+    bring counts from this one's first fetch on that is ``RESCAN_S`` or ``RESCAN_BROUGHT`` fetches
+    later: by what they bring meanwhile the budget may be exceeded. What is on its way here, or
     being deleted, comes on top.
 
     Args:

@@ -19,6 +19,8 @@ from pathlib import Path
 RESCAN_S = 2.0
 """So long what other processes bring or evict may go unnoticed. A look gives the interpreter's lock
 up at each adapter: at each fetch, it would take longer than the copy and hold up the engine."""
+RESCAN_BROUGHT = 8
+"""Likewise so many adapters that this process brings: the others may bring as many meanwhile."""
 _HASH = re.compile(r"[0-9a-f]{64}")
 
 
@@ -66,6 +68,7 @@ class DiskIndex:
         self._queue: list[tuple[int, str]] = []
         self._scanning = threading.Lock()
         self._rescan_at = 0.0
+        self._brought = 0  # since the last scan
         self._changed: set[str] = set()  # came or went since the last scan began
 
     @property
@@ -83,6 +86,7 @@ class DiskIndex:
     def expect(self, name: str, size: int) -> None:
         """It is about to be placed, and counts already."""
         with self._lock:
+            self._brought += 1
             self._put(Entry(name, size, 0, is_here=False))
 
     def placed(self, name: str, size: int, used_ns: int, fresh_until: float | None = None) -> None:
@@ -137,24 +141,29 @@ class DiskIndex:
                 self._enqueue(entry)
 
     def rescan(self, *, at_once: bool = False) -> None:
-        """See what other processes brought and evicted, where the last look is ``RESCAN_S`` ago;
-        ``at_once``: in any case. Nobody waits for a look that another thread has begun.
+        """See what other processes brought and evicted, where the last look is ``RESCAN_S`` or
+        ``RESCAN_BROUGHT`` ago; ``at_once``: in any case. Nobody waits for a look that another
+        thread has begun.
 
         Raises:
             OSError: the directory cannot be listed.
         """
-        if not at_once and time.monotonic() < self._rescan_at:
+        if not at_once and not self._is_due():
             return
         if not self._scanning.acquire(blocking=False):
             return
         try:
-            started = time.monotonic()
-            if at_once or started >= self._rescan_at:
+            if at_once or self._is_due():
+                started = time.monotonic()
+                self._brought = 0
                 self._scan()
                 # Of the beginning: what came behind that may have been missed.
                 self._rescan_at = started + RESCAN_S
         finally:
             self._scanning.release()
+
+    def _is_due(self) -> bool:
+        return time.monotonic() >= self._rescan_at or self._brought >= RESCAN_BROUGHT
 
     def _scan(self) -> None:
         with self._lock:

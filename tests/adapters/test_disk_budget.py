@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from openlora.adapters import disk_index
 from openlora.adapters.adapter_source import Evicted
 from openlora.adapters.disk_cache import DiskCache
-from openlora.adapters.disk_index import RESCAN_S, is_content_hash
+from openlora.adapters.disk_index import RESCAN_BROUGHT, RESCAN_S, is_content_hash
 from openlora.adapters.peft_format import inspect_adapter
 from openlora.errors import AdapterFailed
 from tests.adapters.folder_source import FolderSource
@@ -129,6 +129,20 @@ def test_what_another_process_brought_counts_after_the_interval(
     clock.now += RESCAN_S
     ensure(one, contents[4])
     assert here(one.root) == set(contents[2:5])
+    assert agrees(one, size)
+
+
+def test_what_another_process_brought_counts_sooner_where_much_is_brought(
+    source, contents, size, tmp_path, clock
+):
+    (tmp_path / "cache").mkdir()
+    budget = RESCAN_BROUGHT + 2
+    one, other = (DiskCache(tmp_path / "cache", source, budget * size) for _ in "ab")
+    ensure(one, *contents[: RESCAN_BROUGHT - 1])
+    ensure(other, *contents[40:44])
+    assert len(here(one.root)) > budget
+    ensure(one, contents[RESCAN_BROUGHT])
+    assert len(here(one.root)) == budget
     assert agrees(one, size)
 
 
