@@ -7,6 +7,9 @@
 
 An adapter appears in one rename, after its SHA-256 was found to be its name. The longest unused go
 when the budget is exceeded, never one that somebody reads.
+
+Behind each system call a fetch waits for the interpreter's lock, which the engine's thread has, and
+takes it from that. So what is here is remembered (disk_index.py), not looked for at each fetch.
 """
 
 from __future__ import annotations
@@ -15,9 +18,7 @@ import contextlib
 import errno
 import logging
 import os
-import re
 import shutil
-import tempfile
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -25,6 +26,8 @@ from threading import Event
 
 from openlora.adapters.adapter_source import Cancelled, Evicted, Source
 from openlora.adapters.content_locks import ContentLocks
+from openlora.adapters.disk_eviction import DiskEviction
+from openlora.adapters.disk_index import DiskIndex, is_content_hash, size_of
 from openlora.adapters.peft_format import inspect_adapter
 from openlora.adapters.quarantine import QUARANTINE, keep_aside
 from openlora.adapters.tier_stats import TierCounter, TierStats
@@ -34,15 +37,19 @@ BACK_OFF_S = (0.25, 0.5, 1.0, 2.0)
 """Waits between the attempts at a store that does not answer, or answers wrongly."""
 REFUSED_S = 30.0
 """What the store has in other bytes than its name says is not asked for again so soon."""
-STALE_S = 3600.0
-_HASH = re.compile(r"[0-9a-f]{64}")
-_INCOMING, _TRASH, _LOCKS = ".incoming-", ".trash-", ".locks"
+_INCOMING, _LOCKS = ".incoming-", ".locks"
 
 logger = logging.getLogger(__name__)
 
 
 class DiskCache:
     """The adapters below ``root``.
+
+    Where one process uses it, no more than ``max_bytes`` is here when ``ensure`` returns, but for
+    adapters that are being read or placed, or wait for their first reading. What other processes
+    bring counts from this one's first fetch on that is ``RESCAN_S`` or ``RESCAN_BROUGHT`` fetches
+    later: by what they bring meanwhile the budget may be exceeded. What is on its way here, or
+    being deleted, comes on top.
 
     Args:
         root: of this cache alone; several processes may use it.
@@ -65,11 +72,13 @@ class DiskCache:
         self._locks = ContentLocks(self.root / _LOCKS)
         self._counter = TierCounter()
         self._refused: dict[str, tuple[float, str]] = {}
-        self._sizes: dict[str, int] = {}
-        self._fresh: dict[str, float] = {}  # not read yet, and until when it stays for that
+        self._index = DiskIndex(self.root)
+        self._eviction = DiskEviction(
+            self.root, self._index, self._locks, self._counter, self._max_bytes
+        )
         with contextlib.suppress(OSError):
-            self._rescan()
-            self._sweep()
+            self._index.rescan()
+            self._eviction.sweep(_INCOMING)
 
     def path(self, content_hash: str) -> Path:
         """Where it is, or will be."""
@@ -77,7 +86,7 @@ class DiskCache:
 
     def owns(self, path: Path) -> bool:
         """Whether ``path`` is an adapter's place in this cache."""
-        return path.parent == self.root and _HASH.fullmatch(path.name) is not None
+        return path.parent == self.root and is_content_hash(path.name)
 
     def has(self, path: Path) -> bool:
         """Whether it is there now; counts nothing."""
@@ -97,16 +106,18 @@ class DiskCache:
         self._check_refused(path.name)
         started = time.perf_counter()
         try:
-            self.root.mkdir(parents=True, exist_ok=True)
             with self._locks.alone(path.name):
+                is_here = path.is_dir()
                 try:
-                    if not path.is_dir():
+                    if not is_here:
                         self._bring(path, cancelled or Event())
+                        is_here = True
+                    self._keep(path, keep_s)
                 finally:
-                    if not path.is_dir():
+                    if not is_here:
                         self._locks.remove(path.name)
+            self.trim()
             self._counter.loaded(time.perf_counter() - started)
-            self._fresh[path.name] = time.monotonic() + keep_s
         except AdapterFailed:
             self._counter.failed()
             raise
@@ -116,7 +127,6 @@ class DiskCache:
                 f"the adapter cache {self.root} cannot be written: {error}; free space there, or "
                 "name another folder with OPENLORA_ADAPTER_CACHE"
             ) from error
-        self.trim()
 
     @contextlib.contextmanager
     def reading(self, path: Path) -> Iterator[None]:
@@ -126,13 +136,12 @@ class DiskCache:
             Evicted: it is not there any more.
         """
         with self._locks.shared(path.name):
-            if not path.is_dir():
+            used_ns = time.time_ns()
+            if not _set_used(path, used_ns):
                 self._locks.remove(path.name)
                 raise Evicted(f"adapter {path.name} went before it was read")
-            if self._fresh.pop(path.name, None) is None:  # else this is what it was fetched for
+            if not self._index.used(path.name, used_ns):  # else this is what it was fetched for
                 self._counter.hit()
-            with contextlib.suppress(OSError):
-                os.utime(path)
             yield
 
     def drop_damaged(self, paths: Iterable[Path]) -> bool:
@@ -141,27 +150,22 @@ class DiskCache:
         for path in paths:
             if path.is_dir() and _content_of(path) != path.name:
                 logger.warning("the copy of adapter %s is damaged; fetched anew", path)
-                dropped |= self._evict(path)
+                dropped |= self._eviction.evict(path)
         return dropped
 
-    def trim(self, room: int = 0) -> None:
-        """Delete the longest unused until ``room`` more bytes fit the budget."""
-        entries = self._rescan()
-        left = sum(size for _, size, _ in entries) + room
-        for _, size, path in entries:
-            is_fresh = self._fresh.get(path.name, 0.0) > time.monotonic()
-            if left > self._max_bytes and not is_fresh and self._evict(path):
-                left -= size
+    def trim(self) -> None:
+        """Delete the longest unused until what is here, or about to be placed, fits the budget."""
+        self._eviction.trim()
 
     def stats(self) -> TierStats:
-        """As of this process; what others brought is seen at the next load."""
-        sizes = self._sizes
+        """As of this process; what others brought is seen at a load, ``RESCAN_S`` later at most."""
+        here = self._index.snapshot()
         return self._counter.stats(
             "disk",
-            adapters=len(sizes),
-            bytes_used=sum(sizes.values()),
+            adapters=len(here),
+            bytes_used=sum(size for _, size in here),
             bytes_limit=self._max_bytes,
-            names=tuple(sizes),
+            names=tuple(name for name, _ in here),
         )
 
     def _bring(self, path: Path, cancelled: Event) -> None:
@@ -180,30 +184,54 @@ class DiskCache:
                     raise Cancelled from failure
 
     def _attempt(self, path: Path, cancelled: Event) -> None:
-        with tempfile.TemporaryDirectory(prefix=_INCOMING, dir=self.root) as temporary:
-            copy = Path(temporary) / "adapter"
-            copy.mkdir()
-            try:
-                self._source.fetch(path.name, copy, cancelled)
-            except OSError as error:
-                if error.errno in (errno.ENOSPC, errno.EDQUOT):
-                    if self._make_room():
-                        raise _Again(f"the disk of {self.root} was full", is_wrong=False) from error
-                    raise
-                raise _Again(
-                    f"the adapter store {self._source.name} does not give adapter {path.name}: "
-                    f"{_words(error)}; try again, and see whether it can be reached from here",
-                    is_wrong=False,
-                ) from error
+        # Only whoever has the lock of this content makes such a directory.
+        copy = self.root / f"{_INCOMING}{path.name}-{time.time_ns()}"
+        copy.mkdir()
+        try:
+            self._fetch(path.name, copy, cancelled)
             self._check(path, copy)
-            size = _size_of(copy)
-            if size > self._max_bytes:
-                raise AdapterFailed(
-                    f"adapter {path.name} has {size} bytes; the adapter cache may hold "
-                    f"{self._max_bytes} (OPENLORA_ADAPTER_CACHE_BYTES): raise that"
-                )
-            self.trim(room=size)
+            self._place(path, copy)
+        except BaseException:
+            shutil.rmtree(copy, ignore_errors=True)
+            raise
+
+    def _fetch(self, content_hash: str, copy: Path, cancelled: Event) -> None:
+        try:
+            self._source.fetch(content_hash, copy, cancelled)
+        except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                if self._eviction.make_room():
+                    raise _Again(f"the disk of {self.root} was full", is_wrong=False) from error
+                raise
+            raise _Again(
+                f"the adapter store {self._source.name} does not give adapter {content_hash}: "
+                f"{_words(error)}; try again, and see whether it can be reached from here",
+                is_wrong=False,
+            ) from error
+
+    def _place(self, path: Path, copy: Path) -> None:
+        size = size_of(copy)
+        if size > self._max_bytes:
+            raise AdapterFailed(
+                f"adapter {path.name} has {size} bytes; the adapter cache may hold "
+                f"{self._max_bytes} (OPENLORA_ADAPTER_CACHE_BYTES): raise that"
+            )
+        self._index.expect(path.name, size)
+        try:
+            self.trim()
+            used_ns = time.time_ns()
+            os.utime(copy, ns=(used_ns, used_ns))  # what came slowly is not the longest unused
             copy.rename(path)
+        except BaseException:
+            self._index.forget(path.name)
+            raise
+        self._index.placed(path.name, size, used_ns)
+
+    def _keep(self, path: Path, keep_s: float) -> None:
+        """It is here, and its lock is held: whoever waited for that is to read it."""
+        until = time.monotonic() + keep_s
+        if not self._index.keep(path.name, until):  # another process brought it
+            self._index.placed(path.name, size_of(path), path.stat().st_mtime_ns, until)
 
     def _check(self, path: Path, copy: Path) -> None:
         found = _content_of(copy)
@@ -230,51 +258,6 @@ class DiskCache:
             raise AdapterFailed(message)
         self._refused.pop(content_hash, None)
 
-    def _make_room(self) -> bool:
-        """The disk is full before the budget is: delete a quarter of what is here."""
-        entries = self._rescan()
-        gone = 0
-        for _, _, path in entries:
-            gone += self._evict(path)
-            if gone >= max(1, len(entries) // 4):
-                break
-        return gone > 0
-
-    def _evict(self, path: Path) -> bool:
-        with self._locks.alone_now(path.name) as is_mine:
-            if not is_mine:
-                return False
-            trash = self.root / f"{_TRASH}{path.name}-{time.time_ns()}"
-            try:
-                path.rename(trash)
-            except FileNotFoundError:
-                return False  # another process was faster
-            self._counter.evicted()
-            self._fresh.pop(path.name, None)
-            self._sizes = {name: size for name, size in self._sizes.items() if name != path.name}
-            shutil.rmtree(trash, ignore_errors=True)
-            self._locks.remove(path.name)
-            return True
-
-    def _rescan(self) -> list[tuple[float, int, Path]]:
-        """(last use, bytes, path) of all that is here, the longest unused first."""
-        found = []
-        for entry in os.scandir(self.root):
-            if _HASH.fullmatch(entry.name):
-                with contextlib.suppress(FileNotFoundError):
-                    path = Path(entry.path)
-                    found.append((entry.stat().st_mtime, _size_of(path), path))
-        found.sort()
-        self._sizes = {path.name: size for _, size, path in found}
-        return found
-
-    def _sweep(self) -> None:
-        """Delete what processes that died left half fetched or half deleted."""
-        for entry in os.scandir(self.root):
-            is_half = entry.name.startswith((_INCOMING, _TRASH))
-            if is_half and time.time() - entry.stat().st_mtime >= STALE_S:
-                shutil.rmtree(entry.path, ignore_errors=True)
-
 
 class _Again(Exception):
     """An attempt failed in a way that may pass; ``is_wrong``: with other bytes."""
@@ -292,8 +275,17 @@ def _content_of(directory: Path) -> str:
         return f"of no usable adapter: {error.message}"
 
 
-def _size_of(directory: Path) -> int:
-    return sum(entry.stat().st_size for entry in os.scandir(directory))
+def _set_used(path: Path, used_ns: int) -> bool:
+    """Whether it is there, which it takes no other system call to learn."""
+    try:
+        os.utime(path, ns=(used_ns, used_ns))
+    except FileNotFoundError:
+        return False
+    except OSError:
+        with contextlib.suppress(OSError):
+            os.utime(path)  # all that who does not own it may set
+        return path.is_dir()
+    return True
 
 
 def _words(error: BaseException) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import stat
 from pathlib import Path
 
 from openlora.errors import AdapterFailed
@@ -21,8 +22,14 @@ _SHARD = re.compile(r"adapter_model-\d{1,5}-of-\d{1,5}\.safetensors")
 
 
 def inside(directory: Path, name: str) -> Path:
-    """The real path of a file of the directory; a link may not lead out of it."""
+    """A path of the directory's file ``name``, a plain name; a link may not lead out of it."""
     path = directory / name
+    try:
+        # Most are no links, and to resolve a path is a look at each folder above it.
+        if stat.S_ISREG(path.lstat().st_mode):
+            return path
+    except OSError:
+        pass  # as for what else is no file
     if not path.is_file():
         raise AdapterFailed(f"{name} is missing in {directory}")
     real, root = path.resolve(), directory.resolve()

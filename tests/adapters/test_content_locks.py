@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import threading
 
 from openlora.adapters.content_locks import ContentLocks
@@ -38,3 +40,14 @@ def test_one_that_was_removed_while_it_was_waited_for_is_taken_anew(tmp_path):
         order.append("removed")
     thread.join()
     assert order == ["removed", "taken"]
+
+
+def test_no_file_stays_open(tmp_path):
+    locks = ContentLocks(tmp_path / "new" / "locks")
+    before = len(os.listdir("/proc/self/fd"))
+    for _ in range(3):
+        with locks.alone("a"), locks.alone_now("a"):
+            pass
+        with contextlib.suppress(ValueError), locks.shared("a"):
+            raise ValueError
+    assert len(os.listdir("/proc/self/fd")) == before
