@@ -17,10 +17,12 @@ from typing import Any
 Write = tuple[int, bytes, Callable[[bytes], None]]
 """Descriptor, what to write, and the transport's ``write`` for what the socket does not take."""
 
+_Send = Callable[[int, bytes, ctypes.c_size_t, int], int]
+
 _FLAGS = getattr(socket, "MSG_DONTWAIT", 0) | getattr(socket, "MSG_NOSIGNAL", 0)
 
 
-def _find_send() -> Callable[[int, bytes, int, int], int] | None:
+def _find_send() -> _Send | None:
     """C's ``send``, called with the interpreter held: given up for each of so many short calls, it
     would go to another thread, which may keep it for half a millisecond. None where C's library
     is not at hand, or where a dead peer would raise a signal."""
@@ -30,13 +32,16 @@ def _find_send() -> Callable[[int, bytes, int, int], int] | None:
         send: Any = ctypes.PyDLL(None).send
     except (OSError, AttributeError):
         return None
-    send.argtypes = (ctypes.c_int, ctypes.c_char_p, ctypes.c_size_t, ctypes.c_int)
+    # No argtypes: ctypes passes an int as C's int and bytes by their address without them, and is
+    # twice as quick. A length is no int of C's: it is given as a c_size_t.
     send.restype = ctypes.c_ssize_t
-    found: Callable[[int, bytes, int, int], int] = send
+    found: _Send = send
     return found
 
 
 _send = _find_send()
+_KNOWN_SIZES = 1024
+_SIZES = tuple(map(ctypes.c_size_t, range(_KNOWN_SIZES)))
 
 
 def raw_descriptor(transport: Any) -> int:
@@ -49,10 +54,11 @@ def raw_descriptor(transport: Any) -> int:
 
 def write_all(writes: Iterable[Write]) -> None:
     """Each of ``writes``, as far as its socket takes it now; the rest by its transport."""
-    send, flags = _send, _FLAGS
+    send, flags, sizes, known = _send, _FLAGS, _SIZES, _KNOWN_SIZES
     assert send is not None  # else nothing has a descriptor
     for descriptor, data, write in writes:
         length = len(data)
-        sent = send(descriptor, data, length, flags)
+        size = sizes[length] if length < known else ctypes.c_size_t(length)
+        sent = send(descriptor, data, size, flags)
         if sent != length:
             write(data[max(0, sent) :])
