@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
-from websockets.protocol import State
+from websockets.protocol import OPEN
 
 from gateway.joint_writes import Write, raw_descriptor
 
@@ -59,12 +59,14 @@ class WebSocketProtocol(WebSocketsSansIOProtocol):
     - a handshake that is refused is no error of the application's.
     """
 
-    _descriptor = -1
+    __slots__ = ("_buffered", "_descriptor", "_write")
 
     def connection_made(self, transport: Any) -> None:
         """The handshake's bytes follow."""
         super().connection_made(transport)
         self._descriptor = raw_descriptor(transport)
+        self._buffered = transport.get_write_buffer_size
+        self._write = transport.write
 
     async def run_asgi(self) -> None:
         """Calls the application, with the frame writer in its scope."""
@@ -99,19 +101,18 @@ class WebSocketProtocol(WebSocketsSansIOProtocol):
         """As ``write_frames``, by ``write_all(writes)``: that must follow before the event loop
         goes on, since it takes the socket for this connection's and its buffer for empty. False
         where the transport's buffer has no room: nothing is sent then."""
-        transport = self.transport
-        if self._descriptor < 0 or transport.get_write_buffer_size():
+        if self._descriptor < 0 or self._buffered():
             if not self.writable.is_set():
                 return False
             self.write_frames(texts)
-        elif self._is_open():
-            writes.append((self._descriptor, join_frames(texts), transport.write))
+        elif self.conn.state is OPEN and not self.transport.is_closing():
+            # as _is_open says, but without a call: this is for each token
+            writes.append((self._descriptor, join_frames(texts), self._write))
         return True
 
     def _is_open(self) -> bool:
-        if self.close_sent or self.disconnected or self.transport.is_closing():
-            return False
-        return self.conn.state is State.OPEN
+        # uvicorn's close_sent and disconnected need no look: where one is set, these have changed.
+        return self.conn.state is OPEN and not self.transport.is_closing()
 
     def handle_parser_exception(self) -> None:
         """Sends the close frame that the parser decided on; called again for what still comes."""

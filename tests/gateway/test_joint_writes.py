@@ -6,7 +6,7 @@ import asyncio
 import random
 import socket
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from types import SimpleNamespace
 
 import pytest
@@ -18,6 +18,10 @@ from gateway import joint_writes
 from gateway.joint_writes import Write, raw_descriptor, write_all
 from gateway.ws_protocol import TEXT_FRAMES, WebSocketProtocol
 
+HANDSHAKE = (
+    b"GET / HTTP/1.1\r\nHost: x\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n"
+    b"Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: AAAAAAAAAAAAAAAAAAAAAA==\r\n\r\n"
+)
 Handle = Callable[[WebSocketProtocol, Callable[[], Awaitable[dict]]], Awaitable[None]]
 
 
@@ -139,6 +143,96 @@ def test_nothing_follows_a_close() -> None:
             await client.close()
 
     run(main)
+
+
+async def close_by_the_application(writer: WebSocketProtocol) -> None:
+    await writer.send({"type": "websocket.close"})
+
+
+async def shut_down(writer: WebSocketProtocol) -> None:
+    writer.shutdown()
+
+
+async def fail_the_parser(writer: WebSocketProtocol) -> None:
+    writer.data_received(b"\xff" * 8)  # reserved bits, no mask
+
+
+async def miss_a_pong(writer: WebSocketProtocol) -> None:
+    writer.keepalive_timeout()
+
+
+async def close_the_transport(writer: WebSocketProtocol) -> None:
+    writer.transport.close()
+
+
+async def lose_the_connection(writer: WebSocketProtocol) -> None:
+    writer.transport.abort()
+    while not writer.disconnected:
+        await asyncio.sleep(0)
+
+
+@pytest.mark.parametrize(
+    "end",
+    [
+        *(close_by_the_application, shut_down, fail_the_parser),
+        *(miss_a_pong, close_the_transport, lose_the_connection),
+    ],
+)
+def test_nothing_follows_an_end_of_the_gateway_s(
+    end: Callable[[WebSocketProtocol], Awaitable[None]],
+) -> None:
+    left: list[bool] = []
+
+    async def handle(writer: WebSocketProtocol, receive) -> None:
+        assert write(writer, "before")
+        await end(writer)
+        left.append(write(writer, "behind"))
+        writer.write_frames(["behind"])
+        writer.transport.close()
+
+    async def main() -> None:
+        async with serving(handle) as url, asyncio.timeout(10):
+            # a library's client would not show what comes behind the close
+            reader, writer = await asyncio.open_connection(*url[5:-1].split(":"))
+            writer.write(HANDSHAKE)
+            seen = b""
+            with suppress(ConnectionResetError):
+                while data := await reader.read(1 << 16):
+                    seen += data
+            writer.close()
+            assert b"behind" not in seen
+            assert left == [False]
+
+    run(main)
+
+
+def test_frames_go_by_the_transport_where_the_socket_may_not_be_written_to() -> None:
+    direct: list[bool] = []
+
+    async def handle(writer: WebSocketProtocol, receive) -> None:
+        writer._descriptor = -1  # as where it encrypts, see below
+        direct.append(write(writer, "by the transport"))
+        await receive()
+
+    async def main() -> None:
+        async with serving(handle) as url, connect(url) as client:
+            assert await client.recv() == "by the transport"
+            assert direct == [False]
+
+    run(main)
+
+
+@pytest.mark.parametrize("length", [0, 1, 1023, 1024, 1025, 70_000])
+def test_a_length_on_either_side_of_those_kept_is_written_whole(length: int) -> None:
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        data = bytes(range(256)) * (length // 256 + 1)
+        left: list[bytes] = []
+        write_all([(ours.fileno(), data[:length], left.append), (ours.fileno(), b".", left.append)])
+        ours.close()
+        with theirs.makefile("rb") as arrived:
+            assert arrived.read() == data[:length] + b"."
+        assert not left
 
 
 def test_what_a_socket_does_not_take_is_left_to_its_transport() -> None:
