@@ -60,6 +60,7 @@ class Outbox:
         self.closed = False
         self._writer = writer
         self._metrics = metrics
+        # set while the sender waits
         self._waiter: asyncio.Future[None] | None = None
         self._reader: asyncio.Future[None] | None = None
 
@@ -80,28 +81,25 @@ class Outbox:
         ``FrameWriter.gather_frames``; None: by itself.
         """
         frames = self.frames
-        waiter = self._waiter
+        writer = self._writer
         # Without a waiter the sender has frames in hand, which come first.
-        if frames and waiter is not None and not waiter.done() and self._write(frames, writes):
+        if (
+            frames
+            and self._waiter is not None
+            and (writer.takes_frames if writes is None else writer.gather_frames(frames, writes))
+        ):
+            if writes is None:
+                writer.write_frames(frames)
             self._metrics.frames_sent += len(frames)
             frames.clear()
             if self._reader is not None:
                 self._has_room()
-            return
-        self.wake()
-
-    def _write(self, frames: list[str], writes: list[Write] | None) -> bool:
-        writer = self._writer
-        if writes is not None:
-            return writer.gather_frames(frames, writes)
-        if not writer.takes_frames:
-            return False
-        writer.write_frames(frames)
-        return True
+        else:
+            self.wake()
 
     def wake(self) -> None:
         """Tells the sender that there is something to do."""
-        waiter = self._waiter
+        waiter, self._waiter = self._waiter, None
         if waiter is not None and not waiter.done():
             waiter.set_result(None)
 
@@ -216,15 +214,20 @@ class Follower:
         if self._state != _FLOWING:
             self._keep(chunk)
             return False
-        outbox = self.outbox
-        if len(outbox.frames) >= MAX_QUEUED_FRAMES:
-            outbox.flush()
-        frames = outbox.frames
-        if len(frames) >= MAX_QUEUED_FRAMES or not self.stream.feed(chunk, frames):
-            self._metrics.events_dropped.inc()
-            self.lag()
-            return False
-        return self.stream.end is not None
+        frames = self.outbox.frames
+        if len(frames) >= MAX_QUEUED_FRAMES:
+            self.outbox.flush()  # empties this very list
+            if len(frames) >= MAX_QUEUED_FRAMES:
+                return self._drop()
+        stream = self.stream
+        if not stream.feed(chunk, frames):
+            return self._drop()
+        return stream.end is not None
+
+    def _drop(self) -> bool:
+        self._metrics.events_dropped.inc()
+        self.lag()
+        return False
 
     def _keep(self, chunk: Chunk) -> None:
         if self._state == _HOLDING and len(self._held) < MAX_HELD_CHUNKS and not self.missed:

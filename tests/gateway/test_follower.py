@@ -157,61 +157,24 @@ def _read(follower: Follower, log: list[Chunk]) -> None:
         follower.catch_up(view(log, follower.stream.next_index - 1), whole=False)
 
 
-def test_the_sender_waits_for_work_and_the_reader_for_room() -> None:
-    async def scenario() -> None:
-        outbox = Outbox(full_socket(), Metrics())
-        sender = asyncio.create_task(outbox.wait())
-        await asyncio.sleep(0)
-        assert not sender.done()
-        outbox.put("x")
-        await sender
-        for _ in range(MAX_QUEUED_FRAMES):
-            outbox.put("x")
-        reader = asyncio.create_task(outbox.room())
-        await asyncio.sleep(0)
-        assert not reader.done()
-        assert len(outbox.take()) == MAX_QUEUED_FRAMES + 1
-        await reader
-        waiting = asyncio.create_task(outbox.wait())
-        await asyncio.sleep(0)
-        outbox.close()
-        await waiting
-
-    asyncio.run(scenario())
+def test_an_outbox_that_is_full_is_written_before_an_event_is_dropped() -> None:
+    asyncio.run(_fill_without_a_flush())
 
 
-def test_frames_are_written_at_once_while_the_socket_takes_them() -> None:
-    asyncio.run(_flush_with_and_without_room())
-
-
-async def _flush_with_and_without_room() -> None:
-    socket, metrics = Socket(), Metrics()
-    outbox = Outbox(socket, metrics)
-    outbox.put("before the sender waits")
-    assert socket.writes == []
-
-    async def send_all() -> None:
-        while not outbox.closed:
-            await outbox.wait()
-            await outbox.send()
-
-    sender = asyncio.create_task(send_all())
+async def _fill_without_a_flush() -> None:
+    socket, log = Socket(), chunks(MAX_QUEUED_FRAMES + 1)
+    follower = Follower(
+        TokenStream("r", JOB_ID), Outbox(socket, Metrics()), Metrics(), lambda: None
+    )
+    follower.begin()
+    sender = asyncio.create_task(follower.outbox.wait())
     await asyncio.sleep(0)
-    outbox.frames += ["a", "b"]
-    outbox.flush()
-    assert socket.writes == [["before the sender waits"], ["a", "b"]]
-    socket.takes_frames = False
-    outbox.put("c")
-    await asyncio.sleep(0)
-    outbox.put("d")
-    socket.takes_frames = True
-    outbox.put("e")  # does not overtake what the sender has in hand
-    while len(socket.frames) < 6:
-        await asyncio.sleep(0)
-    assert socket.writes[2:] == [["c", "d", "e"]]
-    assert metrics.frames_sent == 6
-    outbox.close()
-    await sender
+    for chunk in log[:-1]:
+        follower.take(chunk)
+    assert [len(frames) for frames in socket.writes] == [MAX_QUEUED_FRAMES]
+    assert len(follower.outbox.frames) == 1
+    assert not follower.outbox.lagging
+    sender.cancel()
 
 
 @given(st.lists(st.sampled_from(["event", "lost", "flush", "full", "room"]), max_size=60))
