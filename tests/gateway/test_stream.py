@@ -2,40 +2,13 @@
 
 from __future__ import annotations
 
-import json
-from typing import Any
-
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from gateway.stream import TokenStream
-from openlora.protocol.events import Chunk, End, Token
-
-JOB_ID = "07" + "a" * 24
-
-
-def chunk(first: int, texts: str, *, epoch: int = 1, end: bool = False, new: bool = False) -> Chunk:
-    tokens = tuple(Token(ord(text), text) for text in texts)
-    return Chunk(JOB_ID, epoch, first, tokens, End("stop") if end else None, new)
-
-
-def told(frames: list[str]) -> str:
-    """Frames in short: each token's text, "<" for restarted, "." for done; indices checked."""
-    short = ""
-    index: int | None = None
-    for text in frames:
-        frame: dict[str, Any] = json.loads(text)
-        if frame["type"] == "token":
-            assert index is None or frame["index"] == index
-            index = frame["index"] + 1
-            short += frame["text"]
-        elif frame["type"] == "restarted":
-            index = 0
-            short += "<"
-        else:
-            short += "."
-    return short
+from openlora.protocol.events import Chunk, End
+from tests.gateway.chunks import JOB_ID, chunk, told
 
 
 def test_chunks_in_order_are_passed_on_and_repeats_dropped() -> None:
@@ -179,17 +152,6 @@ def test_an_end_of_an_older_claim_is_looked_up_and_taken() -> None:
     for logged in log:
         stream.feed_logged(logged, frames)
     assert told(frames) == "abcd<abxyz."
-
-
-def test_the_first_token_of_each_claim_names_it() -> None:
-    stream, frames = TokenStream("r", JOB_ID), list[str]()
-    stream.feed(chunk(0, "ab", epoch=3), frames)
-    stream.feed(chunk(2, "c", epoch=3), frames)
-    stream.feed_logged(chunk(3, "de", epoch=5), frames)
-    stream.restart(frames)
-    stream.feed(chunk(0, "x", epoch=5), frames)
-    epochs = [json.loads(frame).get("epoch") for frame in frames]
-    assert epochs == [3, None, None, 5, None, None, 5]
 
 
 @pytest.mark.parametrize(
