@@ -42,7 +42,7 @@ def _read(bootstrap_servers: str) -> dict[int, DeadLetter]:
         group_id=None,
         enable_auto_commit=False,
         auto_offset_reset="earliest",
-        fetch_max_wait_ms=20,
+        fetch_max_wait_ms=200,
         bootstrap_timeout_ms=int(_TIMEOUT_S * 1000),
         allow_auto_create_topics=False,
         metrics_enabled=False,

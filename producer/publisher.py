@@ -16,9 +16,7 @@ from openlora.errors import OpenLoRAError, Overloaded, PayloadTooLarge, SetupErr
 from openlora.protocol import codec
 from openlora.protocol.jobs import Job
 from producer.partitioner import key_of, topic_of
-
-Published = tuple[str, int, int]
-"""Topic, partition and offset of a message that the broker acknowledged."""
+from producer.puts import MOST_BYTES, Message, Published, Puts
 
 MAX_UNACKNOWLEDGED = 10_000
 """Jobs that may wait for the broker; more are refused at once instead of waiting in memory."""
@@ -28,6 +26,7 @@ DELIVERY_TIMEOUT_MS = 4500
 """A job that the broker did not take within this fails; below the sweeper's 5 s, which would
 otherwise publish it once more while it is still under way here."""
 
+_CLIENT_ID = "openlora-gateway"
 _REQUEST_TIMEOUT_MS = 2000
 _CONNECT_TIMEOUT_MS = 10_000
 _MAX_MESSAGE_BYTES = 1_000_000  # just under the 1 MiB that brokers take by default
@@ -36,8 +35,13 @@ _RETRY_AFTER_MS = 1000
 _logger = logging.getLogger(__name__)
 
 
+_Queued = tuple[Future[Published], Job, int | None, float]
+"""With the partition, where it is not the key's, and when it was queued."""
+
+
 class Publisher:
-    """A KafkaProducer behind a thread of its own, so that ``publish`` never blocks.
+    """A KafkaProducer behind a thread of its own, so that ``publish`` never blocks. What is plain
+    goes to the embedded broker by ``Puts`` instead, from the same thread.
 
     Acknowledged means by all in-sync replicas. A retry may write a job twice, which is harmless:
     claims fence. Lost connections are made again by the producer itself.
@@ -53,7 +57,7 @@ class Publisher:
         try:
             self._producer: Any = KafkaProducer(
                 bootstrap_servers=bootstrap_servers.split(","),
-                client_id="openlora-gateway",
+                client_id=_CLIENT_ID,
                 acks="all",
                 # Sequence numbers would die with an in-memory broker and fail what follows.
                 enable_idempotence=False,
@@ -70,10 +74,9 @@ class Publisher:
             )
         except (KafkaError, OSError, ValueError) as error:
             raise SetupError(f"no Kafka broker answers at {bootstrap_servers}: {error}") from error
+        self._puts = Puts(self._producer._metadata, _CLIENT_ID)
         self._room = _Room()
-        self._queue: queue.SimpleQueue[tuple[Future[Published], Job, int | None, float] | None] = (
-            queue.SimpleQueue()
-        )
+        self._queue: queue.SimpleQueue[_Queued | None] = queue.SimpleQueue()
         self._is_closed = False
         self._thread = threading.Thread(target=self._send_all, name="publisher", daemon=True)
         self._thread.start()
@@ -112,18 +115,43 @@ class Publisher:
             _logger.warning("some jobs were not acknowledged before the close: %s", error)
 
     def _send_all(self) -> None:
-        while (item := self._queue.get()) is not None:
-            future, job, partition, queued_at = item
-            if not future.set_running_or_notify_cancel():
-                continue  # whoever asked is gone; from here on the future cannot be cancelled
-            try:
-                if time.monotonic() - queued_at > DELIVERY_TIMEOUT_MS / 1000:
-                    raise self._overloaded("the broker did not take it in time")
-                self._send(future, job, partition)
-            except OpenLoRAError as error:
-                future.set_exception(error)
+        is_open = True
+        while is_open:
+            queued, is_open = self._take()
+            messages = [m for each in queued if (m := self._message_of(*each)) is not None]
+            for message in self._puts.put(messages) if messages else ():
+                self._send(message)
+        self._puts.close()
 
-    def _send(self, future: Future[Published], job: Job, partition: int | None) -> None:
+    def _take(self) -> tuple[list[_Queued], bool]:
+        """What is queued, as much as goes into one request; waits for the first. Whether more may
+        come."""
+        taken: list[_Queued] = []
+        chars = 0
+        try:
+            while not taken or chars < MOST_BYTES:
+                item = self._queue.get(block=not taken)
+                if item is None:
+                    return taken, False
+                taken.append(item)
+                chars += _chars_of(item[1])
+        except queue.Empty:
+            pass
+        return taken, True
+
+    def _message_of(
+        self, future: Future[Published], job: Job, partition: int | None, queued_at: float
+    ) -> Message | None:
+        if not future.set_running_or_notify_cancel():
+            return None  # whoever asked is gone; from here on the future cannot be cancelled
+        if time.monotonic() - queued_at > DELIVERY_TIMEOUT_MS / 1000:
+            future.set_exception(self._overloaded("the broker did not take it in time"))
+            return None
+        return Message(future, topic_of(job), key_of(job), codec.encode(job), partition)
+
+    def _send(self, message: Message) -> None:
+        future = message.future
+
         def acknowledged(record: Any) -> None:
             future.set_result((record.topic, record.partition, record.offset))
 
@@ -132,11 +160,12 @@ class Publisher:
 
         try:
             sent = self._producer.send(
-                topic_of(job), codec.encode(job), key_of(job), None, partition
+                message.topic, message.value, message.key, None, message.partition
             )
         except (KafkaError, ValueError) as error:
             # ValueError: the topic vanished between the metadata and the choice of a partition.
-            raise self._error(error) from error
+            future.set_exception(self._error(error))
+            return
         sent.add_callback(acknowledged)
         sent.add_errback(failed)
 

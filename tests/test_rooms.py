@@ -24,6 +24,7 @@ ROOMS: dict[str, tuple[set[str], set[str]]] = {
     "openlora.errors": (set(), set()),
     "openlora.sampling_params": ({"openlora.errors"}, set()),
     "openlora.protocol": ({"openlora.errors", "openlora.sampling_params"}, {"msgspec"}),
+    "openlora.kafka_wire": (set(), set()),
     "openlora.joblog": (
         {"openlora.protocol", "openlora.errors", "openlora.sampling_params"},
         {"msgspec", "redis", "hiredis"},
@@ -89,6 +90,7 @@ ROOMS: dict[str, tuple[set[str], set[str]]] = {
     "producer": (
         {
             "openlora.protocol",
+            "openlora.kafka_wire",
             "openlora.errors",
             "openlora.joblog",
             "openlora.sampling_params",

@@ -11,10 +11,11 @@ from kafka.errors import KafkaError
 from kafka.record import MemoryRecords
 from kafka.structs import OffsetAndMetadata, TopicPartition
 
+from openlora.kafka_wire import NotPlain
 from openlora.protocol.names import BATCH_TOPIC, EMBEDDED_CLUSTER_ID
 from workers.attention import Attention
 from workers.kafka_client import FETCH_MAX_BYTES
-from workers.looks import Looks, NotPlain
+from workers.looks import Looks
 
 LOOK_INTERVAL_S = 0.02
 """From one look to the next."""
@@ -73,7 +74,7 @@ class Fetches:
             self._consumer.poll(round(timeout_s * 1000))
         try:
             return self._look_until(now + timeout_s)
-        except (OSError, KafkaError) as error:
+        except (OSError, KafkaError, NotPlain) as error:
             logger.info("event=look_failed error=%r next=fetch_by_library", error)
             self._library_until = time.monotonic() + LIBRARY_S
             return {}
@@ -162,7 +163,7 @@ class Fetches:
                 continue
             try:
                 records[partition] = self._unpack(partition, state, data)
-            except KafkaError:
+            except (KafkaError, NotPlain):
                 if not records:
                     raise
                 break  # what was unpacked comes first; this comes again

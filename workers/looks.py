@@ -8,12 +8,12 @@ partitions, a broker that went away) is left to kafka-python.
 
 from __future__ import annotations
 
-import socket
 import struct
 from collections.abc import Iterator
 
-from kafka.errors import KafkaError
 from kafka.structs import TopicPartition
+
+from openlora.kafka_wire import KafkaWire, NotPlain
 
 LOOK_MS = 1
 """The wait of a look: the embedded broker answers one without a wait with nothing, whatever is
@@ -26,12 +26,9 @@ answered with nothing. With messages to give, it answers at once however long it
 TIMEOUT_S = 2.0
 _FETCH, _VERSION = 1, 11
 _PARTITION_BYTES = 1 << 20
-_MOST_BYTES = 1 << 27
-"""Of an answer, which may hold a first message that is larger than was asked for."""
 _EARLIEST_EPOCH = _NO_SESSION = _CLIENT = -1
 
 _SIZE = struct.Struct(">i")
-_HEAD = struct.Struct(">hhi")
 _ANSWER_HEAD = struct.Struct(">iihii")  # correlation, throttle, error, session, topics
 _OFFSET = struct.Struct(">iiqqi")  # partition, leader epoch, offset, log start, most bytes
 _STATE = struct.Struct(">ihqqqi")  # partition, error, high water, stable, log start, aborted
@@ -44,10 +41,6 @@ Found = list[tuple[TopicPartition, int, memoryview]]
 """Partitions, their high waters and records."""
 
 
-class NotPlain(KafkaError):  # type: ignore[misc]
-    """An answer that is kafka-python's to deal with."""
-
-
 class Looks:
     """One connection, made at the first look. Used by one thread.
 
@@ -57,11 +50,8 @@ class Looks:
     """
 
     def __init__(self, client_id: str, max_bytes: int) -> None:
-        self._client_id = client_id.encode()
         self._max_bytes = max_bytes
-        self._socket: socket.socket | None = None
-        self._address: tuple[str, int] | None = None
-        self._correlation = 0
+        self._wire = KafkaWire(client_id, TIMEOUT_S)
         self._asked: Wanted = []
         self._question = b""
         self._empty_answer: bytes | None = None
@@ -81,13 +71,13 @@ class Looks:
             self._asked, self._question = [*wanted], self._ask(wanted, LOOK_MS)
             self._empty_answer = None
         try:
-            answer = self._exchange(address, self._question)
+            answer = self._wire.exchange(address, _FETCH, _VERSION, self._question)
             if answer[4:] == self._empty_answer:
                 return None
             found = _read_all(answer, wanted)
             if behind := self._cut_short(found, wanted):
                 return self._look_longer(address, found, behind)
-        except (OSError, NotPlain):
+        except NotPlain:
             self.close()
             raise
         if not any(len(records) for _, _, records in found):
@@ -100,9 +90,7 @@ class Looks:
 
     def close(self) -> None:
         """The next look connects."""
-        if self._socket is not None:
-            self._socket.close()
-            self._socket = None
+        self._wire.close()
 
     def _cut_short(self, found: Found, wanted: Wanted) -> Wanted:
         """Of which there are messages that did not come, though the answer had room for them."""
@@ -124,7 +112,8 @@ class Looks:
                 raise NotPlain(f"{behind[0][0]} has messages and does not give them")
             asked = behind
             question = self._ask(behind, self._long_ms)
-            for partition, high, records in _read_all(self._exchange(address, question), behind):
+            answer = self._wire.exchange(address, _FETCH, _VERSION, question)
+            for partition, high, records in _read_all(answer, behind):
                 all_found[partition] = (high, records)
             found = [(partition, *state) for partition, state in all_found.items()]
             behind = self._cut_short(found, behind)
@@ -139,7 +128,6 @@ class Looks:
                 _OFFSET.pack(partition, _EARLIEST_EPOCH, offset, -1, _PARTITION_BYTES)
             )
         parts = [
-            struct.pack(">h", len(self._client_id)) + self._client_id,
             struct.pack(">iiiibii", _CLIENT, wait_ms, 1, self._max_bytes, 0, 0, _NO_SESSION),
             _SIZE.pack(len(topics)),
         ]
@@ -148,35 +136,6 @@ class Looks:
             parts += [struct.pack(">h", len(name)), name, _SIZE.pack(len(partitions)), *partitions]
         parts.append(struct.pack(">ih", 0, 0))  # no partitions to forget, no rack
         return b"".join(parts)
-
-    def _exchange(self, address: tuple[str, int], question: bytes) -> bytes:
-        if address != self._address:  # the old one may still answer, with what it has
-            self.close()
-        if self._socket is None:
-            self._address = address
-            self._socket = socket.create_connection(address, TIMEOUT_S)
-            self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        self._correlation = (self._correlation + 1) & 0x7FFFFFFF
-        head = _HEAD.pack(_FETCH, _VERSION, self._correlation)
-        size = _SIZE.pack(len(head) + len(question))
-        self._socket.sendall(b"".join((size, head, question)))
-        data = self._receive(b"", _SIZE.size)
-        (length,) = _SIZE.unpack_from(data)
-        if not _SIZE.size <= length <= _MOST_BYTES:
-            raise NotPlain(f"an answer of {length} bytes")
-        answer = self._receive(data[_SIZE.size :], length)
-        if len(answer) != length or _SIZE.unpack_from(answer)[0] != self._correlation:
-            raise NotPlain(f"an answer of {len(answer)} bytes to something else")
-        return answer
-
-    def _receive(self, data: bytes, least: int) -> bytes:
-        assert self._socket is not None
-        while len(data) < least:
-            more = self._socket.recv(max(1 << 16, least - len(data)))
-            if not more:
-                raise ConnectionResetError("the broker closed the connection")
-            data += more
-        return data
 
 
 def _read_all(answer: bytes, wanted: Wanted) -> Found:

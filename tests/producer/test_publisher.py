@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import defaultdict
+from collections.abc import Iterable
 from concurrent.futures import wait
 from typing import Any
 
@@ -39,7 +40,7 @@ def _topic_of_one_taken(publisher: Publisher, job: Job | None = None) -> str:
             time.sleep(0.1)
 
 
-def _read(servers: str, places: dict[tuple[str, int, int], bytes]) -> dict:
+def read_messages(servers: str, places: Iterable[tuple[str, int, int]]) -> dict:
     """The messages found at these places, by place."""
     consumer = KafkaConsumer(bootstrap_servers=servers, allow_auto_create_topics=False)
     firsts: defaultdict[TopicPartition, list[int]] = defaultdict(list)
@@ -50,8 +51,8 @@ def _read(servers: str, places: dict[tuple[str, int, int], bytes]) -> dict:
         consumer.seek(partition, min(offsets))
     found: dict[tuple[str, int, int], tuple[bytes | None, bytes]] = {}
     deadline = time.monotonic() + 20
-    while places.keys() - found.keys():
-        assert time.monotonic() < deadline, f"{len(found)} of {len(places)} messages came"
+    while set(places) - found.keys():
+        assert time.monotonic() < deadline, f"{len(found)} messages came"
         for messages in consumer.poll(200).values():
             found |= {(m.topic, m.partition, m.offset): (m.key, m.value) for m in messages}
     consumer.close()
@@ -69,7 +70,7 @@ def test_an_acknowledged_job_is_where_the_future_says(broker: Broker) -> None:
     futures = [publisher.publish(job) for job in jobs]
     places = [future.result(20) for future in futures]
     publisher.close()
-    found = _read(broker.bootstrap_servers, dict.fromkeys(places, b""))
+    found = read_messages(broker.bootstrap_servers, places)
     for job, place in zip(jobs, places, strict=True):
         key, value = found[place]
         assert codec.decode_job(value) == job

@@ -9,13 +9,13 @@ import pytest
 from kafka import KafkaProducer
 from kafka.structs import TopicPartition
 
+from openlora.kafka_wire import NotPlain
 from openlora.protocol.names import BATCH_TOPIC, JOBS_TOPIC
 from producer.topics import ensure_topics
 from workers.assignor import SamePartitionsAssignor
 from workers.attention import Attention
 from workers.fetches import Fetches
 from workers.kafka_client import connect_consumer
-from workers.looks import NotPlain
 
 pytestmark = pytest.mark.services
 

@@ -11,9 +11,11 @@ from kafka import KafkaProducer
 from kafka.record import MemoryRecords
 from kafka.structs import TopicPartition
 
+from openlora.kafka_wire import NotPlain
 from openlora.protocol.names import BATCH_TOPIC, JOBS_TOPIC
 from producer.topics import ensure_topics
-from workers.looks import Looks, NotPlain
+from tests.scripted_broker import ScriptedBroker
+from workers.looks import Looks
 
 A, B, C = (
     TopicPartition(JOBS_TOPIC, 0),
@@ -61,36 +63,6 @@ def test_what_is_there_is_seen_once_it_is_there(fresh_broker, looks):
     producer.close(timeout=1)
 
 
-class Broker:
-    """Answers each request with the next of ``bodies``; None: hangs up."""
-
-    def __init__(self, *bodies):
-        self._bodies = bodies
-        self._listener = socket.create_server(("127.0.0.1", 0))
-        self.address = self._listener.getsockname()
-        self._thread = threading.Thread(target=self._serve, daemon=True)
-        self._thread.start()
-
-    def _serve(self):
-        connection = None
-        for body in self._bodies:
-            if connection is None:
-                connection, _ = self._listener.accept()
-            (size,) = struct.unpack(">i", connection.recv(4, socket.MSG_WAITALL))
-            request = connection.recv(size, socket.MSG_WAITALL)
-            if body is None:
-                connection.close()
-                connection = None
-                continue
-            answer = request[4:8] + body
-            for byte in struct.pack(">i", len(answer)) + answer:  # in the smallest pieces
-                connection.sendall(bytes((byte,)))
-        self._listener.close()
-
-    def join(self):
-        self._thread.join(10)
-
-
 def answer(*partitions, error=0):
     name = JOBS_TOPIC.encode()
     topic = struct.pack(">h", len(name)) + name + struct.pack(">i", len(partitions))
@@ -98,7 +70,7 @@ def answer(*partitions, error=0):
 
 
 def test_an_answer_comes_in_any_pieces_and_may_grow(looks):
-    broker = Broker(
+    broker = ScriptedBroker(
         answer(PLAIN), answer(PLAIN), answer(PLAIN[:-4] + struct.pack(">i", 3) + b"abc")
     )
     assert looks.look(broker.address, [(A, 7)]) == [(A, 7, b"")]
@@ -133,11 +105,11 @@ def test_an_answer_comes_in_any_pieces_and_may_grow(looks):
     ],
 )
 def test_what_is_odd_is_refused_and_the_next_look_connects(looks, odd):
-    broker = Broker(odd)
+    broker = ScriptedBroker(odd)
     with pytest.raises(NotPlain):
         looks.look(broker.address, [(A, 7)])
     broker.join()
-    other = Broker(None, answer(PLAIN))
+    other = ScriptedBroker(None, answer(PLAIN))
     with pytest.raises(ConnectionError):
         looks.look(other.address, [(A, 7)])
     assert looks.look(other.address, [(A, 7)]) == [(A, 7, b"")]
@@ -145,7 +117,7 @@ def test_what_is_odd_is_refused_and_the_next_look_connects(looks, odd):
 
 
 def test_a_broker_that_moved_is_asked_where_it_is_now(looks):
-    old, new = Broker(answer(PLAIN)), Broker(answer(PLAIN))
+    old, new = ScriptedBroker(answer(PLAIN)), ScriptedBroker(answer(PLAIN))
     assert looks.look(old.address, [(A, 7)]) == [(A, 7, b"")]
     assert looks.look(new.address, [(A, 7)]) is None
     new.join()
@@ -176,7 +148,7 @@ def partition(number, high_water, records=b""):
 
 
 def test_what_a_look_was_too_short_for_is_waited_for(looks):
-    broker = Broker(
+    broker = ScriptedBroker(
         answer(partition(0, 9), partition(1, 8, b"abc")),  # A has two more than it gave
         answer(partition(0, 9)),
         answer(partition(0, 9, b"de")),
@@ -192,17 +164,17 @@ def test_what_a_look_was_too_short_for_is_waited_for(looks):
 
 def test_a_full_answer_is_not_one_cut_short():
     looks = Looks("test", 4)
-    broker = Broker(answer(partition(0, 9), partition(1, 8, b"abc")))
+    broker = ScriptedBroker(answer(partition(0, 9), partition(1, 8, b"abc")))
     assert looks.look(broker.address, [(A, 7), (B, 7)]) == [(A, 9, b""), (B, 8, b"abc")]
     broker.join()
     looks.close()
 
 
 def test_messages_that_never_come_are_left_to_kafka_python(looks):
-    broker = Broker(*[answer(partition(0, 9))] * 6, answer(partition(0, 9, b"de")))
+    broker = ScriptedBroker(*[answer(partition(0, 9))] * 6)
     with pytest.raises(NotPlain, match="does not give them"):
         looks.look(broker.address, [(A, 7)])
-    other = Broker(answer(partition(0, 9, b"de")))
+    other = ScriptedBroker(answer(partition(0, 9, b"de")))
     assert looks.look(other.address, [(A, 7)]) == [(A, 9, b"de")]
     other.join()
 
