@@ -33,6 +33,7 @@ _REQUEST_TIMEOUT_MS = 2000
 _CONNECT_TIMEOUT_MS = 10_000
 _MAX_MESSAGE_BYTES = 1_000_000  # just under the 1 MiB that brokers take by default
 _RETRY_AFTER_MS = 1000
+_LEAST_POLL_MS = 5
 _TOO_LATE = "the broker did not take it in time"
 
 _logger = logging.getLogger(__name__)
@@ -77,6 +78,7 @@ class Publisher:
             )
         except (KafkaError, OSError, ValueError) as error:
             raise SetupError(f"no Kafka broker answers at {bootstrap_servers}: {error}") from error
+        _calm(self._producer._sender._client, self._producer._metadata)
         self._puts = Puts(self._producer._metadata, _CLIENT_ID)
         self._room = _Room()
         self._queue: queue.SimpleQueue[_Queued | None] = queue.SimpleQueue()
@@ -203,6 +205,20 @@ class Publisher:
             f"Kafka at {self._servers} did not take the job ({reason}); try again",
             retry_after_ms=_RETRY_AFTER_MS,
         )
+
+
+def _calm(client: Any, cluster: Any) -> None:
+    """Let kafka-python's sender pause while a broker takes nothing: it asks 20,000 times a second
+    whether that is over, and whatever else the process does waits for the interpreter."""
+    poll = client.poll
+
+    def poll_calmly(timeout_ms: float | None = None, **others: Any) -> Any:
+        is_brief = timeout_ms is not None and timeout_ms < _LEAST_POLL_MS
+        if is_brief and not all(client.is_ready(broker.node_id) for broker in cluster.brokers()):
+            timeout_ms = _LEAST_POLL_MS  # what comes ends it
+        return poll(timeout_ms=timeout_ms, **others)
+
+    client.poll = poll_calmly
 
 
 class _Room:

@@ -208,6 +208,23 @@ def test_jobs_of_a_topic_that_is_not_known_wait_beside_each_other(
     publisher.close()
 
 
+def test_a_broker_that_hangs_leaves_the_interpreter_to_others(fresh_broker: Broker) -> None:
+    ensure_topics(fresh_broker.bootstrap_servers, _PARTITIONS)
+    publisher = Publisher(fresh_broker.bootstrap_servers)
+    _topic_of_one_taken(publisher)
+    assert fresh_broker.server.pid is not None
+    os.kill(fresh_broker.server.pid, signal.SIGSTOP)
+    deadline, used_s = time.monotonic() + 3, time.process_time()
+    futures = []
+    while time.monotonic() < deadline:
+        futures.append(publisher.publish(a_job()))
+        wait(futures, 0.02)
+    assert time.process_time() - used_s < 1
+    os.kill(fresh_broker.server.pid, signal.SIGCONT)
+    assert not wait(futures, 20).not_done
+    publisher.close()
+
+
 def test_a_job_that_cannot_be_sent_at_all_is_refused_and_others_are_not(
     fresh_broker: Broker,
 ) -> None:
