@@ -37,15 +37,24 @@ class KafkaWire:
         self._address: tuple[str, int] | None = None
         self._correlation = 0
 
-    def exchange(self, address: tuple[str, int], request: int, version: int, body: bytes) -> bytes:
+    def exchange(
+        self,
+        address: tuple[str, int],
+        request: int,
+        version: int,
+        body: bytes,
+        wait_s: float = 0.0,
+    ) -> bytes:
         """The answer, from its correlation on. Request and answer have no tagged fields.
+
+        ``wait_s``: how much longer the broker may take, having been asked to wait.
 
         Raises:
             OSError: the broker does not answer; the next request connects again.
             NotPlain: it answered something else; likewise.
         """
         try:
-            return self._exchange(address, request, version, body)
+            return self._exchange(address, request, version, body, self._timeout_s + wait_s)
         except (OSError, NotPlain):
             self.close()
             raise
@@ -56,13 +65,17 @@ class KafkaWire:
             self._socket.close()
             self._socket = None
 
-    def _exchange(self, address: tuple[str, int], request: int, version: int, body: bytes) -> bytes:
+    def _exchange(
+        self, address: tuple[str, int], request: int, version: int, body: bytes, timeout_s: float
+    ) -> bytes:
         if address != self._address:  # the old one may still answer, with what it has
             self.close()
         if self._socket is None:
             self._address = address
             self._socket = socket.create_connection(address, self._timeout_s)
             self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        if self._socket.gettimeout() != timeout_s:
+            self._socket.settimeout(timeout_s)
         self._correlation = (self._correlation + 1) & 0x7FFFFFFF
         head = _HEAD.pack(request, version, self._correlation)
         size = _SIZE.pack(len(head) + len(self._client) + len(body))

@@ -6,7 +6,9 @@ import logging
 import queue
 import threading
 import time
-from concurrent.futures import Future
+from collections.abc import Sequence
+from concurrent.futures import Future, InvalidStateError
+from contextlib import suppress
 from typing import Any
 
 from kafka import KafkaProducer
@@ -31,6 +33,8 @@ _REQUEST_TIMEOUT_MS = 2000
 _CONNECT_TIMEOUT_MS = 10_000
 _MAX_MESSAGE_BYTES = 1_000_000  # just under the 1 MiB that brokers take by default
 _RETRY_AFTER_MS = 1000
+_LEAST_POLL_MS = 5
+_TOO_LATE = "the broker did not take it in time"
 
 _logger = logging.getLogger(__name__)
 
@@ -74,10 +78,12 @@ class Publisher:
             )
         except (KafkaError, OSError, ValueError) as error:
             raise SetupError(f"no Kafka broker answers at {bootstrap_servers}: {error}") from error
+        _calm(self._producer._sender._client, self._producer._metadata)
         self._puts = Puts(self._producer._metadata, _CLIENT_ID)
         self._room = _Room()
         self._queue: queue.SimpleQueue[_Queued | None] = queue.SimpleQueue()
         self._is_closed = False
+        self._closing = threading.Lock()  # nothing is queued behind the end of the queue
         self._thread = threading.Thread(target=self._send_all, name="publisher", daemon=True)
         self._thread.start()
 
@@ -91,23 +97,25 @@ class Publisher:
         may have the job nevertheless.
         """
         future: Future[Published] = Future()
-        if self._is_closed:
-            future.set_exception(Overloaded("this gateway is shutting down; try another"))
-        elif not self._room.take(chars := _chars_of(job)):
-            future.set_exception(
-                self._overloaded(f"{self._room.jobs} jobs wait for the broker already")
-            )
-        else:
-            future.add_done_callback(lambda _: self._room.free(chars))
-            self._queue.put((future, job, partition, time.monotonic()))
+        with self._closing:
+            if self._is_closed:
+                future.set_exception(Overloaded("this gateway is shutting down; try another"))
+            elif not self._room.take(chars := _chars_of(job)):
+                future.set_exception(
+                    self._overloaded(f"{self._room.jobs} jobs wait for the broker already")
+                )
+            else:
+                future.add_done_callback(lambda _: self._room.free(chars))
+                self._queue.put((future, job, partition, time.monotonic()))
         return future
 
     def close(self, timeout_s: float = 5.0) -> None:
         """Send what is queued, wait for the broker's answers, and close. May be repeated."""
-        if self._is_closed:
-            return
-        self._is_closed = True
-        self._queue.put(None)
+        with self._closing:
+            if self._is_closed:
+                return
+            self._is_closed = True
+            self._queue.put(None)
         self._thread.join(timeout_s)
         try:
             self._producer.close(timeout=timeout_s)
@@ -118,10 +126,19 @@ class Publisher:
         is_open = True
         while is_open:
             queued, is_open = self._take()
-            messages = [m for each in queued if (m := self._message_of(*each)) is not None]
-            for message in self._puts.put(messages) if messages else ():
-                self._send(message)
+            try:
+                self._publish_all(queued)
+            except Exception as error:  # without this thread no job would be published any more
+                _logger.exception("up to %d jobs are refused", len(queued))
+                for future, *_ in queued:
+                    with suppress(InvalidStateError):  # it has ended
+                        future.set_exception(self._error(error))
         self._puts.close()
+
+    def _publish_all(self, queued: Sequence[_Queued]) -> None:
+        messages = [m for each in queued if (m := self._message_of(*each)) is not None]
+        for message in self._puts.put(messages) if messages else ():
+            self._send(message)
 
     def _take(self) -> tuple[list[_Queued], bool]:
         """What is queued, as much as goes into one request; waits for the first. Whether more may
@@ -144,13 +161,20 @@ class Publisher:
     ) -> Message | None:
         if not future.set_running_or_notify_cancel():
             return None  # whoever asked is gone; from here on the future cannot be cancelled
-        if time.monotonic() - queued_at > DELIVERY_TIMEOUT_MS / 1000:
-            future.set_exception(self._overloaded("the broker did not take it in time"))
+        until = queued_at + DELIVERY_TIMEOUT_MS / 1000
+        if time.monotonic() > until:
+            future.set_exception(self._overloaded(_TOO_LATE))
             return None
-        return Message(future, topic_of(job), key_of(job), codec.encode(job), partition)
+        return Message(future, topic_of(job), key_of(job), codec.encode(job), partition, until)
 
     def _send(self, message: Message) -> None:
         future = message.future
+        left_ms = (message.until - time.monotonic()) * 1000
+        if left_ms <= 0:
+            future.set_exception(self._overloaded(_TOO_LATE))
+            return
+        # For an unknown topic: those behind it in the queue wait as well.
+        self._producer.config["max_block_ms"] = left_ms
 
         def acknowledged(record: Any) -> None:
             future.set_result((record.topic, record.partition, record.offset))
@@ -162,8 +186,8 @@ class Publisher:
             sent = self._producer.send(
                 message.topic, message.value, message.key, None, message.partition
             )
-        except (KafkaError, ValueError) as error:
-            # ValueError: the topic vanished between the metadata and the choice of a partition.
+        except (KafkaError, TypeError, ValueError) as error:
+            # The last two: the topic vanished between the metadata and the choice of a partition.
             future.set_exception(self._error(error))
             return
         sent.add_callback(acknowledged)
@@ -181,6 +205,20 @@ class Publisher:
             f"Kafka at {self._servers} did not take the job ({reason}); try again",
             retry_after_ms=_RETRY_AFTER_MS,
         )
+
+
+def _calm(client: Any, cluster: Any) -> None:
+    """Let kafka-python's sender pause while a broker takes nothing: it asks 20,000 times a second
+    whether that is over, and whatever else the process does waits for the interpreter."""
+    poll = client.poll
+
+    def poll_calmly(timeout_ms: float | None = None, **others: Any) -> Any:
+        is_brief = timeout_ms is not None and timeout_ms < _LEAST_POLL_MS
+        if is_brief and not all(client.is_ready(broker.node_id) for broker in cluster.brokers()):
+            timeout_ms = _LEAST_POLL_MS  # what comes ends it
+        return poll(timeout_ms=timeout_ms, **others)
+
+    client.poll = poll_calmly
 
 
 class _Room:

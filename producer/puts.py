@@ -10,6 +10,7 @@ is there twice is claimed once.
 from __future__ import annotations
 
 import logging
+import math
 import random
 import struct
 import time
@@ -48,13 +49,18 @@ _logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Message:
-    """One to publish. ``partition``: where its key would not put it."""
+    """One to publish.
+
+    ``partition``: where its key would not put it. ``until``: when (monotonic) it is too late to
+    begin.
+    """
 
     future: Future[Published]
     topic: str
     key: bytes | None
     value: bytes
     partition: int | None = None
+    until: float = math.inf
 
 
 class Puts:

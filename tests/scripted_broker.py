@@ -5,12 +5,17 @@ from __future__ import annotations
 import socket
 import struct
 import threading
+import time
 
 
 class ScriptedBroker:
-    """Answers each request with the next of ``bodies``; None: hangs up. ``requests``: what came."""
+    """Answers each request with the next of ``bodies``; None: hangs up. ``requests``: what came.
 
-    def __init__(self, *bodies):
+    ``delay_s``: before each answer.
+    """
+
+    def __init__(self, *bodies, delay_s=0.0):
+        self._delay_s = delay_s
         self.requests = []
         self._bodies = bodies
         self._listener = socket.create_server(("127.0.0.1", 0))
@@ -29,6 +34,7 @@ class ScriptedBroker:
                 connection.close()
                 connection = None
                 continue
+            time.sleep(self._delay_s)
             answer = request[4:8] + body
             for byte in struct.pack(">i", len(answer)) + answer:  # in the smallest pieces
                 connection.sendall(bytes((byte,)))

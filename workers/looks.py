@@ -23,7 +23,8 @@ LONG_MS, LONGEST_MS = 4, 1024
 """The wait where a look was cut short. Of a partition with a message to give, that broker lists all
 from the first one on, half a millisecond a thousand; what it has not done when the wait is over is
 answered with nothing. With messages to give, it answers at once however long it may wait."""
-TIMEOUT_S = 2.0
+TIMEOUT_S = 0.4
+"""Beyond the wait. Short: while a broker hangs, jobs that are in memory already wait as well."""
 _FETCH, _VERSION = 1, 11
 _PARTITION_BYTES = 1 << 20
 _EARLIEST_EPOCH = _NO_SESSION = _CLIENT = -1
@@ -112,7 +113,7 @@ class Looks:
                 raise NotPlain(f"{behind[0][0]} has messages and does not give them")
             asked = behind
             question = self._ask(behind, self._long_ms)
-            answer = self._wire.exchange(address, _FETCH, _VERSION, question)
+            answer = self._wire.exchange(address, _FETCH, _VERSION, question, self._long_ms / 1000)
             for partition, high, records in _read_all(answer, behind):
                 all_found[partition] = (high, records)
             found = [(partition, *state) for partition, state in all_found.items()]

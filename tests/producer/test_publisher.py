@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import threading
 import time
 from collections import defaultdict
@@ -185,6 +187,72 @@ def test_a_job_given_up_while_it_waits_is_not_sent_and_holds_up_nobody(
     may_send.set()
     assert [first.result(20)[2], last.result(20)[2]] == [0, 1]
     publisher.close()
+
+
+def test_jobs_of_a_topic_that_is_not_known_wait_beside_each_other(
+    fresh_broker: Broker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(publisher_module, "DELIVERY_TIMEOUT_MS", 1000)
+    monkeypatch.setattr(publisher_module, "_REQUEST_TIMEOUT_MS", 500)
+    publisher = Publisher(fresh_broker.bootstrap_servers)
+    assert fresh_broker.server.pid is not None
+    os.kill(fresh_broker.server.pid, signal.SIGSTOP)
+    futures = [publisher.publish(a_job())]
+    assert wait(futures, 0.4).not_done  # meanwhile the others come, and are taken together
+    futures += [publisher.publish(a_job()) for _ in range(5)]
+    assert not wait(futures, 3).not_done
+    for future in futures:
+        with pytest.raises(Overloaded, match="did not take the job"):
+            future.result(0)
+    fresh_broker.server.kill()
+    publisher.close()
+
+
+def test_a_broker_that_hangs_leaves_the_interpreter_to_others(fresh_broker: Broker) -> None:
+    ensure_topics(fresh_broker.bootstrap_servers, _PARTITIONS)
+    publisher = Publisher(fresh_broker.bootstrap_servers)
+    _topic_of_one_taken(publisher)
+    assert fresh_broker.server.pid is not None
+    os.kill(fresh_broker.server.pid, signal.SIGSTOP)
+    deadline, used_s = time.monotonic() + 3, time.process_time()
+    futures = []
+    while time.monotonic() < deadline:
+        futures.append(publisher.publish(a_job()))
+        wait(futures, 0.02)
+    assert time.process_time() - used_s < 1
+    os.kill(fresh_broker.server.pid, signal.SIGCONT)
+    assert not wait(futures, 20).not_done
+    publisher.close()
+
+
+def test_a_job_that_cannot_be_sent_at_all_is_refused_and_others_are_not(
+    fresh_broker: Broker,
+) -> None:
+    ensure_topics(fresh_broker.bootstrap_servers, 1)
+    publisher = Publisher(fresh_broker.bootstrap_servers)
+    with pytest.raises(Overloaded, match="surrogates"):
+        publisher.publish(msgspec.structs.replace(a_job(), prompt="\ud800")).result(20)
+    assert _topic_of_one_taken(publisher) == JOBS_TOPIC
+    publisher.close()
+
+
+def test_a_job_that_is_published_during_a_close_is_sent(
+    fresh_broker: Broker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ensure_topics(fresh_broker.bootstrap_servers, 1)
+    publisher = Publisher(fresh_broker.bootstrap_servers)
+    _topic_of_one_taken(publisher)
+    take = publisher._room.take
+    closing = threading.Thread(target=publisher.close)
+
+    def take_late(chars: int) -> bool:
+        closing.start()
+        closing.join(0.5)  # it has its chance
+        return take(chars)
+
+    monkeypatch.setattr(publisher._room, "take", take_late)
+    assert publisher.publish(a_job()).result(5)[0] == JOBS_TOPIC
+    closing.join(20)
 
 
 def test_no_broker_is_one_clear_line(port: int, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import socket
 import struct
 import threading
+import time
 
 import pytest
 from kafka import KafkaProducer
 from kafka.record import MemoryRecords
 from kafka.structs import TopicPartition
 
-from openlora.kafka_wire import NotPlain
+from openlora.kafka_wire import KafkaWire, NotPlain
 from openlora.protocol.names import BATCH_TOPIC, JOBS_TOPIC
 from producer.topics import ensure_topics
 from tests.scripted_broker import ScriptedBroker
@@ -160,6 +163,33 @@ def test_what_a_look_was_too_short_for_is_waited_for(looks):
     assert looks.look(broker.address, [(A, 9), (B, 8)]) == [(A, 9, b""), (B, 8, b"")]
     assert looks.look(broker.address, [(A, 9), (B, 8)]) is None
     broker.join()
+
+
+def test_an_exchange_may_take_as_long_as_it_asked_for_and_no_longer():
+    wire = KafkaWire("test", 0.1)
+    broker = ScriptedBroker(b"late", delay_s=0.3)
+    assert wire.exchange(broker.address, 1, 11, b"", wait_s=20).endswith(b"late")
+    broker.join()
+    with (
+        socket.create_server(("127.0.0.1", 0)) as silent,
+        pytest.raises(TimeoutError),
+    ):
+        wire.exchange(silent.getsockname(), 1, 11, b"")
+
+
+@pytest.mark.services
+def test_a_broker_that_hangs_does_not_hold_up_the_worker(fresh_broker, looks):
+    """Its jobs in memory go on, from the thread that looks."""
+    ensure_topics(fresh_broker.bootstrap_servers, partitions=1)
+    host, port = fresh_broker.bootstrap_servers.split(":")
+    looks.look((host, int(port)), [(A, 0)])
+    os.kill(fresh_broker.server.pid, signal.SIGSTOP)
+    started = time.monotonic()
+    with pytest.raises(TimeoutError):
+        looks.look((host, int(port)), [(A, 0)])
+    assert time.monotonic() - started < 1
+    os.kill(fresh_broker.server.pid, signal.SIGCONT)
+    assert looks.look((host, int(port)), [(A, 0)]) is None
 
 
 def test_a_full_answer_is_not_one_cut_short():
