@@ -10,7 +10,7 @@ from __future__ import annotations
 import socket
 import struct
 
-MOST_BYTES = 1 << 27
+_MOST_BYTES = 1 << 27
 """Of an answer, which may hold a message that is larger than was asked for."""
 
 _SIZE = struct.Struct(">i")
@@ -82,7 +82,7 @@ class KafkaWire:
         self._socket.sendall(b"".join((size, head, self._client, body)))
         data = self._receive(b"", _SIZE.size)
         (length,) = _SIZE.unpack_from(data)
-        if not _SIZE.size <= length <= MOST_BYTES:
+        if not _SIZE.size <= length <= _MOST_BYTES:
             raise NotPlain(f"an answer of {length} bytes")
         answer = self._receive(data[_SIZE.size :], length)
         if len(answer) != length or _SIZE.unpack_from(answer)[0] != self._correlation:

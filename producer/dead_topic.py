@@ -42,6 +42,7 @@ def _read(bootstrap_servers: str) -> dict[int, DeadLetter]:
         group_id=None,
         enable_auto_commit=False,
         auto_offset_reset="earliest",
+        # The embedded broker lists all letters for each fetch, and gives none if it takes longer.
         fetch_max_wait_ms=200,
         bootstrap_timeout_ms=int(_TIMEOUT_S * 1000),
         allow_auto_create_topics=False,
